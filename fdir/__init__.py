@@ -1,0 +1,1 @@
+"""Fault detection, isolation and recovery: decisions and memory integrity."""

@@ -1,0 +1,1 @@
+"""The bench: plant, injectors, ground station, scenarios, reports and the command line."""

@@ -1,0 +1,1 @@
+"""The flight runtime of the payload computer."""

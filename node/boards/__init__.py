@@ -1,0 +1,1 @@
+"""Board drivers: what the payload computer draws, and how warm it is."""

@@ -1,0 +1,1 @@
+"""The model image, verified decoding, and the worker process that runs it."""

@@ -1,0 +1,1 @@
+"""Eclipse forecast and power governor."""

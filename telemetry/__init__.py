@@ -1,0 +1,1 @@
+"""The contract between flight and ground: packets, frames, commands, link, spool, archive."""
