@@ -1,0 +1,185 @@
+"""Messages between the node supervisor and its inference worker.
+
+Unix stream socket; the supervisor listens, the worker connects. Each message is a 4-byte big-endian
+length and a msgpack map tagged by `type`. The worker answers pings from the thread that decodes, between
+two steps, so an answer proves that decoding itself is alive.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from typing import Any, Generic, TypeVar
+
+import msgspec
+
+from telemetry.packets import Certificate
+
+MAX_MESSAGE = 1 << 20
+"""Largest message either side accepts, bytes."""
+_LENGTH = struct.Struct(">I")
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", forbid_unknown_fields=True):
+    """Base of all messages."""
+
+
+# Supervisor to worker.
+
+
+class Start(Message, frozen=True, kw_only=True, tag="start"):
+    """Run a job, or go on with it when the KV arena still holds it."""
+
+    job: str
+    prompt: str
+    max_tokens: int
+    known_tokens: int = 0
+    """Tokens the supervisor has already stored: blocks before this index are not sent again."""
+
+
+class Cancel(Message, frozen=True, kw_only=True, tag="cancel"):
+    """Finish the job at the end of the current epoch."""
+
+    job: str
+
+
+class Pace(Message, frozen=True, kw_only=True, tag="pace"):
+    """Operating point: the share of time the worker may compute, 0.01 to 1."""
+
+    duty: float
+
+
+class Ping(Message, frozen=True, kw_only=True, tag="ping"):
+    """Answer with the same key."""
+
+    key: int
+
+
+class Shutdown(Message, frozen=True, kw_only=True, tag="shutdown"):
+    """Stop in order after the current step."""
+
+
+# Worker to supervisor.
+
+
+class Ready(Message, frozen=True, kw_only=True, tag="ready"):
+    """The session is loaded and its memory proven."""
+
+    generation: int
+    """Echo of the generation the supervisor started it with: two generations cannot be mixed."""
+    pid: int
+    image_id: str
+    onnxruntime: str
+    resumed_job: str | None
+    """Job found whole in the KV arena, None if it was empty or could not be proven."""
+    resumed_tokens: int
+    load_s: float
+
+
+class Pong(Message, frozen=True, kw_only=True, tag="pong"):
+    """Answer to a ping."""
+
+    key: int
+
+
+class Block(Message, frozen=True, kw_only=True, tag="block"):
+    """A committed block of tokens. Fields as in `telemetry.packets.Result`."""
+
+    job: str
+    first: int
+    tokens: list[int]
+    text: bytes
+    certificate: Certificate
+    prompt_tokens: list[int] | None
+    finish: str | None
+
+
+class JobError(Message, frozen=True, kw_only=True, tag="job_error"):
+    """The job cannot be run: its prompt is too long, for example. Not a fault of the worker."""
+
+    job: str
+    reason: str
+
+
+class Strike(Message, frozen=True, kw_only=True, tag="strike"):
+    """Memory damage found, and what was done about it."""
+
+    region: str
+    """`weights` or `kv`."""
+    page: int
+    """Page number in weights.bin, or plane * positions + position."""
+    role: str
+    detected_ns: int
+    """CLOCK_REALTIME, ns."""
+    recovered_ns: int | None
+    """None when it could not be repaired in place."""
+    method: str
+    """`parity`, `golden`, `recompute` or `none`."""
+    evidence: dict[str, str | int | float | bool | None] = {}
+
+
+class Status(Message, frozen=True, kw_only=True, tag="status"):
+    """Counters since the worker started, at each epoch end and at least once a second."""
+
+    tokens_committed: int
+    tokens_discarded: int
+    epochs_clean: int
+    epochs_dirty: int
+    scan_ms: float
+    """Time of the last proof."""
+    step_ms: float
+    """Mean time of a decode step in the last epoch."""
+    scrub_pass_s: float | None
+    """Time the last full pass over pages outside the epoch's working set took."""
+
+
+class Fatal(Message, frozen=True, kw_only=True, tag="fatal"):
+    """The worker gives up: retries exhausted or memory beyond repair. It exits after this."""
+
+    reason: str
+
+
+FromSupervisor = Start | Cancel | Pace | Ping | Shutdown
+FromWorker = Ready | Pong | Block | JobError | Strike | Status | Fatal
+
+_encoder = msgspec.msgpack.Encoder()
+
+
+def encode(message: Message) -> bytes:
+    """Return the message with its length in front."""
+    body = _encoder.encode(message)
+    return _LENGTH.pack(len(body)) + body
+
+
+T = TypeVar("T")
+
+
+class Reader(Generic[T]):
+    """Cut a byte stream into messages of a union of types.
+
+    Raises
+    ------
+    ValueError
+        From `feed`: a length over `MAX_MESSAGE`, or a body that is no message of the union.
+    """
+
+    def __init__(self, kind: Any) -> None:
+        self._decoder = msgspec.msgpack.Decoder(kind)
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[T]:
+        """Add received bytes; yield every message now complete."""
+        self._buffer += data
+        while len(self._buffer) >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(self._buffer)
+            if length > MAX_MESSAGE:
+                raise ValueError(f"message of {length} bytes, {MAX_MESSAGE} allowed")
+            end = _LENGTH.size + length
+            if len(self._buffer) < end:
+                return
+            body = bytes(self._buffer[_LENGTH.size : end])
+            del self._buffer[:end]
+            try:
+                yield self._decoder.decode(body)
+            except msgspec.DecodeError as error:
+                raise ValueError(f"unreadable message: {error}") from error

@@ -1,0 +1,321 @@
+"""Every telemetry packet: the body of a frame, typed, with units.
+
+The wire form of a body is a msgpack map keyed by field name, so any msgpack client can read it.
+Schema evolution: a new field needs a default, and a field never changes its type or unit.
+`docs/icd.md` is generated from these classes: the text after each field is its description there.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum, StrEnum
+from typing import Annotated, ClassVar
+
+import msgspec
+from msgspec import Meta
+
+Count = Annotated[int, Meta(ge=0, description="count")]
+Seconds = Annotated[float, Meta(description="s")]
+Watts = Annotated[float, Meta(description="W")]
+Volts = Annotated[float, Meta(description="V")]
+Amperes = Annotated[float, Meta(description="A")]
+Celsius = Annotated[float, Meta(description="degC")]
+Fraction = Annotated[float, Meta(ge=0, le=1, description="0 to 1")]
+Nanoseconds = Annotated[int, Meta(description="ns")]
+
+
+class Stream(StrEnum):
+    """Telemetry streams: each has its own sequence numbers, priority and drop policy."""
+
+    EVENT = "event"
+    FDIR = "fdir"
+    VERIFICATION = "verification"
+    SECURITY = "security"
+    BOOT = "boot"
+    LEDGER = "ledger"
+    RESULT = "result"
+    PLAN = "plan"
+    HOUSEKEEPING = "hk"
+
+
+class Mode(StrEnum):
+    """Node modes. SAFE: beacon, commands and telemetry, no inference."""
+
+    BOOT = "boot"
+    NOMINAL = "nominal"
+    ECLIPSE = "eclipse"
+    SAFE = "safe"
+
+
+class Severity(IntEnum):
+    """Event severities (after PUS service 5)."""
+
+    INFO = 1
+    LOW = 2
+    MEDIUM = 3
+    HIGH = 4
+
+
+class Stage(StrEnum):
+    """Stages of command verification (after PUS service 1)."""
+
+    ACCEPTED = "accepted"
+    STARTED = "started"
+    PROGRESS = "progress"
+    COMPLETED = "completed"
+
+
+class Level(IntEnum):
+    """Recovery levels (design section 6)."""
+
+    IN_WORKER_REPAIR = 0
+    EPOCH_REDO = 1
+    WORKER_RESTART = 2
+    IMAGE_REBUILD = 3
+    NODE_RESTART = 4
+    SAFE_MODE = 5
+
+
+class Outcome(StrEnum):
+    """How a recovery action ended."""
+
+    STARTED = "started"
+    REPAIRED = "repaired"
+    REDONE = "redone"
+    RESTARTED = "restarted"
+    ESCALATED = "escalated"
+    FAILED = "failed"
+
+
+class Packet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of every telemetry packet. `stream` says in which stream it travels."""
+
+    stream: ClassVar[Stream]
+    type_name: ClassVar[str]
+
+
+class Housekeeping(Packet, frozen=True, kw_only=True):
+    """The node's state, at a fixed rate of physical time."""
+
+    stream: ClassVar[Stream] = Stream.HOUSEKEEPING
+    type_name: ClassVar[str] = "housekeeping"
+
+    mode: Mode
+    uptime_s: Seconds
+    clock_locked: bool
+    """True while mission time is steered by the bus."""
+    sunlit: Fraction
+    """Forecast sunlit fraction of the solar disc now."""
+    eclipse_entry_ns: Nanoseconds | None
+    """Mission time (UTC) of the next forecast umbra entry."""
+    eclipse_exit_ns: Nanoseconds | None
+    """Mission time (UTC) of the next forecast umbra exit."""
+    battery_soc: Fraction | None
+    """State of charge as the bus reports it; None while unknown."""
+    array_w: Watts | None
+    load_w: Watts
+    """Draw of the payload computer as the board driver reads it."""
+    ceiling_w: Watts
+    """Ceiling the governor holds."""
+    duty: Fraction
+    """Share of time the worker may decode (token pacing)."""
+    board_c: Celsius | None
+    worker_state: str
+    worker_generation: Count
+    worker_restarts: Count
+    tokens_released: Count
+    """Tokens released since the node was first started (durable)."""
+    tokens_discarded: Count
+    """Provisional tokens thrown away by dirty epochs, since boot."""
+    token_rate_hz: Annotated[float, Meta(ge=0, description="tokens/s")]
+    """Released tokens a second of physical time, last period."""
+    epochs_clean: Count
+    epochs_dirty: Count
+    strikes_detected: Count
+    strikes_repaired: Count
+    scan_ms: Annotated[float, Meta(ge=0, description="ms")]
+    """Mean time of one proof of an epoch, last period."""
+    jobs_queued: Count
+    jobs_done: Count
+    spool_records: Count
+    spool_bytes: Annotated[int, Meta(ge=0, description="byte")]
+    link_up: bool
+    commands_accepted: Count
+    commands_rejected: Count
+    garbage_messages: Count
+    """Messages on any topic that could not be read, counted and dropped."""
+
+
+class Event(Packet, frozen=True, kw_only=True):
+    """Something happened once."""
+
+    stream: ClassVar[Stream] = Stream.EVENT
+    type_name: ClassVar[str] = "event"
+
+    severity: Severity
+    name: str
+    """Event identifier in dotted form, e.g. `worker.restarted`."""
+    text: str
+    evidence: dict[str, str | int | float | bool | None] = {}
+
+
+class Certificate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Proof that a block of tokens came from memory that was right (design section 5)."""
+
+    image_id: str
+    """First 16 hex digits of the SHA-256 of the image manifest."""
+    epoch: Count
+    """Epoch number within the job, from 0, counting committed epochs only."""
+    kv_digest: bytes
+    """8 bytes: xxh3_64 chained over the KV row digests of the block, big-endian."""
+    chain: bytes
+    """32 bytes: SHA-256 over the previous chain value and this block; see `telemetry.certificate`."""
+
+
+class Result(Packet, frozen=True, kw_only=True):
+    """A committed block of tokens of one inference job."""
+
+    stream: ClassVar[Stream] = Stream.RESULT
+    type_name: ClassVar[str] = "result"
+
+    job: str
+    first: Count
+    """Index of the block's first token within the generated text, from 0."""
+    tokens: list[int]
+    text: bytes
+    """UTF-8 bytes these tokens add to the text. May end inside a character: join before decoding."""
+    certificate: Certificate
+    prompt_tokens: list[int] | None = None
+    """Token ids of the prompt, in the job's first block only: the chain starts from them."""
+    finish: str | None = None
+    """None while the job goes on; else `length`, `eos`, `cancelled` or `failed: ...`."""
+
+
+class Verification(Packet, frozen=True, kw_only=True):
+    """Report on one telecommand."""
+
+    stream: ClassVar[Stream] = Stream.VERIFICATION
+    type_name: ClassVar[str] = "verification"
+
+    key_id: str
+    command_seq: Count
+    name: str
+    stage: Stage
+    ok: bool
+    code: str
+    """`ok`, or a short reason code such as `unknown_command` or `bad_argument`."""
+    reason: str = ""
+
+
+class FdirReport(Packet, frozen=True, kw_only=True):
+    """One detection, with evidence, action, outcome and latency."""
+
+    stream: ClassVar[Stream] = Stream.FDIR
+    type_name: ClassVar[str] = "fdir"
+
+    monitor: str
+    """What noticed: `weights.digest`, `kv.digest`, `worker.ping`, `worker.exit`."""
+    level: Level
+    outcome: Outcome
+    action: str
+    detected_ns: Nanoseconds
+    """Host clock (CLOCK_REALTIME) of the detection: physical time, comparable with the bench's strikes."""
+    recovered_ns: Nanoseconds | None
+    """Host clock when service was whole again, None if it is not."""
+    region: str = ""
+    """`weights` or `kv`, empty when not about memory."""
+    page: Count | None = None
+    """Page number in weights.bin, or plane * positions + position for a KV row."""
+    role: str = ""
+    """Tensor role from the manifest, or `k` / `v`."""
+    evidence: dict[str, str | int | float | bool | None] = {}
+
+
+class BootReport(Packet, frozen=True, kw_only=True):
+    """Sent once a boot: who we are and why we started."""
+
+    stream: ClassVar[Stream] = Stream.BOOT
+    type_name: ClassVar[str] = "boot"
+
+    software: str
+    boot: Count
+    clean_shutdown: bool
+    """True when the boot before ended in an ordered stop."""
+    config_sha256: str
+    image_id: str | None
+    board: str
+    python: str
+    onnxruntime: str | None
+    resumed_job: str | None
+
+
+class PowerPlan(Packet, frozen=True, kw_only=True):
+    """The governor's ceiling and why, on each change of reason or of more than 5 %."""
+
+    stream: ClassVar[Stream] = Stream.PLAN
+    type_name: ClassVar[str] = "plan"
+
+    ceiling_w: Watts
+    duty: Fraction
+    reason: str
+    """What binds: `board`, `array`, `battery`, `thermal`, `command`, `floor`, `unknown_bus`."""
+    battery_soc: Fraction | None
+    soc_floor: Fraction
+    eclipse_entry_ns: Nanoseconds | None
+    eclipse_exit_ns: Nanoseconds | None
+
+
+class StreamLedger(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Account of one (boot, stream)."""
+
+    boot: Count
+    stream: Stream
+    generated: Count
+    acked: Count
+    stored: Count
+    dropped: dict[str, int]
+    """Records dropped by policy, by reason."""
+
+
+class Ledger(Packet, frozen=True, kw_only=True):
+    """generated = acked + stored + dropped, for every boot and stream, before this packet itself."""
+
+    stream: ClassVar[Stream] = Stream.LEDGER
+    type_name: ClassVar[str] = "ledger"
+
+    streams: list[StreamLedger]
+
+
+class SecurityReport(Packet, frozen=True, kw_only=True):
+    """Counters of the command authenticator, on each rejection (throttled) and with each ledger."""
+
+    stream: ClassVar[Stream] = Stream.SECURITY
+    type_name: ClassVar[str] = "security"
+
+    accepted: Count
+    redelivered: Count
+    rejected: dict[str, int]
+    """Rejections by reason (see the table of rejection codes)."""
+    last_key_id: str | None
+    last_seq: Count | None
+    last_reason: str | None
+
+
+PACKETS: tuple[type[Packet], ...] = (
+    Housekeeping, Event, Result, Verification, FdirReport, BootReport, PowerPlan, Ledger, SecurityReport,
+)  # fmt: skip
+"""Every packet type, in the order of the ICD."""
+
+BY_TYPE: dict[str, type[Packet]] = {p.type_name: p for p in PACKETS}
+
+PRIORITY: dict[Stream, int] = {
+    Stream.SECURITY: 0,
+    Stream.FDIR: 0,
+    Stream.EVENT: 1,
+    Stream.VERIFICATION: 1,
+    Stream.BOOT: 1,
+    Stream.LEDGER: 2,
+    Stream.RESULT: 3,
+    Stream.PLAN: 4,
+    Stream.HOUSEKEEPING: 5,
+}
+"""Downlink priority by stream, 0 first."""
