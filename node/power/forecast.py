@@ -1,0 +1,156 @@
+"""When the next eclipse comes, cheap enough to ask twice a second."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from node.power.ephemeris import NS_PER_DAY, NS_PER_S, Array, Ephemeris
+
+ORBITS_AHEAD: Final = 3
+SAMPLES_PER_ORBIT: Final = 600
+"""A sample each 9 s of a low orbit: brackets the edges; grazing passes are looked at again, finer."""
+BISECTIONS: Final = 14
+"""Halvings of a bracket: 9 s / 2**14 is 0.6 ms."""
+
+Times = NDArray[np.int64]
+
+
+class UmbraPass(msgspec.Struct, frozen=True, kw_only=True):
+    """One passage through the Earth's umbra, all UTC, ns."""
+
+    penumbra_entry_ns: int
+    entry_ns: int
+    exit_ns: int
+    penumbra_exit_ns: int
+
+    @property
+    def duration_s(self) -> float:
+        """Time in umbra, s."""
+        return (self.exit_ns - self.entry_ns) / NS_PER_S
+
+
+class EclipseForecast:
+    """Sunlight and umbra passes along one orbit.
+
+    Passes are found for three orbits ahead and kept until two of them are used up, so most calls cost a
+    look-up.
+    """
+
+    def __init__(self, ephemeris: Ephemeris) -> None:
+        self._ephemeris = ephemeris
+        self._passes: list[UmbraPass] = []
+        self._covered: tuple[int, int] | None = None
+
+    @classmethod
+    def from_tle(cls, line1: str, line2: str) -> EclipseForecast:
+        """Return the forecast for a TLE.
+
+        Raises
+        ------
+        PenumbraError
+            The TLE is malformed or its checksum is wrong; names the line.
+        """
+        return cls(Ephemeris(line1, line2))
+
+    @property
+    def period_s(self) -> float:
+        """Period of the orbit, s."""
+        return self._ephemeris.period_s
+
+    def tle_age_days(self, t_ns: int) -> float:
+        """Return how far `t_ns` lies from the TLE's epoch, days, never negative.
+
+        SGP4 drifts by kilometres a day in a low orbit: about 1 km at epoch, useful for two weeks.
+        """
+        return abs(t_ns - self._ephemeris.epoch_ns) / NS_PER_DAY
+
+    def sunlit(self, t_ns: int) -> float:
+        """Return the visible share of the Sun's disc at `t_ns`, 0 to 1.
+
+        Raises
+        ------
+        PropagationError
+            SGP4 has no position at that time.
+        """
+        return float(self._ephemeris.sunlit_fraction(t_ns))
+
+    def next_umbra(self, t_ns: int) -> UmbraPass | None:
+        """Return the umbra pass under way at `t_ns`, else the next one within about two orbits.
+
+        Returns
+        -------
+        UmbraPass or None
+            None when the orbit meets no umbra in that time.
+
+        Raises
+        ------
+        PropagationError
+            SGP4 has no position in the time looked at.
+        """
+        period_ns = round(self.period_s * NS_PER_S)
+        covered = self._covered
+        if covered is None or not covered[0] <= t_ns <= covered[1]:
+            # One orbit back: a pass under way needs its beginning too.
+            begin, end = t_ns - period_ns, t_ns + ORBITS_AHEAD * period_ns
+            self._passes = self._find(begin, end)
+            # Half an orbit back is still good: mission time may be set back a little by the bus.
+            self._covered = (t_ns - period_ns // 2, end - 2 * period_ns)
+        return next((p for p in self._passes if p.exit_ns > t_ns), None)
+
+    def _find(self, begin_ns: int, end_ns: int) -> list[UmbraPass]:
+        step = round(self.period_s * NS_PER_S / SAMPLES_PER_ORBIT)
+        times = np.arange(begin_ns, end_ns + step, step, dtype=np.int64)
+        times = self._refine_grazing(times)
+        umbra = self._crossings(times, self._umbra_margin)
+        penumbra = self._crossings(times, self._penumbra_margin)
+        passes = []
+        for entry, leave in umbra:
+            around = next((p for p in penumbra if p[0] <= entry and leave <= p[1]), None)
+            if around is not None:
+                passes.append(
+                    UmbraPass(
+                        penumbra_entry_ns=around[0], entry_ns=entry, exit_ns=leave, penumbra_exit_ns=around[1]
+                    )
+                )
+        return passes
+
+    def _refine_grazing(self, times: Times) -> Times:
+        """Add samples where the Sun comes close to the Earth's limb between two samples and turns back."""
+        margin = self._umbra_margin(times)
+        low = (
+            np.flatnonzero((margin[1:-1] > 0) & (margin[1:-1] <= margin[:-2]) & (margin[1:-1] <= margin[2:]))
+            + 1
+        )
+        extra = [np.linspace(times[i - 1], times[i + 1], 42, dtype=np.int64)[1:-1] for i in low]
+        return np.unique(np.concatenate([times, *extra]))
+
+    def _umbra_margin(self, times: Times) -> Array:
+        """Angle by which the Sun's far limb stands clear of the Earth's disc, rad; below 0 in umbra."""
+        sun, earth, separation = self._ephemeris.shadow(times)
+        return separation - (earth - sun)
+
+    def _penumbra_margin(self, times: Times) -> Array:
+        sun, earth, separation = self._ephemeris.shadow(times)
+        return separation - (earth + sun)
+
+    @staticmethod
+    def _crossings(times: Times, margin: Callable[[Times], Array]) -> list[tuple[int, int]]:
+        """Return (entry, exit) pairs of a margin going below and above 0, whole ones only."""
+        below = margin(times) < 0
+        edges = np.flatnonzero(below[1:] != below[:-1])
+        if edges.size == 0:
+            return []
+        falling = below[edges + 1]
+        low, high = times[edges], times[edges + 1]
+        for _ in range(BISECTIONS):
+            middle = low + (high - low) // 2
+            before = (margin(middle) < 0) != falling
+            low, high = np.where(before, middle, low), np.where(before, high, middle)
+        moments = [int(t) for t in high]
+        first = 0 if falling[0] else 1
+        return list(zip(moments[first::2], moments[first + 1 :: 2], strict=False))
