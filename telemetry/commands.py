@@ -1,0 +1,227 @@
+"""Telecommands: the envelope, and the dictionary of commands with typed, ranged arguments.
+
+    msgpack [version, key id, seq, t_issue_ns, t_expire_ns, node, name, args] | HMAC-SHA-256, 32 bytes
+
+`args` is a map. The MAC is taken over the bytes as sent, never over a re-encoding. An envelope proves who
+sent it; whether the arguments make sense is a separate question, answered by `parse_arguments`.
+"""
+
+from __future__ import annotations
+
+import math
+from enum import StrEnum
+from typing import Annotated, Any, ClassVar, Literal
+
+import msgspec
+from msgspec import Meta
+
+from telemetry.frame import MissionTime, Sequence
+from telemetry.keys import MAC_BYTES, Domain, KeyRing, KeyState
+from telemetry.packets import Mode
+
+COMMAND_VERSION = 1
+MAX_COMMAND_BYTES = 128 * 1024
+"""Largest telecommand read, bytes: a prompt of 16000 characters of 4 bytes, and room (assumed)."""
+
+
+class Hazard(StrEnum):
+    """What a command can do to the mission if sent by mistake."""
+
+    NONE = "none"
+    SERVICE = "service"
+    """Can interrupt or starve the inference service; reversible by command."""
+
+
+class ArgumentCode(StrEnum):
+    """Why an authentic command is refused; the code of its failed verification."""
+
+    UNKNOWN_COMMAND = "unknown_command"
+    BAD_ARGUMENT = "bad_argument"
+
+
+class CommandError(ValueError):
+    """Bytes that are no telecommand, or a telecommand that does not fit the dictionary.
+
+    `code` is None for bytes that are no telecommand.
+    """
+
+    def __init__(self, reason: str, code: ArgumentCode | None = None) -> None:
+        super().__init__(reason)
+        self.code = code
+
+
+class Command(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """The envelope of a telecommand. The order of the fields is the order on the wire."""
+
+    version: int
+    key_id: str
+    """Key it is signed with; sequence numbers count per key."""
+    seq: Sequence
+    """Must be above the last one accepted with this key, by at most the window."""
+    t_issue_ns: MissionTime
+    """Mission time (UTC) of issue, ns since 1970."""
+    t_expire_ns: MissionTime
+    """Mission time (UTC) from which on it is not executed any more, ns since 1970."""
+    node: str
+    name: str
+    args: dict[str, Any]
+
+
+JobId = Annotated[
+    str, Meta(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$", description="1 to 64 of a-z, 0-9, '.', '_', '-'")
+]
+
+
+class Arguments(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of the arguments of every command."""
+
+    name: ClassVar[str]
+    hazard: ClassVar[Hazard]
+
+    def __post_init__(self) -> None:
+        for field in self.__struct_fields__:
+            value = getattr(self, field)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{field} is not finite")
+
+
+class Ping(Arguments, frozen=True, kw_only=True):
+    """Answer with the four stages of verification, and do nothing."""
+
+    name: ClassVar[str] = "ping"
+    hazard: ClassVar[Hazard] = Hazard.NONE
+
+
+class Infer(Arguments, frozen=True, kw_only=True):
+    """Put an inference job at the end of the durable queue."""
+
+    name: ClassVar[str] = "infer"
+    hazard: ClassVar[Hazard] = Hazard.NONE
+
+    job: JobId
+    """Names the job in its results; must be new."""
+    prompt: Annotated[str, Meta(min_length=1, max_length=16000, description="1 to 16000 characters")]
+    max_tokens: Annotated[int, Meta(ge=1, le=2048, description="1 to 2048 tokens")]
+
+
+class Cancel(Arguments, frozen=True, kw_only=True):
+    """End a job at the end of its current epoch, or take it out of the queue."""
+
+    name: ClassVar[str] = "cancel"
+    hazard: ClassVar[Hazard] = Hazard.SERVICE
+
+    job: JobId
+
+
+class SetMode(Arguments, frozen=True, kw_only=True):
+    """Enter safe mode, or leave it. Nominal and eclipse then follow the sunlight."""
+
+    name: ClassVar[str] = "set_mode"
+    hazard: ClassVar[Hazard] = Hazard.SERVICE
+
+    mode: Literal[Mode.NOMINAL, Mode.SAFE]
+
+
+class SetPowerCap(Arguments, frozen=True, kw_only=True):
+    """Bound the ceiling of the governor from above. None takes the bound away."""
+
+    name: ClassVar[str] = "set_power_cap"
+    hazard: ClassVar[Hazard] = Hazard.SERVICE
+
+    power_w: Annotated[float, Meta(ge=0.1, le=1000, description="0.1 to 1000 W")] | None
+
+
+class ReportLedger(Arguments, frozen=True, kw_only=True):
+    """Send a ledger packet and a security report now."""
+
+    name: ClassVar[str] = "report_ledger"
+    hazard: ClassVar[Hazard] = Hazard.NONE
+
+
+COMMANDS: dict[str, type[Arguments]] = {
+    kind.name: kind for kind in (Ping, Infer, Cancel, SetMode, SetPowerCap, ReportLedger)
+}
+"""The dictionary of commands, by name."""
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Command)
+
+
+def make_command(
+    arguments: Arguments, *, key_id: str, seq: int, t_issue_ns: int, t_expire_ns: int, node: str
+) -> Command:
+    """Return the envelope of a command, not yet signed.
+
+    Raises
+    ------
+    CommandError
+        An argument out of its range: what the node would refuse is not sent.
+    """
+    command = Command(
+        COMMAND_VERSION,
+        key_id,
+        seq,
+        t_issue_ns,
+        t_expire_ns,
+        node,
+        arguments.name,
+        msgspec.to_builtins(arguments),
+    )
+    parse_arguments(command)
+    return command
+
+
+def encode_command(command: Command, ring: KeyRing) -> bytes:
+    """Return the command signed with the key it names.
+
+    Raises
+    ------
+    CommandError
+        The ring has no active key of that id.
+    """
+    key = ring.get(command.key_id)
+    if key is None or key.state is not KeyState.ACTIVE:
+        raise CommandError(f"key {command.key_id!r} is unknown or retired: it cannot sign")
+    body = _encoder.encode(command)
+    return body + key.mac(Domain.COMMAND, body)
+
+
+def split_command(payload: bytes) -> tuple[Command, bytes, bytes]:
+    """Return (envelope, signed bytes, MAC) of a telecommand **that is not authenticated yet**.
+
+    Raises
+    ------
+    CommandError
+        Wrong size, version or shape, or an expiry that is not after the issue.
+    """
+    if not MAC_BYTES < len(payload) <= MAX_COMMAND_BYTES:
+        raise CommandError(f"{len(payload)} bytes, {MAC_BYTES + 1} to {MAX_COMMAND_BYTES} allowed")
+    body, mac = payload[:-MAC_BYTES], payload[-MAC_BYTES:]
+    try:
+        command = _decoder.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise CommandError(f"not a telecommand: {error}") from None
+    if command.version != COMMAND_VERSION:
+        raise CommandError(f"telecommand version {command.version}, {COMMAND_VERSION} expected")
+    if command.t_expire_ns <= command.t_issue_ns:
+        raise CommandError("telecommand expires before it is issued")
+    return command, body, mac
+
+
+def parse_arguments(command: Command) -> Arguments:
+    """Return the typed arguments of an authentic command.
+
+    Raises
+    ------
+    CommandError
+        With `code` set: no such command, or an argument missing, unknown or out of its range.
+    """
+    kind = COMMANDS.get(command.name)
+    if kind is None:
+        raise CommandError(
+            f"no command {command.name[:40]!r}; there are {', '.join(COMMANDS)}", ArgumentCode.UNKNOWN_COMMAND
+        )
+    try:
+        return msgspec.convert(command.args, kind)
+    except msgspec.ValidationError as error:
+        raise CommandError(f"{command.name}: {error}", ArgumentCode.BAD_ARGUMENT) from None

@@ -1,0 +1,205 @@
+"""Keys shared by ground and node, for commands and acknowledgements.
+
+A key file is TOML, readable by its owner only:
+
+    [[key]]
+    id = "ground-1"
+    secret = "<64 or more hex digits>"
+    state = "active"        # or "retired": known, but nothing signed with it is accepted
+
+Two active keys may stand side by side, so that a key can be changed without a gap. A message names the
+domain it was signed for, so an acknowledgement can never pass for a command.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import re
+import secrets
+import stat
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from telemetry.errors import PenumbraError
+
+MIN_SECRET_BYTES = 32
+"""Shortest secret, bytes: the output length of SHA-256, below which HMAC loses strength (RFC 2104)."""
+MAC_BYTES = 32
+KEY_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}")
+
+
+class KeyState(StrEnum):
+    """Whether a key may be used."""
+
+    ACTIVE = "active"
+    RETIRED = "retired"
+
+
+class Domain(StrEnum):
+    """What a message was signed for: put in front of the bytes that are authenticated."""
+
+    COMMAND = "penumbra command 1"
+    ACK = "penumbra ack 1"
+
+
+@dataclass(frozen=True)
+class Key:
+    """One shared secret. The secret never shows in `repr`."""
+
+    id: str
+    secret: bytes = field(repr=False)
+    state: KeyState = KeyState.ACTIVE
+
+    def mac(self, domain: Domain, message: bytes) -> bytes:
+        """Return the HMAC-SHA-256 (32 bytes) over the domain and the message."""
+        return hmac.new(self.secret, domain.value.encode() + b"\0" + message, hashlib.sha256).digest()
+
+    def verify(self, domain: Domain, message: bytes, mac: bytes) -> bool:
+        """Return whether `mac` is right, in constant time."""
+        return hmac.compare_digest(self.mac(domain, message), mac)
+
+
+class _KeyEntry(msgspec.Struct, forbid_unknown_fields=True):
+    id: str
+    secret: Annotated[str, Meta(pattern="^(?:[0-9A-Fa-f]{2})*$")]
+    state: KeyState = KeyState.ACTIVE
+
+
+class _KeyFile(msgspec.Struct, forbid_unknown_fields=True):
+    key: Annotated[list[_KeyEntry], Meta(min_length=1)]
+
+
+class KeyRing:
+    """All keys a side knows, by id.
+
+    Parameters
+    ----------
+    keys
+        Ids must differ; `ValueError` if they do not.
+    """
+
+    def __init__(self, keys: Iterable[Key]) -> None:
+        self._keys: dict[str, Key] = {}
+        for key in keys:
+            if key.id in self._keys:
+                raise ValueError(f"key id {key.id!r} twice")
+            self._keys[key.id] = key
+
+    def __repr__(self) -> str:
+        return f"KeyRing({list(self._keys.values())!r})"
+
+    @classmethod
+    def load(cls, path: Path) -> KeyRing:
+        """Read a key file.
+
+        Raises
+        ------
+        PenumbraError
+            Missing, unreadable, readable by others, not valid, a secret under 32 bytes, an id twice,
+            or no active key.
+        """
+        text = _read_private(path)
+        try:
+            content = msgspec.convert(tomllib.loads(text), _KeyFile)
+        except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
+            # The error names the field, never its value: a secret must not reach a log.
+            raise PenumbraError(
+                f"key file {path}: {error}",
+                'it must hold [[key]] tables with id, secret (hex) and state = "active" or "retired"',
+            ) from None
+        keys = []
+        for number, entry in enumerate(content.key, 1):
+            if not KEY_ID.fullmatch(entry.id):
+                raise PenumbraError(
+                    f"key file {path}: key {number}: id {entry.id!r} is not allowed",
+                    "use 1 to 32 of A-Z, a-z, 0-9, '.', '_' and '-', the first a letter or digit",
+                )
+            secret = bytes.fromhex(entry.secret)
+            if len(secret) < MIN_SECRET_BYTES:
+                raise PenumbraError(
+                    f"key file {path}: key {entry.id!r}: the secret has {len(secret)} bytes, "
+                    f"{MIN_SECRET_BYTES} or more are needed",
+                    "delete the file and have it generated again",
+                )
+            keys.append(Key(entry.id, secret, entry.state))
+        try:
+            ring = cls(keys)
+        except ValueError as error:
+            raise PenumbraError(f"key file {path}: {error}", "give every key its own id") from None
+        if not any(key.state is KeyState.ACTIVE for key in keys):
+            raise PenumbraError(f"key file {path}: no key is active", 'set state = "active" on one of them')
+        return ring
+
+    def get(self, key_id: str) -> Key | None:
+        """Return the key of that id, active or not, or None."""
+        return self._keys.get(key_id)
+
+    def signing_key(self) -> Key:
+        """Return the first active key, for signing.
+
+        Raises
+        ------
+        ValueError
+            No key is active.
+        """
+        for key in self._keys.values():
+            if key.state is KeyState.ACTIVE:
+                return key
+        raise ValueError("no key of the ring is active")
+
+
+def _read_private(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+            if mode & 0o077:
+                raise PenumbraError(
+                    f"key file {path}: mode {mode:04o} lets others read or write it, 0600 is needed",
+                    f"chmod 600 {path}",
+                )
+            return file.read().decode()
+    except OSError as error:
+        raise PenumbraError(
+            f"key file {path}: {error.strerror or error}", "generate one, or correct its path"
+        ) from None
+    except UnicodeDecodeError:
+        raise PenumbraError(f"key file {path}: not UTF-8 text", "generate it again") from None
+
+
+def generate_key_file(path: Path, key_id: str = "ground-1") -> None:
+    """Write a key file with one new random active key, mode 0600. Never overwrites.
+
+    Raises
+    ------
+    PenumbraError
+        The file exists, or cannot be written.
+    """
+    if not KEY_ID.fullmatch(key_id):
+        raise PenumbraError(
+            f"key id {key_id!r} is not allowed", "use 1 to 32 of A-Z, a-z, 0-9, '.', '_', '-'"
+        )
+    text = f'[[key]]\nid = "{key_id}"\nsecret = "{secrets.token_hex(MIN_SECRET_BYTES)}"\nstate = "active"\n'
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        raise PenumbraError(
+            f"key file {path}: exists already", "delete it first if its key may be given up"
+        ) from None
+    except OSError as error:
+        raise PenumbraError(
+            f"key file {path}: {error.strerror or error}", "choose a writable place"
+        ) from None
+    with os.fdopen(descriptor, "w") as file:
+        os.fchmod(file.fileno(), 0o600)
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
