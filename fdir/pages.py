@@ -1,0 +1,386 @@
+"""Digests of the memory pages a file is mapped to, and the scan that finds the bad ones.
+
+A file that a library maps privately (weights, say) lives in this process as ordinary writable memory. The
+digests of its 4 KiB pages, taken when the file was made, tell at any time whether that memory still holds
+what it should.
+
+Hash: xxh3_64 of the page. Beside one digest a page there is one for each block of up to `BLOCK_PAGES`
+pages of a tensor, so that proving sound memory costs few long hash calls; single pages are hashed only
+inside a block that fails. A random change goes unseen with probability 2^-64 a block.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from telemetry.errors import PenumbraError
+
+PAGE_SIZE = 4096
+"""Bytes of a page."""
+BLOCK_PAGES = 256
+"""Pages of a block: 1 MiB, long enough for the hash to run at memory speed and release the interpreter
+lock."""
+
+
+class MappedTensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A tensor that lies in a mapped file, on pages of its own."""
+
+    name: str
+    role: str
+    """What it does: attn_q, attn_k, attn_v, attn_output, ffn_gate, ffn_up, ffn_down, norm, head, embed,
+    scale, rope or other."""
+    layer: int | None
+    offset: int
+    """First byte in the file; a multiple of the page size."""
+    length: int
+    """Bytes; the rest of the last page is zero."""
+    first_page: int
+    page_count: int
+    sparse: bool
+    """Only some rows are read, such as those of the tokens in use: see `WeightMemory.row_pages`."""
+    read: bool
+    """False if it is read while loading only, never in a step: what happens to it later cannot matter."""
+
+
+class Span(NamedTuple):
+    """A stretch of a process's memory backed by a file."""
+
+    address: int
+    file_offset: int
+    length: int
+
+
+class BadPage(NamedTuple):
+    """A page that does not hash to its digest."""
+
+    page: int
+    """Number in the file."""
+    address: int
+    """Where it is in this process."""
+    tensor: str
+    role: str
+    layer: int | None
+
+
+def live_mappings(path: Path, pid: int | str = "self") -> list[Span]:
+    """Find where a process has mapped a file.
+
+    Parameters
+    ----------
+    path
+        The file.
+    pid
+        The process; ``"self"`` is this one.
+
+    Returns
+    -------
+    Spans by file offset; neighbours in both memory and file are joined. Empty if the file is not mapped.
+
+    Raises
+    ------
+    OSError
+        There is no such process, or its mappings may not be read.
+    """
+    wanted = str(path.resolve()).replace("\n", "\\012")
+    found: list[Span] = []
+    for line in Path(f"/proc/{pid}/maps").read_text(encoding="utf-8", errors="surrogateescape").splitlines():
+        fields = line.split(maxsplit=5)
+        if len(fields) == 6 and fields[5] == wanted:
+            start, end = (int(part, 16) for part in fields[0].split("-"))
+            found.append(Span(start, int(fields[2], 16), end - start))
+    joined: list[Span] = []
+    for span in sorted(found):
+        last = joined[-1] if joined else None
+        if (
+            last
+            and last.address + last.length == span.address
+            and last.file_offset + last.length == span.file_offset
+        ):
+            joined[-1] = last._replace(length=last.length + span.length)
+        else:
+            joined.append(span)
+    return sorted(joined, key=lambda span: span.file_offset)
+
+
+def page_digests(data: memoryview) -> NDArray[np.uint64]:
+    """Hash each page of a buffer.
+
+    Parameters
+    ----------
+    data
+        Contiguous bytes; a last page that is not full counts as padded with zeros.
+
+    Returns
+    -------
+    uint64, shape ``(pages,)``.
+    """
+    whole, rest = divmod(len(data), PAGE_SIZE)
+    starts = range(0, whole * PAGE_SIZE, PAGE_SIZE)
+    digests = [xxhash.xxh3_64_intdigest(data[at : at + PAGE_SIZE]) for at in starts]
+    if rest:
+        digests.append(xxhash.xxh3_64_intdigest(bytes(data[-rest:]).ljust(PAGE_SIZE, b"\0")))
+    return np.array(digests, np.uint64)
+
+
+@dataclass(frozen=True)
+class PageTable:
+    """Digests of a file, of its parity file, and of the blocks of its tensors.
+
+    Parameters
+    ----------
+    pages
+        uint64, one a page of the file.
+    parity
+        uint64, one a page of the parity file.
+    blocks
+        For each tensor uint64, one for each `BLOCK_PAGES` pages from its first page on; the last may be
+        shorter.
+    """
+
+    pages: NDArray[np.uint64]
+    parity: NDArray[np.uint64]
+    blocks: tuple[NDArray[np.uint64], ...]
+
+    @classmethod
+    def build(cls, data: memoryview, parity: memoryview, tensors: Sequence[MappedTensor]) -> PageTable:
+        """Take the digests of a file whose length is a multiple of the page size, and of its parity file."""
+        blocks = tuple(
+            np.array(
+                [xxhash.xxh3_64_intdigest(data[start:end]) for start, end in _block_ranges(tensor)], np.uint64
+            )
+            for tensor in tensors
+        )
+        return cls(page_digests(data), page_digests(parity), blocks)
+
+    @classmethod
+    def from_bytes(
+        cls, raw: bytes, pages: int, parity_pages: int, tensors: Sequence[MappedTensor]
+    ) -> PageTable:
+        """Read what `to_bytes` wrote.
+
+        Raises
+        ------
+        PenumbraError
+            The number of digests is not that of these pages and tensors.
+        """
+        counts = [-(-tensor.page_count // BLOCK_PAGES) for tensor in tensors]
+        expected = 8 * (pages + parity_pages + sum(counts))
+        if len(raw) != expected:
+            raise PenumbraError(f"page digests: {len(raw)} bytes, {expected} needed", "build the image again")
+        values = np.frombuffer(raw, "<u8").astype(np.uint64)
+        bounds = np.cumsum([pages, parity_pages, *counts])[:-1]
+        first, second, *blocks = np.split(values, bounds)
+        return cls(first, second, tuple(blocks))
+
+    def to_bytes(self) -> bytes:
+        """Return all digests, little-endian: pages, parity pages, then blocks tensor by tensor."""
+        return np.concatenate((self.pages, self.parity, *self.blocks)).astype("<u8").tobytes()
+
+    def page_is_good(self, page: int, data: memoryview | bytes) -> bool:
+        """Tell whether bytes are those of a page of the file."""
+        return xxhash.xxh3_64_intdigest(data) == int(self.pages[page])
+
+    def parity_is_good(self, page: int, data: memoryview | bytes) -> bool:
+        """Tell whether bytes are those of a page of the parity file."""
+        return xxhash.xxh3_64_intdigest(data) == int(self.parity[page])
+
+
+def _block_ranges(tensor: MappedTensor) -> Iterator[tuple[int, int]]:
+    """Yield the byte range in the file of each block of a tensor."""
+    last = tensor.first_page + tensor.page_count
+    for first in range(tensor.first_page, last, BLOCK_PAGES):
+        yield first * PAGE_SIZE, min(first + BLOCK_PAGES, last) * PAGE_SIZE
+
+
+class _Block(NamedTuple):
+    view: memoryview
+    digest: int
+    first_page: int
+
+
+class WeightMemory:
+    """The tensors of a file as this process has mapped them: checked, and open to repair in place.
+
+    Blocks are numbered: first those of tensors that every step reads whole, `live_blocks` of them, then those
+    read in part (``sparse``) or while loading only (``read`` false), up to `block_count`.
+
+    Make one with `attach`. It is valid as long as the mapping, so keep the session that made it alive.
+    """
+
+    def __init__(self, tensors: Sequence[MappedTensor], addresses: Sequence[int], table: PageTable) -> None:
+        self.tensors = tuple(tensors)
+        self.table = table
+        self._address = {
+            tensor.first_page: address for tensor, address in zip(tensors, addresses, strict=True)
+        }
+        self._owner = np.full(len(table.pages), -1, np.int32)
+        live: list[_Block] = []
+        rest: list[_Block] = []
+        for index, tensor in enumerate(self.tensors):
+            self._owner[tensor.first_page : tensor.first_page + tensor.page_count] = index
+            whole = _memory(self._address[tensor.first_page], tensor.page_count * PAGE_SIZE)
+            for (start, end), digest in zip(_block_ranges(tensor), table.blocks[index], strict=True):
+                view = whole[start - tensor.offset : end - tensor.offset]
+                chosen = live if tensor.read and not tensor.sparse else rest
+                chosen.append(_Block(view, int(digest), start // PAGE_SIZE))
+        self._blocks = live + rest
+        self.live_blocks = len(live)
+        self.live_bytes = sum(len(block.view) for block in live)
+        """Bytes one `scan` hashes."""
+
+    @classmethod
+    def attach(cls, path: Path, tensors: Sequence[MappedTensor], table: PageTable) -> WeightMemory:
+        """Find the tensors of a file in this process.
+
+        Parameters
+        ----------
+        path
+            The mapped file.
+        tensors
+            What should be mapped from it.
+        table
+            The digests of that file.
+
+        Raises
+        ------
+        PenumbraError
+            A tensor is not mapped, or is mapped more than once (then one copy would go unprotected).
+        """
+        spans = live_mappings(path)
+        addresses: list[int] = []
+        for tensor in tensors:
+            end = (tensor.first_page + tensor.page_count) * PAGE_SIZE
+            found = [
+                span.address + tensor.offset - span.file_offset
+                for span in spans
+                if span.file_offset <= tensor.offset and end <= span.file_offset + span.length
+            ]
+            if len(found) != 1:
+                state = f"mapped {len(found)} times" if found else "not mapped"
+                raise PenumbraError(
+                    f"{path}: tensor {tensor.name} (pages {tensor.first_page} to {end // PAGE_SIZE - 1}) "
+                    f"is {state} in this process",
+                    "load exactly one session from this image, and keep it while its memory is in use",
+                )
+            addresses.append(found[0])
+        return cls(tensors, addresses, table)
+
+    @property
+    def block_count(self) -> int:
+        """Number of blocks of all tensors."""
+        return len(self._blocks)
+
+    def scan(self, pool: Executor | None = None, parts: int = 1) -> list[BadPage]:
+        """Check everything that every step reads; sparse tensors are left to `scan_pages`.
+
+        Parameters
+        ----------
+        pool
+            Where to run; None runs all in this thread.
+        parts
+            Number of pieces given to the pool.
+
+        Returns
+        -------
+        The bad pages in file order; empty if the memory is sound.
+        """
+        if pool is None or parts == 1:
+            return self.scan_blocks(range(self.live_blocks))
+        pieces = [range(part, self.live_blocks, parts) for part in range(parts)]
+        return sorted(chain.from_iterable(pool.map(self.scan_blocks, pieces)))
+
+    def scan_blocks(self, numbers: Iterable[int]) -> list[BadPage]:
+        """Check some blocks, such as the next few of a rolling scrub; returns the bad pages in file order."""
+        bad: list[BadPage] = []
+        for number in numbers:
+            block = self._blocks[number]
+            if xxhash.xxh3_64_intdigest(block.view) != block.digest:
+                count = len(block.view) // PAGE_SIZE
+                bad += self.scan_pages(range(block.first_page, block.first_page + count))
+        return sorted(bad)
+
+    def scan_pages(self, pages: Iterable[int]) -> list[BadPage]:
+        """Check single pages, such as those of the embedding rows in use; returns the bad ones."""
+        return [
+            self._bad_page(page)
+            for page in pages
+            if not self.table.page_is_good(page, self.page_view(page).data)
+        ]
+
+    def row_pages(self, rows: NDArray[np.int64], row_count: int) -> NDArray[np.int64]:
+        """Return the pages that rows of the sparse tensors lie on.
+
+        Parameters
+        ----------
+        rows
+            Row numbers, such as token ids, any shape.
+        row_count
+            Rows of each sparse tensor, such as the size of the vocabulary.
+
+        Returns
+        -------
+        Page numbers, sorted, each once.
+        """
+        unique = np.unique(rows)
+        found: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
+        for tensor in self.tensors:
+            if tensor.sparse:
+                row_bytes = tensor.length // row_count
+                first = (tensor.offset + unique * row_bytes) // PAGE_SIZE
+                last = (tensor.offset + (unique + 1) * row_bytes - 1) // PAGE_SIZE
+                found += [first + step for step in range(int((last - first).max(initial=0)) + 1)]
+                found[-1] = np.minimum(found[-1], last)
+        return np.unique(np.concatenate(found))
+
+    def page_address(self, page: int) -> int:
+        """Return where a page of the file is in this process.
+
+        Raises
+        ------
+        KeyError
+            The page belongs to no tensor.
+        """
+        tensor = self.tensor_of(page)
+        return self._address[tensor.first_page] + (page - tensor.first_page) * PAGE_SIZE
+
+    def page_view(self, page: int) -> NDArray[np.uint8]:
+        """Return the live page, uint8, shape ``(4096,)``; writing to it changes what is computed on."""
+        return np.frombuffer(_memory(self.page_address(page), PAGE_SIZE), np.uint8)
+
+    def address(self, offset: int) -> int:
+        """Return where a byte of the file is in this process."""
+        page, rest = divmod(offset, PAGE_SIZE)
+        return self.page_address(page) + rest
+
+    def tensor_of(self, page: int) -> MappedTensor:
+        """Return the tensor a page belongs to.
+
+        Raises
+        ------
+        KeyError
+            It belongs to none.
+        """
+        owner = int(self._owner[page]) if 0 <= page < len(self._owner) else -1
+        if owner < 0:
+            raise KeyError(page)
+        return self.tensors[owner]
+
+    def _bad_page(self, page: int) -> BadPage:
+        tensor = self.tensor_of(page)
+        return BadPage(page, self.page_address(page), tensor.name, tensor.role, tensor.layer)
+
+
+def _memory(address: int, length: int) -> memoryview:
+    """Return memory of this process as a writable view, without a copy."""
+    return memoryview((ctypes.c_ubyte * length).from_address(address)).cast("B")

@@ -1,0 +1,253 @@
+"""The manifest of a model image: what was built, from what, for which machine, and where each tensor lies.
+
+An image is a directory ``<images>/<slot>/``; slots are ``a`` and ``b``. Its files are listed in `FILES`.
+
+``manifest.json`` is one JSON object ``{"xxh3": "<16 hex>", "body": {...}}``. The digest is xxh3_64 of the
+body's bytes as they stand in the file, which are canonical (msgspec JSON, deterministic order): a flipped
+bit in the manifest is noticed before any of its figures is used. The image id is the first 16 hexadecimal
+digits of the SHA-256 of the same bytes; the body holds neither time nor place, so both slots built from
+one model bear one id.
+
+``digests.bin`` holds unsigned 64-bit little-endian xxh3_64 values, without a header, in this order:
+
+1. one for each 4 KiB page of ``weights.bin`` (`Manifest.weight_pages` of them; the last page zero padded);
+2. one for each page of ``parity.bin`` (`Manifest.parity_pages`);
+3. for each tensor of `Manifest.tensors`, in that order, one for each block of up to 256 consecutive pages
+   counted from the tensor's first page. A scan of all weights is then some 500 long hash calls, not 75,000
+   short ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import msgspec
+import xxhash
+
+from fdir.pages import PAGE_SIZE, MappedTensor, PageTable, WeightMemory
+from telemetry.errors import PenumbraError
+
+FORMAT_VERSION = 1
+"""Version of the image format; an image of another version is refused."""
+GRAPH, WEIGHTS, PARITY = "model.onnx", "weights.bin", "parity.bin"
+DIGESTS, TOKENIZER, MANIFEST = "digests.bin", "tokenizer.model", "manifest.json"
+FILES = (GRAPH, WEIGHTS, PARITY, DIGESTS, TOKENIZER, MANIFEST)
+"""Every file of an image."""
+SLOTS = ("a", "b")
+Slot: TypeAlias = Literal["a", "b"]
+
+_REBUILD = "build the image again: `penumbra model build --force`"
+_X86_FEATURES = (
+    "avx avx2 fma f16c avx_vnni "
+    "avx512f avx512bw avx512cd avx512dq avx512vl avx512_vnni avx512_bf16 amx_tile amx_int8"
+)
+_ARM_FEATURES = "asimd asimddp i8mm sve bf16 fphp asimdhp"
+
+
+class GemmaShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Dimensions of a Gemma 3 text model, as its metadata give them."""
+
+    layers: int
+    width: int
+    """Length of a hidden state."""
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    """Length of the hidden layer of the feed-forward network."""
+    vocab: int
+    rms_eps: float
+    context: int
+    """Positions the model was trained for; in an image, those it can address: the length of the rotary
+    tables."""
+    window: int
+    """Positions a sliding-window layer attends to, its own included."""
+    global_every: int
+    """Every N-th layer (N-1, 2N-1, ... counted from 0) attends to all positions, the others to the window."""
+    rope_base_local: float
+    rope_base_global: float
+    rope_scale_global: float
+    """Factor positions are divided by in global layers."""
+    attention_scale: float
+
+    def is_global(self, layer: int) -> bool:
+        """Tell whether a layer, counted from 0, attends to all positions."""
+        return (layer + 1) % self.global_every == 0
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Everything that is fixed when an image is built."""
+
+    format: int
+    builder: int
+    """Version of the build steps: images of an older one are built again."""
+    model: str
+    """``general.name`` of the GGUF."""
+    gguf_sha256: str
+    onnxruntime: str
+    cpu: str
+    """Fingerprint of the CPU features the packed weights are laid out for, see `cpu_fingerprint`."""
+    page_size: int
+    shape: GemmaShape
+    bos: int
+    eos: int
+    sizes: dict[str, int]
+    """Bytes of each file but the manifest."""
+    sha256: dict[str, str]
+    """SHA-256 of graph, tokenizer and digests. Weights and parity are covered by the page digests."""
+    weight_pages: int
+    parity_pages: int
+    parity_data: int
+    """Data pages in a parity group."""
+    parity_extra: int
+    """Parity pages of a group: the number of bad pages it can restore."""
+    tensors: tuple[MappedTensor, ...]
+    """What a loaded session maps from the weights file, in file order."""
+
+
+class _Envelope(msgspec.Struct, forbid_unknown_fields=True):
+    xxh3: str
+    body: msgspec.Raw
+
+
+def default_images_dir() -> Path:
+    """Return ``$PENUMBRA_IMAGES``, or ``penumbra/images`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    if images := os.environ.get("PENUMBRA_IMAGES"):
+        return Path(images)
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "penumbra" / "images"
+
+
+def cpu_fingerprint(cpuinfo: str | None = None) -> str:
+    """Name the CPU features that decide how ONNX Runtime packs weights, such as ``x86_64:avx,avx2,f16c,fma``.
+
+    Parameters
+    ----------
+    cpuinfo
+        Text in the form of ``/proc/cpuinfo``; None reads that of this machine.
+    """
+    text = Path("/proc/cpuinfo").read_text(encoding="utf-8") if cpuinfo is None else cpuinfo
+    machine = platform.machine()
+    known = _ARM_FEATURES if machine in {"aarch64", "arm64"} else _X86_FEATURES
+    flags: set[str] = set()
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in {"flags", "Features"}:
+            flags = set(value.split())
+            break
+    return f"{machine}:{','.join(sorted(flags & set(known.split())))}"
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """Return the contents of ``manifest.json``."""
+    body = canonical_body(manifest)
+    return msgspec.json.encode(_Envelope(xxh3=xxhash.xxh3_64_hexdigest(body), body=msgspec.Raw(body))) + b"\n"
+
+
+def canonical_body(manifest: Manifest) -> bytes:
+    """Return the bytes the digest and the image id are taken of."""
+    return msgspec.json.encode(manifest, order="deterministic")
+
+
+def image_id(manifest: Manifest) -> str:
+    """Return the image id: 16 hexadecimal digits, the same for every slot built from one model."""
+    return hashlib.sha256(canonical_body(manifest)).hexdigest()[:16]
+
+
+def load_manifest(image_dir: Path) -> Manifest:
+    """Read ``manifest.json`` and check that it is whole and of a version this code knows.
+
+    Parameters
+    ----------
+    image_dir
+        The directory of the slot.
+
+    Raises
+    ------
+    PenumbraError
+        The manifest is missing, damaged, or of another format version.
+    """
+    path = image_dir / MANIFEST
+    try:
+        raw = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise PenumbraError(f"{path}: no such file: {image_dir} is not a model image", _REBUILD) from None
+    try:
+        envelope = msgspec.json.decode(raw, type=_Envelope)
+        found = xxhash.xxh3_64_hexdigest(bytes(envelope.body))
+        if found != envelope.xxh3:
+            raise PenumbraError(
+                f"{path}: damaged: its body hashes to {found}, it says {envelope.xxh3}", _REBUILD
+            )
+        version = msgspec.json.decode(envelope.body, type=dict[str, msgspec.Raw]).get(
+            "format", msgspec.Raw(b"?")
+        )
+        if bytes(version) != b"%d" % FORMAT_VERSION:
+            raise PenumbraError(
+                f"{path}: image format {bytes(version).decode()}; this version reads format {FORMAT_VERSION}",
+                _REBUILD,
+            )
+        return msgspec.json.decode(envelope.body, type=Manifest)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise PenumbraError(f"{path}: damaged: {error}", _REBUILD) from None
+
+
+def check_machine(manifest: Manifest, image_dir: Path, onnxruntime: str) -> None:
+    """Check that packed weights of an image fit this CPU and this ONNX Runtime.
+
+    Parameters
+    ----------
+    manifest
+        The image's manifest.
+    image_dir
+        Its directory, for the message.
+    onnxruntime
+        Version of ONNX Runtime in use.
+
+    Raises
+    ------
+    PenumbraError
+        The image was built for another CPU or another version.
+    """
+    for field, built, here in (
+        ("onnxruntime", manifest.onnxruntime, onnxruntime),
+        ("cpu", manifest.cpu, cpu_fingerprint()),
+        ("page_size", str(manifest.page_size), str(PAGE_SIZE)),
+    ):
+        if built != here:
+            raise PenumbraError(
+                f"{image_dir / MANIFEST}: built for {field} {built}, this machine has {here}", _REBUILD
+            )
+
+
+def load_page_table(image_dir: Path, manifest: Manifest) -> PageTable:
+    """Read ``digests.bin``.
+
+    Raises
+    ------
+    PenumbraError
+        The file is missing, of the wrong size, or does not hash to what the manifest says.
+    """
+    path = image_dir / DIGESTS
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise PenumbraError(f"{path}: no such file", _REBUILD) from None
+    if hashlib.sha256(raw).hexdigest() != manifest.sha256[DIGESTS]:
+        raise PenumbraError(f"{path}: damaged: its SHA-256 is not the one in {MANIFEST}", _REBUILD)
+    return PageTable.from_bytes(raw, manifest.weight_pages, manifest.parity_pages, manifest.tensors)
+
+
+def attach_weights(image_dir: Path, manifest: Manifest) -> WeightMemory:
+    """Find the weights that a session of this process has mapped from an image, once it is loaded.
+
+    Raises
+    ------
+    PenumbraError
+        A tensor of the manifest is not mapped, or ``digests.bin`` is missing or damaged.
+    """
+    return WeightMemory.attach(image_dir / WEIGHTS, manifest.tensors, load_page_table(image_dir, manifest))
