@@ -1,0 +1,258 @@
+"""Configuration of the node: one TOML file, strict and typed.
+
+An unknown key, a wrong type, a value out of range or two values that contradict each other are refused
+with a message that names file, section, key, value and what is allowed. Relative paths are taken from
+the directory of the file. `docs/node-example.toml` shows every key with its default.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import msgspec
+from msgspec import Meta
+
+from fdir.health import PingLimits
+from fdir.recovery import RestartPolicy
+from node.boards import BoardSettings
+from node.power.governor import GovernorSettings
+from telemetry.errors import PenumbraError
+from telemetry.topics import check_node_name
+
+SOCKET_PATH_BYTES = 107
+"""Longest path of a Unix socket on Linux (`sun_path` less its terminating zero)."""
+_UNKNOWN = re.compile(r"unknown field `([^`]*)`")
+_AT = re.compile(r"^(?P<what>.*?)(?: - at `\$(?P<path>[^`]*)`)?$", re.DOTALL)
+
+Seconds = Annotated[float, Meta(gt=0, le=86_400)]
+Text = Annotated[str, Meta(min_length=1, max_length=4096)]
+
+
+class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of the sections."""
+
+
+class NodeSection(Section, frozen=True, kw_only=True):
+    """Who the node is, and where it keeps its state."""
+
+    name: Text
+    """Name in every topic: 1 to 31 of a-z, 0-9 and '-'."""
+    state_dir: Text
+    """Directory for `node.db`, `node.lock`, `worker.sock` and `worker.log`; made if missing."""
+
+
+class ModelSection(Section, frozen=True, kw_only=True):
+    """Which model image the worker loads."""
+
+    images_dir: Text
+    """Directory that holds the image slots."""
+    slot: Literal["a", "b"] = "a"
+    threads: Annotated[int, Meta(ge=1, le=256)] = 2
+    """Threads the worker computes with."""
+
+
+class BusSection(Section, frozen=True, kw_only=True):
+    """The spacecraft bus."""
+
+    url: Text
+    """MQTT broker of the bus, e.g. `mqtt://127.0.0.1:1883`."""
+
+
+class LinkSection(Section, frozen=True, kw_only=True):
+    """The space link."""
+
+    url: Text
+    """MQTT broker at the far end of the space link; may be that of the bus."""
+    max_unacked: Annotated[int, Meta(ge=1, le=10_000)] = 128
+    """Records that may wait for the archive's acknowledgement at once."""
+
+
+class KeysSection(Section, frozen=True, kw_only=True):
+    """Keys of the ground."""
+
+    file: Text
+    """Key file, mode 0600, see `telemetry.keys`."""
+
+
+class WorkerSection(Section, frozen=True, kw_only=True):
+    """The inference worker and its supervision. Times are physical seconds."""
+
+    epoch_tokens: Annotated[int, Meta(ge=1, le=1024)] = 32
+    """Tokens decoded between two proofs of memory."""
+    positions: Annotated[int, Meta(ge=16, le=32_768)] = 1024
+    """Positions of the KV arena: prompt and answer of a job together."""
+    retries: Annotated[int, Meta(ge=0, le=100)] = 3
+    """Times a dirty epoch is decoded again before the worker gives up."""
+    ping_period_s: Seconds = 0.5
+    ping_warn_s: Seconds = 1.0
+    ping_fatal_s: Seconds = 2.5
+    start_timeout_s: Seconds = 20.0
+    """Time from the start of the process to `Ready`."""
+    stop_timeout_s: Annotated[float, Meta(gt=0, le=10)] = 3.0
+    """Time a worker has to end in order before it is killed."""
+    restart_limit: Annotated[int, Meta(ge=1, le=1000)] = 5
+    """Restarts within the window; one fault more is safe mode."""
+    restart_window_s: Seconds = 60.0
+
+    def __post_init__(self) -> None:
+        if not self.ping_period_s <= self.ping_warn_s < self.ping_fatal_s:
+            raise ValueError(
+                f"ping_period_s {self.ping_period_s:g} <= ping_warn_s {self.ping_warn_s:g}"
+                f" < ping_fatal_s {self.ping_fatal_s:g} does not hold"
+            )
+
+    def ping_limits(self) -> PingLimits:
+        """Return the limits of the health pings."""
+        return PingLimits(self.ping_period_s, self.ping_warn_s, self.ping_fatal_s, self.ping_period_s)
+
+    def restart_policy(self) -> RestartPolicy:
+        """Return the bounds of the recovery ladder."""
+        return RestartPolicy(
+            limit=self.restart_limit, window_s=self.restart_window_s, start_timeout_s=self.start_timeout_s
+        )
+
+
+class TelemetrySection(Section, frozen=True, kw_only=True):
+    """Telemetry and its store. Times are physical seconds."""
+
+    housekeeping_period_s: Annotated[float, Meta(ge=0.05, le=3600)] = 1.0
+    ledger_period_s: Annotated[float, Meta(ge=0.05, le=86_400)] = 5.0
+    spool_max_bytes: Annotated[int, Meta(ge=65_536, le=1 << 40)] = 64 << 20
+    """Frames the spool holds before its drop policy acts, bytes."""
+    database_max_bytes: Annotated[int, Meta(ge=1 << 20, le=1 << 41)] = 256 << 20
+    """Size that `node.db` never exceeds, bytes."""
+    retransmit_s: Annotated[float, Meta(ge=0.1, le=3600)] = 5.0
+    """Age of an unacknowledged record after which it is sent again."""
+
+    def __post_init__(self) -> None:
+        if self.database_max_bytes < 2 * self.spool_max_bytes:
+            raise ValueError(
+                f"database_max_bytes {self.database_max_bytes} must be at least twice spool_max_bytes"
+                f" {self.spool_max_bytes}: the file holds jobs and indexes as well"
+            )
+
+
+class NodeConfig(Section, frozen=True, kw_only=True):
+    """The whole configuration."""
+
+    node: NodeSection
+    model: ModelSection
+    bus: BusSection
+    link: LinkSection
+    keys: KeysSection
+    worker: WorkerSection = WorkerSection()
+    power: GovernorSettings = GovernorSettings()
+    telemetry: TelemetrySection = TelemetrySection()
+    board: BoardSettings = BoardSettings()
+
+    @classmethod
+    def load(cls, path: Path) -> NodeConfig:
+        """Read a configuration file.
+
+        Raises
+        ------
+        PenumbraError
+            The file is missing, no TOML, or anything in it is not allowed.
+        """
+        try:
+            raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise PenumbraError(
+                f"configuration {path}: {error.strerror or error}", "give the path of a readable file"
+            ) from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise PenumbraError(
+                f"configuration {path}: not TOML: {error}", "docs/node-example.toml shows the form"
+            ) from None
+        _check_finite(path, raw)
+        try:
+            config = msgspec.convert(raw, cls)
+        except msgspec.ValidationError as error:
+            raise _explain(path, raw, str(error)) from None
+        return config._checked(path)
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the effective configuration, defaults included, 64 hex digits."""
+        return hashlib.sha256(msgspec.json.encode(self, order="deterministic")).hexdigest()
+
+    @property
+    def state_dir(self) -> Path:
+        """Directory of the node's files."""
+        return Path(self.node.state_dir)
+
+    @property
+    def image_dir(self) -> Path:
+        """Directory of the model image in use."""
+        return Path(self.model.images_dir) / self.model.slot
+
+    @property
+    def arena_path(self) -> Path:
+        """Named shared memory of the KV arena; one a state directory, so two nodes never share one."""
+        digest = hashlib.sha256(str(self.state_dir).encode()).hexdigest()[:8]
+        return Path("/dev/shm") / f"penumbra-{self.node.name}-{digest}"  # noqa: S108 - tmpfs on purpose
+
+    def _checked(self, path: Path) -> NodeConfig:
+        """Return the configuration with its paths made absolute, checked against the system's limits."""
+        check_node_name(self.node.name)
+        base = path.absolute().parent
+        state_dir = Path(os.path.abspath(base / self.node.state_dir))
+        socket_bytes = len(bytes(state_dir / "worker.sock"))
+        if socket_bytes > SOCKET_PATH_BYTES:
+            raise PenumbraError(
+                f"configuration {path}: [node] state_dir = {str(state_dir)!r}: worker.sock in it has a path"
+                f" of {socket_bytes} bytes, {SOCKET_PATH_BYTES} are allowed for a Unix socket",
+                "choose a shorter path",
+            )
+        return msgspec.structs.replace(
+            self,
+            node=msgspec.structs.replace(self.node, state_dir=str(state_dir)),
+            model=msgspec.structs.replace(self.model, images_dir=str(base / self.model.images_dir)),
+            keys=msgspec.structs.replace(self.keys, file=str(base / self.keys.file)),
+        )
+
+
+def _check_finite(path: Path, raw: dict[str, Any]) -> None:
+    """TOML knows nan and inf, which pass many range checks; no value here may be one."""
+    for section, table in raw.items():
+        for key, value in table.items() if isinstance(table, dict) else ():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise PenumbraError(
+                    f"configuration {path}: [{section}] {key} = {value}: a finite number is needed",
+                    "give a number",
+                )
+
+
+def _explain(path: Path, raw: dict[str, Any], error: str) -> PenumbraError:
+    """Turn msgspec's message into one that names section, key, value and what is allowed."""
+    match = _AT.match(error)
+    what = match["what"] if match else error
+    keys = [k for k in (match["path"] or "").split(".") if k] if match else []
+    value: Any = raw
+    kind: Any = NodeConfig
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+        fields = {f.encode_name: f.type for f in msgspec.structs.fields(kind)} if _is_struct(kind) else {}
+        kind = fields.get(key)
+    where = f"[{keys[0]}]" if keys else "top level"
+    if len(keys) > 1:
+        where += f" {'.'.join(keys[1:])} = {value!r}"
+    mend = "docs/node-example.toml shows every key with its default"
+    if get_origin(kind) is Literal:
+        mend = f"allowed are {', '.join(map(repr, get_args(kind)))}"
+    elif _is_struct(kind):
+        mend = f"allowed here: {', '.join(kind.__struct_fields__)}"
+        unknown = _UNKNOWN.search(what)
+        if unknown and isinstance(value, dict):
+            what = f"unknown key {unknown[1]!r} = {value.get(unknown[1])!r}"
+    return PenumbraError(f"configuration {path}: {where}: {what}", mend)
+
+
+def _is_struct(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, msgspec.Struct)

@@ -1,0 +1,223 @@
+"""A scripted worker for the tests of the node: speaks the real protocol, decodes nothing.
+
+The text it "generates" is a function of the job and the index of the token, so a resumed job must come
+out equal. Misbehaviour is asked for by the prompt (`!exit_at=N`, `!stall_at=N`, `!strike`, `!jobs_bad`)
+or, at start, by `--start` (`ok`, `exit`, `hang`, `wrong_generation`, `garbage`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import hashlib
+import os
+import re
+import signal
+import socket
+import struct
+import sys
+import time
+from pathlib import Path
+
+from node.inference import protocol as p
+from telemetry.certificate import chain_next, chain_start
+from telemetry.packets import Certificate
+
+IMAGE_ID = "00112233aabbccdd"
+PR_SET_PDEATHSIG = 1
+
+
+def prompt_tokens(prompt: str) -> list[int]:
+    return list(prompt.encode()[:16])
+
+
+def token(job: str, index: int) -> int:
+    digest = hashlib.sha256(f"{job}/{index}".encode()).digest()
+    return 97 + int.from_bytes(digest[:2], "big") % 26
+
+
+def text_of(job: str, count: int) -> bytes:
+    return bytes(token(job, i) for i in range(count))
+
+
+def blocks(job: str, prompt: str, max_tokens: int, epoch_tokens: int) -> list[p.Block]:
+    """Every block of a job, as a worker that is never disturbed sends them."""
+    chain = chain_start(IMAGE_ID, job, prompt_tokens(prompt))
+    out = []
+    for epoch, first in enumerate(range(0, max_tokens, epoch_tokens)):
+        tokens = [token(job, i) for i in range(first, min(first + epoch_tokens, max_tokens))]
+        kv_digest = struct.pack(">Q", first)
+        chain = chain_next(chain, epoch, first, tokens, kv_digest)
+        certificate = Certificate(image_id=IMAGE_ID, epoch=epoch, kv_digest=kv_digest, chain=chain)
+        last = first + len(tokens) == max_tokens
+        out.append(
+            p.Block(
+                job=job,
+                first=first,
+                tokens=tokens,
+                text=bytes(tokens),
+                certificate=certificate,
+                prompt_tokens=prompt_tokens(prompt) if first == 0 else None,
+                finish="length" if last else None,
+            )
+        )
+    return out
+
+
+class ScriptedWorker:
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.reader: p.Reader[p.FromSupervisor] = p.Reader(p.FromSupervisor)
+        self.job: p.Start | None = None
+        self.pending: list[p.Block] = []
+        self.cancelled = False
+        self.duty = 1.0
+        self.committed = 0
+        self.status_at = 0.0
+        self.block_at = 0.0
+
+    def send(self, message: p.Message) -> None:
+        self.socket.sendall(p.encode(message))
+
+    def run(self) -> int:
+        start = self.args.start
+        if start == "exit":
+            return 7
+        self.socket.connect(self.args.socket)
+        if start == "garbage":
+            self.socket.sendall(struct.pack(">I", 3) + b"\xc1\xc1\xc1")
+        if start in ("hang", "garbage"):
+            time.sleep(600)
+        generation = self.args.generation + (start == "wrong_generation")
+        self.send(
+            p.Ready(
+                generation=generation,
+                pid=os.getpid(),
+                image_id=IMAGE_ID,
+                onnxruntime="none",
+                resumed_job=None,
+                resumed_tokens=0,
+                load_s=0.01,
+            )
+        )
+        self.socket.settimeout(0.01)
+        while True:
+            try:
+                data = self.socket.recv(1 << 16)
+            except TimeoutError:
+                data = None
+            if data == b"":
+                return 0
+            for message in self.reader.feed(data or b""):
+                if isinstance(message, p.Shutdown):
+                    return 0
+                self.take(message)
+            self.step()
+
+    def take(self, message: p.Message) -> None:
+        match message:
+            case p.Ping(key=key):
+                self.send(p.Pong(key=key))
+            case p.Pace(duty=duty):
+                self.duty = duty
+            case p.Cancel(job=job):
+                self.cancelled = self.job is not None and self.job.job == job
+            case p.Start():
+                self.start(message)
+
+    def start(self, message: p.Start) -> None:
+        if "!jobs_bad" in message.prompt:
+            self.send(p.JobError(job=message.job, reason="the prompt is too long"))
+            return
+        self.job = message
+        self.cancelled = False
+        every = blocks(message.job, message.prompt, message.max_tokens, self.args.epoch_tokens)
+        skip = 1 if "!gap" in message.prompt else 0
+        known = message.known_tokens
+        self.pending = [b for b in every if b.first + len(b.tokens) > known][skip:]
+        if "!repeat" in message.prompt:
+            self.pending = every
+
+    def option(self, name: str) -> int | None:
+        found = re.search(rf"!{name}=(\d+)", self.job.prompt) if self.job else None
+        return int(found[1]) if found else None
+
+    def misbehave_once(self, name: str, first: int) -> bool:
+        """True at the block the prompt names, the first time only: a file remembers it over restarts."""
+        mark = Path(self.args.socket).with_name(f"mark-{name}-{first}")
+        if self.option(name) != first or ("!always" not in self.job.prompt and mark.exists()):
+            return False
+        mark.touch()
+        return True
+
+    def step(self) -> None:
+        now = time.monotonic()
+        if now >= self.status_at:
+            self.status_at = now + 0.2
+            self.status()
+        if not self.pending or self.job is None or now < self.block_at:
+            return
+        self.block_at = now + self.args.block_s
+        block = self.pending.pop(0)
+        if self.cancelled:
+            self.send(p.Block(**{**_fields(block), "tokens": [], "text": b"", "finish": "cancelled"}))
+            self.pending = []
+            return
+        if self.misbehave_once("exit_at", block.first):
+            os._exit(3)
+        if self.misbehave_once("stall_at", block.first):
+            time.sleep(600)
+        if self.misbehave_once("fatal_at", block.first):
+            self.send(p.Fatal(reason="retries exhausted"))
+            sys.exit(1)
+        if "!strike" in self.job.prompt and block.first == 0:
+            now_ns = time.time_ns()
+            self.send(
+                p.Strike(
+                    region="weights",
+                    page=12,
+                    role="ffn_up",
+                    detected_ns=now_ns,
+                    recovered_ns=now_ns + 1_000_000,
+                    method="parity",
+                )
+            )
+        self.committed += len(block.tokens)
+        self.send(block)
+        if block.finish is not None:
+            self.job = None
+
+    def status(self) -> None:
+        dirty = 1 if self.job is not None and "!strike" in self.job.prompt and self.committed else 0
+        self.send(
+            p.Status(
+                tokens_committed=self.committed,
+                tokens_discarded=4 * dirty,
+                epochs_clean=self.committed // 4,
+                epochs_dirty=dirty,
+                scan_ms=1.5,
+                step_ms=1.0,
+                scrub_pass_s=None,
+            )
+        )
+
+
+def _fields(block: p.Block) -> dict[str, object]:
+    return {name: getattr(block, name) for name in block.__struct_fields__}
+
+
+def main() -> int:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--socket", required=True)
+    parser.add_argument("--generation", type=int, required=True)
+    parser.add_argument("--epoch-tokens", type=int, default=4)
+    parser.add_argument("--block-s", type=float, default=0.02)
+    parser.add_argument("--start", default="ok")
+    args, _ = parser.parse_known_args()
+    return ScriptedWorker(args).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
