@@ -8,7 +8,6 @@ sent it; whether the arguments make sense is a separate question, answered by `p
 
 from __future__ import annotations
 
-import math
 from enum import StrEnum
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -17,7 +16,6 @@ from msgspec import Meta
 
 from telemetry.frame import MissionTime, Sequence
 from telemetry.keys import MAC_BYTES, Domain, KeyRing, KeyState
-from telemetry.packets import Mode
 
 COMMAND_VERSION = 1
 MAX_COMMAND_BYTES = 128 * 1024
@@ -68,7 +66,7 @@ class Command(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
 
 
 JobId = Annotated[
-    str, Meta(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$", description="1 to 64 of a-z, 0-9, '.', '_', '-'")
+    str, Meta(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}\Z", description="1 to 64 of a-z, 0-9, '.', '_', '-'")
 ]
 
 
@@ -77,12 +75,6 @@ class Arguments(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     name: ClassVar[str]
     hazard: ClassVar[Hazard]
-
-    def __post_init__(self) -> None:
-        for field in self.__struct_fields__:
-            value = getattr(self, field)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{field} is not finite")
 
 
 class Ping(Arguments, frozen=True, kw_only=True):
@@ -119,7 +111,7 @@ class SetMode(Arguments, frozen=True, kw_only=True):
     name: ClassVar[str] = "set_mode"
     hazard: ClassVar[Hazard] = Hazard.SERVICE
 
-    mode: Literal[Mode.NOMINAL, Mode.SAFE]
+    mode: Literal["nominal", "safe"]
 
 
 class SetPowerCap(Arguments, frozen=True, kw_only=True):

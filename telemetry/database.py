@@ -1,0 +1,295 @@
+"""One SQLite database owned by one thread, with group commit.
+
+The event loop never touches the disk: `Database.run` hands a function to the thread that owns the connection
+and waits for its result. Requests that queue up meanwhile share one transaction, each in a savepoint of its
+own, so one failing does not undo the others. WAL with synchronous=FULL: when `run` returns, what the function
+wrote survives SIGKILL and power loss.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import os
+import queue
+import sqlite3
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from telemetry.errors import PenumbraError
+
+T = TypeVar("T")
+log = logging.getLogger("penumbra.database")
+
+GROUP_MAX = 256
+"""Most requests of one transaction (assumed: bounds what one lost transaction costs)."""
+CLOSE_TIMEOUT_S = 5.0
+"""How long `close` waits for queued requests, s (assumed)."""
+_SIDE_FILES = ("-wal", "-shm")
+
+
+class StoreFull(Exception):
+    """The database may not grow any more: disk full, or `max_bytes` reached. Nothing was written."""
+
+
+@dataclass(frozen=True)
+class _Request:
+    function: Callable[[sqlite3.Connection], Any]
+    future: asyncio.Future[Any]
+    loop: asyncio.AbstractEventLoop
+
+    def settle(self, result: Any, error: Exception | None) -> None:
+        """Deliver the outcome on the loop that asked; nobody may be left there to take it."""
+
+        def deliver() -> None:
+            if self.future.done():
+                return
+            if error is None:
+                self.future.set_result(result)
+            else:
+                self.future.set_exception(error)
+
+        try:
+            self.loop.call_soon_threadsafe(deliver)
+        except RuntimeError:
+            log.debug("a database request outlived its event loop")
+
+
+def is_full(error: BaseException) -> bool:
+    """Return whether SQLite failed because the database may not grow (SQLite reports ENOSPC so too)."""
+    return getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+
+
+class Database:
+    """A connection, its thread and its lock file. Made by `Database.open`.
+
+    Attributes
+    ----------
+    recovered_from
+        Where a corrupt database was moved to at open, None if the database was sound. Everything that had
+        been stored is lost to the node then: the caller reports it, and must not reuse a boot number.
+    """
+
+    def __init__(self, path: Path, max_bytes: int | None) -> None:
+        self.path = path
+        self.recovered_from: Path | None = None
+        self._max_bytes = max_bytes
+        self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
+        self._closed = False
+        self._thread = threading.Thread(target=self._own, name=f"database.{path.name}", daemon=True)
+        self._opened: asyncio.Future[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    @classmethod
+    async def open(cls, path: Path, *, max_bytes: int | None = None) -> Database:
+        """Open or create a database and check it.
+
+        A corrupt file is moved aside as `<name>.corrupt-<n>` and a new one begun: a node in orbit must come
+        up. See `recovered_from`.
+
+        Parameters
+        ----------
+        path
+            The file. Its directory must exist and be writable. It is locked against a second process.
+        max_bytes
+            Most bytes of the database file; beyond it a write raises `StoreFull`. None: bounded by the disk.
+
+        Raises
+        ------
+        PenumbraError
+            The directory is missing or not writable, or another process holds the database.
+        """
+        database = cls(path, max_bytes)
+        database._loop = asyncio.get_running_loop()
+        database._opened = database._loop.create_future()
+        database._thread.start()
+        await database._opened
+        return database
+
+    async def run(self, function: Callable[[sqlite3.Connection], T]) -> T:
+        """Run `function(connection)` in a transaction; return its result once that is durable.
+
+        All effects of `function` must be in the database: it is run a second time when the transaction it
+        shared was lost. Cancelling the wait does not undo it.
+
+        Raises
+        ------
+        StoreFull
+            The database may not grow; what the function wrote is undone.
+        RuntimeError
+            The database is closed.
+        Exception
+            Whatever the function raises; what it wrote is undone.
+        """
+        if self._closed:
+            raise RuntimeError(f"database {self.path} is closed")
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+        self._requests.put(_Request(function, future, loop))
+        return await future
+
+    async def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+        """Finish queued requests and close; at most `timeout_s`, then leave the thread behind with a warning.
+
+        A thread left behind holds no promise: every request it has not answered is not committed.
+        """
+        self._closed = True
+        self._requests.put(None)
+        await asyncio.get_running_loop().run_in_executor(None, self._thread.join, timeout_s)
+        if self._thread.is_alive():
+            log.warning("database %s is still busy %.1f s after close", self.path, timeout_s)
+
+    # What follows runs in the owning thread.
+
+    def _own(self) -> None:
+        try:
+            lock = self._lock()
+            connection = self._open_sound()
+        except Exception as error:
+            self._report_open(error)
+            return
+        self._report_open(None)
+        try:
+            self._serve(connection)
+        finally:
+            connection.close()
+            os.close(lock)
+
+    def _report_open(self, error: Exception | None) -> None:
+        opened, loop = self._opened, self._loop
+        if opened is None or loop is None:  # pragma: no cover - `open` sets both before the thread starts
+            return
+        _Request(lambda _: None, opened, loop).settle(None, error)
+
+    def _lock(self) -> int:
+        lock_path = self.path.with_name(self.path.name + ".lock")
+        try:
+            descriptor = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise PenumbraError(
+                f"database {self.path}: cannot write in its directory: {error.strerror}",
+                f"make sure {self.path.parent} exists and is writable",
+            ) from None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(descriptor)
+            raise PenumbraError(
+                f"database {self.path}: another process is using it",
+                "stop the other node, or give this one its own state directory",
+            ) from None
+        return descriptor
+
+    def _open_sound(self) -> sqlite3.Connection:
+        try:
+            return self._connect()
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.OperationalError) and not _is_damage(error):
+                raise PenumbraError(
+                    f"database {self.path}: {error}", "check the disk and its rights"
+                ) from None
+            self.recovered_from = self._move_aside()
+            log.error("database %s was corrupt (%s), moved to %s", self.path, error, self.recovered_from)
+            return self._connect()
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self.path, isolation_level=None)
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA synchronous=FULL")
+            findings = connection.execute("PRAGMA quick_check(1)").fetchall()
+            if findings != [("ok",)]:
+                raise sqlite3.DatabaseError(f"quick_check: {findings[0][0]}")
+            if self._max_bytes is not None:
+                (page_bytes,) = connection.execute("PRAGMA page_size").fetchone()
+                connection.execute(f"PRAGMA max_page_count={max(1, self._max_bytes // page_bytes)}")
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _move_aside(self) -> Path:
+        number = 1
+        while (aside := self.path.with_name(f"{self.path.name}.corrupt-{number}")).exists():
+            number += 1
+        for suffix in _SIDE_FILES:
+            side = self.path.with_name(self.path.name + suffix)
+            if side.exists():
+                side.rename(aside.with_name(aside.name + suffix))
+        self.path.rename(aside)
+        return aside
+
+    def _serve(self, connection: sqlite3.Connection) -> None:
+        running = True
+        while running:
+            group: list[_Request] = []
+            request = self._requests.get()
+            while True:
+                if request is None:
+                    running = False
+                    break
+                group.append(request)
+                if len(group) == GROUP_MAX:
+                    break
+                try:
+                    request = self._requests.get_nowait()
+                except queue.Empty:
+                    break
+            if group:
+                self._run_group(connection, group)
+
+    def _run_group(self, connection: sqlite3.Connection, group: list[_Request]) -> None:
+        outcomes: list[tuple[_Request, Any, Exception | None]] = []
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            for request in group:
+                outcomes.append((request, *_run_one(connection, request.function)))
+                if not connection.in_transaction:
+                    break
+            lost = not connection.in_transaction
+            if not lost:
+                connection.execute("COMMIT")
+        except sqlite3.Error as error:
+            lost = True
+            outcomes = [(request, None, _translate(error)) for request in group]
+        if lost and connection.in_transaction:
+            connection.execute("ROLLBACK")
+        if lost and len(group) > 1:
+            # SQLite gave up the whole transaction for the sake of one request: let each stand alone.
+            for request in group:
+                self._run_group(connection, [request])
+            return
+        for request, result, error_ in outcomes:
+            request.settle(result, error_)
+
+
+def _run_one(
+    connection: sqlite3.Connection, function: Callable[[sqlite3.Connection], Any]
+) -> tuple[Any, Exception | None]:
+    connection.execute("SAVEPOINT request")
+    try:
+        result = function(connection)
+    except Exception as error:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK TO request")
+            connection.execute("RELEASE request")
+        return None, _translate(error)
+    connection.execute("RELEASE request")
+    return result, None
+
+
+def _translate(error: Exception) -> Exception:
+    if is_full(error):
+        full = StoreFull(str(error))
+        full.__cause__ = error
+        return full
+    return error
+
+
+def _is_damage(error: sqlite3.Error) -> bool:
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    return code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
