@@ -34,7 +34,8 @@ class BadRow:
     position: int
     repaired: bool
     method: str
-    """`parity`: row rebuilt; `digest`: row and parity agreed, the digest was what was struck; `none`."""
+    """`parity`: row rebuilt; `digest`: row and parity agreed, the digest was what was struck;
+    `redo`: a row of the open epoch, which is written anew; `none`."""
 
 
 class RowIntegrity:
@@ -139,9 +140,13 @@ class RowIntegrity:
         self._committed = [h.copy() for h in self._running]
 
     def rewind(self) -> list[BadRow]:
-        """Drop the open epoch, then check and repair the proven rows one by one."""
+        """Drop the open epoch, then check and repair the proven rows one by one.
+
+        Damaged rows of the dropped epoch are in the list too, with method `redo`.
+        """
+        dropped = [BadRow(*at, True, "redo") for at in self._damaged(self.proven, self.written)]
         self.written = self.proven
-        bad = self.repair(self.proven)
+        bad = self.repair(self.proven) + dropped
         self._running = [h.copy() for h in self._committed]
         return bad
 
@@ -154,14 +159,14 @@ class RowIntegrity:
             Every row found bad, in order of plane and position; `repaired` is False where two rows of a
             group are damaged, or row and parity are.
         """
-        return [self._mend(plane, position, positions) for plane, position in self._damaged(positions)]
+        return [self._mend(plane, position, positions) for plane, position in self._damaged(0, positions)]
 
-    def _damaged(self, positions: int) -> Iterator[tuple[int, int]]:
+    def _damaged(self, start: int, stop: int, only: int | None = None) -> Iterator[tuple[int, int]]:
         digest, size = xxhash.xxh3_64_intdigest, self._row_bytes
-        for plane in range(self._planes):
-            expected: list[int] = self._digests[:positions, plane].tolist()
+        for plane in range(self._planes) if only is None else (only,):
+            expected: list[int] = self._digests[start:stop, plane].tolist()
             rows = self._bytes[plane]
-            for position, want in enumerate(expected):
+            for position, want in enumerate(expected, start):
                 if digest(rows[position * size : (position + 1) * size]) != want:
                     yield plane, position
 
@@ -176,7 +181,9 @@ class RowIntegrity:
         if got == int(self._digests[position, plane]):
             self._rows[plane, position] = rebuilt
             return BadRow(plane, position, True, "parity")
-        if np.array_equal(rebuilt, self._rows[plane, position]):
+        # Only if all other rows are whole: two rows with the same bit struck agree with parity as well.
+        others_whole = [at for at in self._damaged(start, stop, plane) if at[1] != position] == []
+        if others_whole and np.array_equal(rebuilt, self._rows[plane, position]):
             self._digests[position, plane] = got
             return BadRow(plane, position, True, "digest")
         return BadRow(plane, position, False, "none")

@@ -159,6 +159,7 @@ class KvArena:
 
     def close(self) -> None:
         """Let go of the lock; the mapping goes with the last view of it."""
+        fcntl.flock(self._file, fcntl.LOCK_UN)  # the mapping holds a copy of the descriptor, and so the lock
         os.close(self._file)
 
     def _read(self, page: int, kind: type[Record]) -> Record | None:

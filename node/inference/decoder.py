@@ -48,8 +48,9 @@ class Decoder:
                 if value.data_ptr() != plane.ctypes.data:
                     raise RuntimeError("ONNX Runtime copied the KV cache instead of binding it in place")
                 self._cache[f"{name}.{layer}"] = value
-        self._logits = np.empty((1, shape.vocab), np.float32)
-        self._logits_value = ort.OrtValue.ortvalue_from_numpy(self._logits)
+        logits = np.empty((1, shape.vocab), np.float32)
+        self._logits: npt.NDArray[np.float32] = logits[0]
+        self._logits_value = ort.OrtValue.ortvalue_from_numpy(logits)
         self._token = np.zeros((1, 1), np.int64)
         self._last = np.zeros(1, np.int32)
         self._total = np.zeros((), np.int32)
@@ -64,7 +65,7 @@ class Decoder:
         self._last[0] = position
         self._total[...] = position + 1
         self._session.run_with_iobinding(self._step_binding)
-        return self._logits[0]
+        return self._logits
 
     def prefill(
         self, tokens: Sequence[int], between: Callable[[int, int], None] = lambda start, stop: None
@@ -84,11 +85,11 @@ class Decoder:
             binding = self._bind(chunk, np.array([stop - 1], np.int32), np.array(stop, np.int32))
             self._session.run_with_iobinding(binding)
             between(start, stop)
-        return self._logits[0]
+        return self._logits
 
     def _bind(
         self, tokens: npt.NDArray[np.int64], last: npt.NDArray[np.int32], total: npt.NDArray[np.int32]
-    ) -> Any:  # noqa: ANN401 - onnxruntime ships no types
+    ) -> Any:
         binding = self._session.io_binding()
         for name, array in (("input_ids", tokens), ("seqlens_k", last), ("total_sequence_length", total)):
             binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
