@@ -1,0 +1,420 @@
+"""The node's telemetry store: nothing leaves it but what the ground's archive has acknowledged, or policy.
+
+Every method takes a connection and is run inside `Database.run`: a sequence number is assigned in the same
+transaction that stores its record, so after a crash there is neither a gap nor a number used twice, and for
+every (boot, stream), at every commit:
+
+    generated = acked + stored + dropped
+
+When the store is full (`capacity_bytes`, or the disk itself):
+
+- housekeeping and plans give way, oldest first, housekeeping before plans, and to every other stream;
+- results are refused (`SpoolRefused`): their producer keeps them and waits. They may fill the store but for a
+  reserve, so that a fault can still be reported;
+- event, FDIR, verification, security, boot and ledger records give way only when no housekeeping or plan is
+  left, and only to a record of the same or a higher priority: lowest priority first, oldest first.
+
+Each drop is counted under its reason, with its sequence numbers.
+"""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+from telemetry.ack import Ack
+from telemetry.database import StoreFull, is_full
+from telemetry.errors import PenumbraError
+from telemetry.frame import FrameError, decode_frame, encode_frame
+from telemetry.packets import PRIORITY, Packet, Stream, StreamLedger
+
+log = logging.getLogger("penumbra.spool")
+
+RESERVE_SHARE = 0.2
+"""Share of the capacity that results may not fill (assumed)."""
+DISK_FULL_EVICTIONS = 64
+"""Records given up for one append when the disk itself is full: a page holds several (assumed)."""
+
+GIVES_WAY = (Stream.HOUSEKEEPING, Stream.PLAN)
+"""Streams that give way to all others, in this order."""
+PROTECTED = tuple(
+    sorted(
+        (s for s in Stream if s not in (*GIVES_WAY, Stream.RESULT)),
+        key=lambda stream: (-PRIORITY[stream], stream.value),
+    )
+)
+"""Streams dropped only when nothing else is left, in this order."""
+
+
+class DropReason(StrEnum):
+    """Why a record was dropped."""
+
+    FULL = "full"
+    """Gave way when the store was full."""
+    CORRUPT = "corrupt"
+    """Its CRC did not match when it was to be sent: storage was struck."""
+    TOO_LARGE = "too_large"
+    """Larger than the share of the store its stream may fill."""
+
+
+class SpoolRefused(Exception):
+    """The store has no room for this result now. It was not generated: keep it, and try again later."""
+
+
+@dataclass(frozen=True)
+class SpoolRecord:
+    """A stored frame. `rowid` is never used again for another record."""
+
+    rowid: int
+    stream: Stream
+    boot: int
+    seq: int
+    frame: bytes
+
+
+class _Row(NamedTuple):
+    rowid: int
+    boot: int
+    stream: str
+    seq: int
+    size: int
+
+
+@dataclass(frozen=True)
+class DroppedRange:
+    """Sequence numbers `first` to `last`, both included, dropped for one reason."""
+
+    boot: int
+    stream: Stream
+    first: int
+    last: int
+    reason: DropReason
+
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS spool_record (
+    rowid INTEGER PRIMARY KEY AUTOINCREMENT, priority INTEGER NOT NULL, boot INTEGER NOT NULL,
+    stream TEXT NOT NULL, seq INTEGER NOT NULL, size INTEGER NOT NULL, frame BLOB NOT NULL,
+    UNIQUE (stream, boot, seq));
+CREATE INDEX IF NOT EXISTS spool_record_order ON spool_record (priority, boot, seq);
+CREATE TABLE IF NOT EXISTS spool_stream (
+    boot INTEGER NOT NULL, stream TEXT NOT NULL, generated INTEGER NOT NULL, acked INTEGER NOT NULL,
+    PRIMARY KEY (boot, stream)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS spool_usage (
+    stream TEXT PRIMARY KEY, records INTEGER NOT NULL, bytes INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS spool_drop (
+    boot INTEGER NOT NULL, stream TEXT NOT NULL, first INTEGER NOT NULL, last INTEGER NOT NULL,
+    reason TEXT NOT NULL, PRIMARY KEY (boot, stream, first)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS spool_node (node TEXT PRIMARY KEY) WITHOUT ROWID;
+"""
+
+
+class Spool:
+    """The store of one node in one boot. It also holds, and sends, what earlier boots left.
+
+    Parameters
+    ----------
+    node
+        Node name.
+    boot
+        Boot counter; the caller never uses one twice, not even after the database was lost.
+    capacity_bytes
+        Most bytes of stored frames.
+    """
+
+    def __init__(self, node: str, boot: int, capacity_bytes: int) -> None:
+        self.node = node
+        self.boot = boot
+        self.capacity_bytes = capacity_bytes
+
+    def create(self, connection: sqlite3.Connection) -> None:
+        """Create what is missing of the tables.
+
+        Raises
+        ------
+        PenumbraError
+            The database belongs to a node of another name: its records could never be acknowledged.
+        """
+        for statement in _SCHEMA.split(";"):
+            connection.execute(statement)
+        connection.executemany(
+            "INSERT OR IGNORE INTO spool_usage VALUES (?, 0, 0)", [(s.value,) for s in Stream]
+        )
+        connection.execute(
+            "INSERT INTO spool_node SELECT ? WHERE NOT EXISTS (SELECT 1 FROM spool_node)", (self.node,)
+        )
+        (owner,) = connection.execute("SELECT node FROM spool_node").fetchone()
+        if owner != self.node:
+            raise PenumbraError(
+                f"the state directory holds telemetry of node {owner!r}, this one is {self.node!r}",
+                f"give {self.node!r} its own state directory, or set the name back to {owner!r}",
+            )
+
+    def append(self, connection: sqlite3.Connection, packet: Packet, t_ns: int) -> int:
+        """Store a packet; return its sequence number. It counts as generated when this is committed.
+
+        A housekeeping or plan packet that finds no room is generated and dropped at once.
+
+        Parameters
+        ----------
+        packet
+            Its class decides the stream.
+        t_ns
+            Mission time (UTC), ns since 1970.
+
+        Raises
+        ------
+        SpoolRefused
+            A result that finds no room.
+        StoreFull
+            The disk is full and giving way did not help. Nothing was generated.
+        FrameError
+            The packet does not fit its own schema.
+        """
+        stream = packet.stream
+        row = connection.execute(
+            "SELECT generated FROM spool_stream WHERE boot = ? AND stream = ?", (self.boot, stream.value)
+        ).fetchone()
+        seq: int = 0 if row is None else row[0]
+        frame = encode_frame(node=self.node, boot=self.boot, seq=seq, t_ns=t_ns, packet=packet)
+        connection.execute(
+            "INSERT INTO spool_stream VALUES (?, ?, 1, 0) "
+            "ON CONFLICT (boot, stream) DO UPDATE SET generated = generated + 1",
+            (self.boot, stream.value),
+        )
+        if len(frame) > self._limit(stream):
+            self._count_drop(connection, self.boot, stream.value, seq, DropReason.TOO_LARGE)
+        elif not (
+            self._make_room(connection, stream, len(frame)) and self._store(connection, stream, seq, frame)
+        ):
+            if stream is Stream.RESULT:
+                raise SpoolRefused(f"no room for a result of {len(frame)} bytes")
+            self._count_drop(connection, self.boot, stream.value, seq, DropReason.FULL)
+        return seq
+
+    def _limit(self, stream: Stream) -> int:
+        share = 1 - RESERVE_SHARE if stream is Stream.RESULT else 1
+        return int(self.capacity_bytes * share)
+
+    def _make_room(self, connection: sqlite3.Connection, stream: Stream, size: int) -> bool:
+        """Give way until `size` bytes fit. Results count against their share with everything else stored."""
+        limit = self._limit(stream)
+        _, used = self.size(connection)
+        while used + size > limit:
+            freed = self._evict(connection, stream)
+            if freed is None:
+                return False
+            used -= freed
+        return True
+
+    def _evict(self, connection: sqlite3.Connection, wanting: Stream) -> int | None:
+        """Drop the record that gives way to `wanting`; return its bytes, or None if there is none."""
+        victims: tuple[Stream, ...] = GIVES_WAY
+        if wanting is Stream.HOUSEKEEPING:
+            victims = (Stream.HOUSEKEEPING,)
+        elif wanting in PROTECTED:
+            victims = (*GIVES_WAY, *(s for s in PROTECTED if PRIORITY[s] >= PRIORITY[wanting]))
+        for victim in victims:
+            found = connection.execute(
+                "SELECT rowid, boot, stream, seq, size FROM spool_record WHERE stream = ? "
+                "ORDER BY boot, seq LIMIT 1",
+                (victim.value,),
+            ).fetchone()
+            if found is not None:
+                row = _Row(*found)
+                self._drop(connection, row, DropReason.FULL)
+                return row.size
+        return None
+
+    def _store(self, connection: sqlite3.Connection, stream: Stream, seq: int, frame: bytes) -> bool:
+        """Insert the record, giving way when the disk itself is full; return whether it is stored."""
+        values = (PRIORITY[stream], self.boot, stream.value, seq, len(frame), frame)
+        for _ in range(DISK_FULL_EVICTIONS):
+            try:
+                connection.execute(
+                    "INSERT INTO spool_record (priority, boot, stream, seq, size, frame) "
+                    "VALUES (?, ?, ?, ?, ?, ?)",
+                    values,
+                )
+            except sqlite3.OperationalError as error:
+                if not is_full(error) or not connection.in_transaction:
+                    raise
+                if self._evict(connection, stream) is None:
+                    if stream in PROTECTED:
+                        raise
+                    return False
+                continue
+            self._use(connection, stream.value, 1, len(frame))
+            return True
+        raise StoreFull(f"the disk is full: {DISK_FULL_EVICTIONS} records gave way in vain")
+
+    @staticmethod
+    def _use(connection: sqlite3.Connection, stream: str, records: int, size: int) -> None:
+        connection.execute(
+            "UPDATE spool_usage SET records = records + ?, bytes = bytes + ? WHERE stream = ?",
+            (records, size, stream),
+        )
+
+    def _drop(self, connection: sqlite3.Connection, row: _Row, reason: DropReason) -> None:
+        connection.execute("DELETE FROM spool_record WHERE rowid = ?", (row.rowid,))
+        self._use(connection, row.stream, -1, -row.size)
+        self._count_drop(connection, row.boot, row.stream, row.seq, reason)
+
+    @staticmethod
+    def _count_drop(
+        connection: sqlite3.Connection, boot: int, stream: str, seq: int, reason: DropReason
+    ) -> None:
+        extended = connection.execute(
+            "UPDATE spool_drop SET last = ? WHERE boot = ? AND stream = ? AND last = ? AND reason = ?",
+            (seq, boot, stream, seq - 1, reason.value),
+        )
+        if extended.rowcount == 0:
+            connection.execute(
+                "INSERT INTO spool_drop VALUES (?, ?, ?, ?, ?)", (boot, stream, seq, seq, reason.value)
+            )
+
+    def batch(self, connection: sqlite3.Connection, limit: int, exclude: set[int]) -> list[SpoolRecord]:
+        """Return up to `limit` records to send, in order of (priority, boot, seq).
+
+        A record whose frame is damaged is dropped as `corrupt` and counted; the others are not affected.
+
+        Parameters
+        ----------
+        exclude
+            Row ids already under way.
+        """
+        records: list[SpoolRecord] = []
+        damaged: list[_Row] = []
+        rows = connection.execute(
+            "SELECT rowid, boot, stream, seq, size, frame FROM spool_record ORDER BY priority, boot, seq"
+        )
+        for *columns, frame in rows:
+            row = _Row(*columns)
+            if len(records) >= limit:
+                break
+            if row.rowid in exclude:
+                continue
+            try:
+                header = decode_frame(frame)
+            except FrameError:
+                damaged.append(row)
+                continue
+            if (header.boot, header.stream, header.seq) != (row.boot, row.stream, row.seq):
+                damaged.append(row)
+                continue
+            records.append(SpoolRecord(row.rowid, header.stream, row.boot, row.seq, frame))
+        rows.close()
+        for row in damaged:
+            log.warning("stored record %s %d/%d is corrupt: dropped", row.stream, row.boot, row.seq)
+            self._drop(connection, row, DropReason.CORRUPT)
+        return records
+
+    def acknowledge(self, connection: sqlite3.Connection, ack: Ack) -> int:
+        """Delete what the ground has archived; return how many records that was. Idempotent.
+
+        A record that was under way when it was dropped, and is archived after all, moves from dropped to
+        acked, so that `dropped` is what the ground really lacks. An acknowledgement of another node, or of
+        sequence numbers never generated, is ignored as a whole (0).
+        """
+        row = connection.execute(
+            "SELECT generated FROM spool_stream WHERE boot = ? AND stream = ?", (ack.boot, ack.stream.value)
+        ).fetchone()
+        if ack.node != self.node or row is None or ack.upto > row[0]:
+            log.warning("ignored an acknowledgement of what this node has not generated: %s", ack)
+            return 0
+        deleted = undropped = freed = 0
+        key = (ack.boot, ack.stream.value)
+        for first, last in ack.ranges():
+            within = "boot = ? AND stream = ? AND seq BETWEEN ? AND ?"
+            count, size = connection.execute(
+                f"SELECT COUNT(*), COALESCE(SUM(size), 0) FROM spool_record WHERE {within}",  # noqa: S608
+                (*key, first, last),
+            ).fetchone()
+            if count:
+                connection.execute(f"DELETE FROM spool_record WHERE {within}", (*key, first, last))  # noqa: S608
+                deleted += count
+                freed += size
+            undropped += self._undrop(connection, key, first, last)
+        if deleted:
+            self._use(connection, ack.stream.value, -deleted, -freed)
+        if deleted or undropped:
+            connection.execute(
+                "UPDATE spool_stream SET acked = acked + ? WHERE boot = ? AND stream = ?",
+                (deleted + undropped, *key),
+            )
+        return deleted
+
+    @staticmethod
+    def _undrop(connection: sqlite3.Connection, key: tuple[int, str], first: int, last: int) -> int:
+        """Cut [first, last] out of the dropped ranges; return how many sequence numbers that took out."""
+        taken = 0
+        rows = connection.execute(
+            "SELECT first, last, reason FROM spool_drop WHERE boot = ? AND stream = ? "
+            "AND first <= ? AND last >= ?",
+            (*key, last, first),
+        ).fetchall()
+        for low, high, reason in rows:
+            connection.execute(
+                "DELETE FROM spool_drop WHERE boot = ? AND stream = ? AND first = ?", (*key, low)
+            )
+            rest = [(low, first - 1), (last + 1, high)]
+            connection.executemany(
+                "INSERT INTO spool_drop VALUES (?, ?, ?, ?, ?)",
+                [(*key, a, b, reason) for a, b in rest if a <= b],
+            )
+            taken += min(high, last) - max(low, first) + 1
+        return taken
+
+    def ledger(self, connection: sqlite3.Connection) -> list[StreamLedger]:
+        """Return the account of every (boot, stream) that ever generated a record.
+
+        `stored` is counted from the records themselves, not from a counter: the balance is a real check.
+        """
+        stored = {
+            (boot, stream): count
+            for boot, stream, count in connection.execute(
+                "SELECT boot, stream, COUNT(*) FROM spool_record GROUP BY stream, boot"
+            )
+        }
+        dropped: dict[tuple[int, str], dict[str, int]] = {}
+        for boot, stream, reason, count in connection.execute(
+            "SELECT boot, stream, reason, SUM(last - first + 1) FROM spool_drop GROUP BY boot, stream, reason"
+        ):
+            dropped.setdefault((boot, stream), {})[reason] = count
+        return [
+            StreamLedger(
+                boot=boot,
+                stream=Stream(stream),
+                generated=generated,
+                acked=acked,
+                stored=stored.get((boot, stream), 0),
+                dropped=dropped.get((boot, stream), {}),
+            )
+            for boot, stream, generated, acked in connection.execute(
+                "SELECT boot, stream, generated, acked FROM spool_stream ORDER BY boot, stream"
+            )
+        ]
+
+    def dropped_ranges(self, connection: sqlite3.Connection) -> list[DroppedRange]:
+        """Return every range of sequence numbers dropped, by (boot, stream, first)."""
+        rows = connection.execute(
+            "SELECT boot, stream, first, last, reason FROM spool_drop ORDER BY boot, stream, first"
+        )
+        return [DroppedRange(b, Stream(s), f, la, DropReason(r)) for b, s, f, la, r in rows]
+
+    def stored_sequences(self, connection: sqlite3.Connection) -> dict[tuple[int, Stream], list[int]]:
+        """Return the sequence numbers stored, ascending, by (boot, stream)."""
+        stored: dict[tuple[int, Stream], list[int]] = {}
+        for boot, stream, seq in connection.execute(
+            "SELECT boot, stream, seq FROM spool_record ORDER BY stream, boot, seq"
+        ):
+            stored.setdefault((boot, Stream(stream)), []).append(seq)
+        return stored
+
+    def size(self, connection: sqlite3.Connection) -> tuple[int, int]:
+        """Return (records, bytes of frames) stored."""
+        records, size = connection.execute("SELECT SUM(records), SUM(bytes) FROM spool_usage").fetchone()
+        return records, size
