@@ -1,0 +1,63 @@
+# make fly   fly one orbit with the real model        make test   run all tests
+# make check format, lint, types, layers, docs        make setup  stop after the set-up
+# Needs Python 3.11+ and make, nothing else: everything is installed into .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+SCENARIO ?= default
+SPEED ?=
+FLY_OPTIONS ?=
+
+.PHONY: setup setup-dev model fly check test test-fast docs format smoke clean
+
+setup: $(VENV)/.bench
+setup-dev: $(VENV)/.dev
+
+$(VENV)/.venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "penumbra needs Python 3.11 or newer; name one with make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.venv pyproject.toml constraints.txt
+	@echo "installing penumbra and its bench into $(VENV)"
+	$(PIP) -e '.[bench]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.bench
+	$(PIP) -e '.[dev]'
+	@touch $@
+
+model: $(VENV)/.bench
+	$(BIN)/penumbra model build
+
+fly: model
+	$(BIN)/penumbra fly $(SCENARIO) $(if $(SPEED),--speed $(SPEED)) $(FLY_OPTIONS)
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/python -m telemetry.icd --check
+
+test: $(VENV)/.dev model
+	$(BIN)/pytest
+
+test-fast: $(VENV)/.dev
+	$(BIN)/pytest tests/unit tests/property
+
+docs: $(VENV)/.dev
+	$(BIN)/python -m telemetry.icd
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# An editable install hides missing packages: build the wheel, install it alone, use it away from here.
+smoke: $(VENV)/.dev
+	$(BIN)/python tests/smoke_wheel.py
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
