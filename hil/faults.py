@@ -61,7 +61,7 @@ class Strike(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     pid: int
     """Worker whose memory was struck."""
     t_ns: int
-    """CLOCK_REALTIME after the write, ns: comparable with the `detected_ns` of FDIR reports."""
+    """CLOCK_REALTIME just before the write, ns: comparable with the `detected_ns` of FDIR reports."""
     address: int
     page: int
     """Page of weights.bin, or plane * positions + position of a KV row: as in FDIR reports."""
