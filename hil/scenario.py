@@ -404,7 +404,7 @@ def _check_times(scenario: Scenario, path: Path) -> None:
     if scenario.duration_s > MAX_DURATION_S:
         raise PenumbraError(
             f"{path}: scenario.duration_orbits = {scenario.scenario.duration_orbits:g} lasts "
-            f"{scenario.duration_s / 86_400:.1f} days of mission time; {MAX_DURATION_S / 86_400:g} are allowed",
+            f"{scenario.duration_s / 86_400:.1f} days; {MAX_DURATION_S / 86_400:g} are allowed",
             "fly fewer orbits",
         )
     age_days = abs(Ephemeris(*scenario.tle()).epoch_ns - scenario.start_ns) / (86_400 * NS_PER_S)
