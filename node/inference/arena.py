@@ -62,6 +62,22 @@ class ArenaShape(msgspec.Struct, frozen=True, kw_only=True):
         """Number of (layer, K or V, head) planes."""
         return self.layers * 2 * self.kv_heads
 
+    def offsets(self) -> dict[str, int]:
+        """Return where each section begins in the file, bytes; `end` is the file's size."""
+        groups = -(-self.positions // GROUP)
+        sizes = {
+            "tokens": 4 * self.positions,
+            "blocks": BLOCK.itemsize * self.positions,
+            "digests": 8 * self.positions * self.planes,
+            "parity": 4 * groups * self.planes * self.head_dim,
+            "kv": 4 * self.planes * self.positions * self.head_dim,
+        }
+        found, at = {}, 3 * PAGE
+        for name, size in sizes.items():
+            found[name] = at
+            at += -(-size // PAGE) * PAGE
+        return found | {"end": at}
+
 
 class ArenaState(msgspec.Struct, frozen=True, kw_only=True):
     """The job as of the last committed epoch."""
@@ -116,18 +132,8 @@ class KvArena:
         self.shape = shape
         planes, positions, words = shape.planes, shape.positions, shape.head_dim
         groups = -(-positions // GROUP)
-        sections = {
-            "tokens": np.dtype("<i4").itemsize * positions,
-            "blocks": BLOCK.itemsize * positions,
-            "digests": 8 * positions * planes,
-            "parity": 4 * groups * planes * words,
-            "kv": 4 * planes * positions * words,
-        }
-        offsets, at = {}, 3 * PAGE
-        for name, size in sections.items():
-            offsets[name] = at
-            at += -(-size // PAGE) * PAGE
-        self.size_bytes = at
+        offsets = shape.offsets()
+        at = self.size_bytes = offsets["end"]
         self._file = self._open(path, at, lock_timeout_s)
         self._map = mmap.mmap(self._file, at)
 
