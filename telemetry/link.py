@@ -1,0 +1,337 @@
+"""The MQTT link: publish with a deadline, receive by callback, reconnect for ever.
+
+QoS 1 both ways, and a clean session on purpose: nothing relies on the broker's durability (design section 4).
+What a broker kept while the link was away would be stale bus values in a burst; telemetry stays on the node's
+disk until the archive acknowledges it, and the ground repeats a command until it is verified.
+
+`mqtt://[user:password@]host[:port]` speaks MQTT 3.1.1, `mqtt5://...` speaks MQTT 5.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+from urllib.parse import unquote, urlsplit
+
+import aiomqtt
+import paho.mqtt.client as paho
+
+from telemetry.errors import PenumbraError
+
+QOS = 1
+DEFAULT_PORT = 1883
+FAILURE = 0x80
+"""Reason codes from here on say no (MQTT 3.1.1 section 3.9.3, MQTT 5 section 2.4)."""
+MAX_QUEUED = 1000
+"""Received messages waiting for `on_message`; beyond it new ones are discarded (assumed)."""
+GOODBYE_S = 0.5
+"""How long an ordered disconnect may take, s (assumed)."""
+STEADY_S = 5.0
+"""A connection that lasted this long starts the back-off anew, s (assumed)."""
+
+log = logging.getLogger("penumbra.link")
+_mqtt_log = logging.getLogger("penumbra.link.mqtt")
+_mqtt_log.setLevel(logging.ERROR)
+
+OnMessage = Callable[[str, bytes], None]
+
+
+class LinkDown(ConnectionError):
+    """The message was not taken by the broker within the deadline. It may have arrived all the same."""
+
+
+class Link(Protocol):
+    """What the node and the ground need of a link."""
+
+    connected: asyncio.Event
+    """Set while connected and subscribed."""
+
+    async def publish(self, topic: str, payload: bytes) -> None:
+        """Hand a message to the broker; raise `LinkDown` if it did not confirm it in time."""
+
+    async def run(self) -> None:
+        """Keep the link up until cancelled."""
+
+
+@dataclass(frozen=True)
+class BrokerAddress:
+    """A broker URL, taken apart. The password never shows in `repr`."""
+
+    host: str
+    port: int
+    version5: bool
+    username: str | None = None
+    password: str | None = field(default=None, repr=False)
+
+    @classmethod
+    def parse(cls, url: str) -> BrokerAddress:
+        """Take a broker URL apart.
+
+        Raises
+        ------
+        PenumbraError
+            Not `mqtt://` or `mqtt5://`, no host, a port out of 1 to 65535, or anything after the port.
+        """
+        mend = "use mqtt://host:port (MQTT 3.1.1) or mqtt5://host:port (MQTT 5)"
+        parts = urlsplit(url)
+        shown = f"{parts.scheme}://{parts.hostname}" if parts.password else url
+        if parts.scheme not in ("mqtt", "mqtt5"):
+            raise PenumbraError(f"broker URL {shown!r}: scheme {parts.scheme!r} is not allowed", mend)
+        if not parts.hostname:
+            raise PenumbraError(f"broker URL {shown!r}: the host is missing", mend)
+        if parts.path not in ("", "/") or parts.query or parts.fragment:
+            raise PenumbraError(f"broker URL {shown!r}: nothing may follow the port", mend)
+        try:
+            port = DEFAULT_PORT if parts.port is None else parts.port
+        except ValueError:
+            port = 0
+        if port == 0:
+            raise PenumbraError(f"broker URL {shown!r}: the port is not a number from 1 to 65535", mend)
+        return cls(
+            parts.hostname,
+            port,
+            parts.scheme == "mqtt5",
+            None if parts.username is None else unquote(parts.username),
+            None if parts.password is None else unquote(parts.password),
+        )
+
+
+@dataclass
+class Backoff:
+    """Waits between attempts to connect: doubling, bounded, spread by chance."""
+
+    first_s: float = 0.2
+    max_s: float = 2.0
+    _next_s: float = 0.0
+
+    def next(self, chance: float) -> float:
+        """Return the next wait, s. `chance`, 0 to 1, spreads it from half to the whole of its nominal."""
+        nominal = self._next_s or self.first_s
+        self._next_s = min(self.max_s, 2 * nominal)
+        return nominal * (0.5 + 0.5 * chance)
+
+    def reset(self) -> None:
+        """Start anew after success."""
+        self._next_s = 0.0
+
+
+class _Client(aiomqtt.Client):
+    """One connection, which can also be taken down at once and without leaving a task behind."""
+
+    def __init__(self, address: BrokerAddress, client_id: str, **options: object) -> None:
+        super().__init__(
+            address.host,
+            address.port,
+            identifier=client_id,
+            username=address.username,
+            password=address.password,
+            logger=_mqtt_log,
+            **options,  # type: ignore[arg-type]
+        )
+        self._client.connect_timeout = self.timeout
+        self._thread_done = asyncio.Event()
+
+    def _client_connect(self) -> None:
+        # aiomqtt connects in a thread, which cancelling the task does not stop.
+        try:
+            super()._client_connect()
+        finally:
+            with contextlib.suppress(RuntimeError):  # The loop may be gone by now.
+                self._loop.call_soon_threadsafe(self._thread_done.set)
+
+    async def say_goodbye(self) -> None:
+        """Disconnect in order if the broker answers soon."""
+        self.timeout = GOODBYE_S
+        with contextlib.suppress(aiomqtt.MqttError):
+            await self.__aexit__(None, None, None)
+
+    async def take_down(self) -> None:
+        """Close the socket and wait for aiomqtt's own task; bounded by the connect timeout."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._client.connect_timeout + 1):
+                await self._thread_done.wait()
+        raw = self._client.socket()
+        if isinstance(raw, socket.socket):
+            with contextlib.suppress(OSError):
+                raw.shutdown(socket.SHUT_RDWR)
+            # It reads what is left, sees the end of the stream, closes, and unregisters from the loop.
+            while self._client.loop_read() == paho.MQTT_ERR_SUCCESS:
+                pass
+        if self._misc_task is not None:
+            self._misc_task.cancel()
+            await asyncio.wait([self._misc_task])
+        if self._disconnected.done() and not self._disconnected.cancelled():
+            self._disconnected.exception()  # Taken note of: nobody is to be told about it later.
+
+
+class MqttLink:
+    """A link over aiomqtt. One owner runs `run` as a task; anyone on the same loop may publish.
+
+    Parameters
+    ----------
+    url
+        See the module.
+    client_id
+        Unique at the broker: a second client of the same id pushes the first one off.
+    topics
+        Topic filters to subscribe to.
+    on_message
+        Called on the loop with (topic, payload) of each message; must be quick, and must not raise: an
+        exception from it is a fault of the program and ends `run`.
+    keepalive_s
+        MQTT keep-alive, s: a dead broker is noticed after about twice that even when nothing is published.
+    publish_timeout_s
+        Deadline of one publish and of one attempt to connect, s. When it is missed and nothing
+        else was confirmed meanwhile, the connection is ended: a black hole must not swallow a pass.
+    max_inflight
+        Publishes under way at the same time.
+    max_backoff_s
+        Longest wait between two attempts to connect, s.
+
+    Raises
+    ------
+    PenumbraError
+        The URL is wrong.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        client_id: str,
+        topics: Sequence[str],
+        on_message: OnMessage,
+        *,
+        keepalive_s: int = 5,
+        publish_timeout_s: float = 5.0,
+        max_inflight: int = 16,
+        max_backoff_s: float = 2.0,
+    ) -> None:
+        self.connected = asyncio.Event()
+        self.connections = 0
+        """Connections made so far."""
+        self.last_error: str | None = None
+        """Why the link was last lost or not made."""
+        self._address = BrokerAddress.parse(url)
+        self._client_id = client_id
+        self._topics = tuple(topics)
+        self._on_message = on_message
+        self._keepalive_s = keepalive_s
+        self._publish_timeout_s = publish_timeout_s
+        self._max_inflight = max_inflight
+        self._slots = asyncio.Semaphore(max_inflight)
+        self._backoff = Backoff(max_s=max_backoff_s)
+        self._client: _Client | None = None
+        self._broken = asyncio.Event()
+        self._confirmed_s = 0.0
+
+    async def publish(self, topic: str, payload: bytes) -> None:
+        """Publish with QoS 1; return when the broker has confirmed it.
+
+        A confirmation is no promise of durability: only the archive's acknowledgement is.
+
+        Raises
+        ------
+        LinkDown
+            Not connected, or no confirmation within the deadline; the time waiting for a free slot counts.
+        """
+        try:
+            async with asyncio.timeout(self._publish_timeout_s):
+                async with self._slots:
+                    client = self._client
+                    if client is None:
+                        raise LinkDown("the link is down")
+                    try:
+                        await client.publish(topic, payload, qos=QOS, timeout=2 * self._publish_timeout_s)
+                    except aiomqtt.MqttError as error:
+                        self._lose(client, str(error))
+                        raise LinkDown(str(error)) from None
+                    self._confirmed_s = time.monotonic()
+        except TimeoutError:
+            text = f"no confirmation within {self._publish_timeout_s:g} s"
+            if time.monotonic() - self._confirmed_s >= self._publish_timeout_s:
+                self._lose(self._client, text)
+            raise LinkDown(text) from None
+
+    def _lose(self, client: _Client | None, why: str) -> None:
+        if client is not None and client is self._client:
+            self.last_error = why
+            self._broken.set()
+
+    async def run(self) -> None:
+        """Keep the link up until cancelled. A broken link is no error: it is made anew after a back-off.
+
+        After a cancel it leaves no task behind, at worst after the connect timeout plus 1.5 s.
+        """
+        while True:
+            started = time.monotonic()
+            try:
+                await self._session()
+            except aiomqtt.MqttError as error:
+                self.last_error = str(error)
+            log.info("link of %s is down: %s", self._client_id, self.last_error)
+            if time.monotonic() - started > STEADY_S:
+                self._backoff.reset()
+            await asyncio.sleep(self._backoff.next(random.random()))  # noqa: S311 - spreads load, no secret
+
+    async def _session(self) -> None:
+        version = aiomqtt.ProtocolVersion.V5 if self._address.version5 else aiomqtt.ProtocolVersion.V311
+        client = _Client(
+            self._address,
+            self._client_id,
+            protocol=version,
+            # MQTT 5 spells the same choice `clean_start`, and a session that expires at once.
+            clean_session=None if self._address.version5 else True,
+            clean_start=True if self._address.version5 else paho.MQTT_CLEAN_START_FIRST_ONLY,
+            keepalive=self._keepalive_s,
+            timeout=self._publish_timeout_s,
+            max_queued_incoming_messages=MAX_QUEUED,
+            max_inflight_messages=self._max_inflight,
+        )
+        client.pending_calls_threshold = self._max_inflight + 1
+        self._broken.clear()
+        try:
+            await client.__aenter__()
+            if self._topics:
+                granted = await client.subscribe([(topic, QOS) for topic in self._topics])
+                if any((code if isinstance(code, int) else code.value) >= FAILURE for code in granted):
+                    raise aiomqtt.MqttError(f"the broker refused to subscribe to {', '.join(self._topics)}")
+            self._client = client
+            self._confirmed_s = time.monotonic()
+            self.connections += 1
+            self.last_error = None
+            self.connected.set()
+            log.info("link of %s is up", self._client_id)
+            await self._receive_until_broken(client)
+        finally:
+            self.connected.clear()
+            self._client = None
+            if not self._broken.is_set():
+                await client.say_goodbye()
+            await client.take_down()
+
+    async def _receive_until_broken(self, client: _Client) -> None:
+        failure: aiomqtt.MqttError | None = None
+
+        async def receive() -> None:
+            nonlocal failure
+            try:
+                async for message in client.messages:
+                    if isinstance(message.payload, bytes):
+                        self._on_message(message.topic.value, message.payload)
+            except aiomqtt.MqttError as error:
+                failure = error
+                self._broken.set()
+
+        async with asyncio.TaskGroup() as group:
+            receiver = group.create_task(receive(), name=f"{self._client_id}.link.receive")
+            await self._broken.wait()
+            receiver.cancel()
+        if failure is not None:
+            raise failure
