@@ -5,6 +5,7 @@ A figure that could not be measured is null, never 0, and its check in `verdict`
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -162,7 +163,7 @@ def write_json(path: Path, content: msgspec.Struct) -> None:
 
 
 def _refuse_non_finite(value: object, where: str) -> None:
-    if isinstance(value, float) and value - value != 0:
+    if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{where} is {value}")
     if isinstance(value, dict):
         for key, item in value.items():
