@@ -43,7 +43,7 @@ _mqtt_log.setLevel(logging.ERROR)
 OnMessage = Callable[[str, bytes], None]
 
 
-class LinkError(ConnectionError):
+class LinkDown(ConnectionError):
     """The message was not taken by the broker within the deadline. It may have arrived all the same."""
 
 
@@ -54,7 +54,7 @@ class Link(Protocol):
     """Set while connected and subscribed."""
 
     async def publish(self, topic: str, payload: bytes) -> None:
-        """Hand a message to the broker; raise `LinkError` if it did not confirm it in time."""
+        """Hand a message to the broker; raise `LinkDown` if it did not confirm it in time."""
 
     async def run(self) -> None:
         """Keep the link up until cancelled."""
@@ -238,7 +238,7 @@ class MqttLink:
 
         Raises
         ------
-        LinkError
+        LinkDown
             Not connected, or no confirmation within the deadline; the time waiting for a free slot counts.
         """
         try:
@@ -246,18 +246,18 @@ class MqttLink:
                 async with self._slots:
                     client = self._client
                     if client is None:
-                        raise LinkError("the link is down")
+                        raise LinkDown("the link is down")
                     try:
                         await client.publish(topic, payload, qos=QOS, timeout=2 * self._publish_timeout_s)
                     except aiomqtt.MqttError as error:
                         self._lose(client, str(error))
-                        raise LinkError(str(error)) from None
+                        raise LinkDown(str(error)) from None
                     self._confirmed_s = time.monotonic()
         except TimeoutError:
             text = f"no confirmation within {self._publish_timeout_s:g} s"
             if time.monotonic() - self._confirmed_s >= self._publish_timeout_s:
                 self._lose(self._client, text)
-            raise LinkError(text) from None
+            raise LinkDown(text) from None
 
     def _lose(self, client: _Client | None, why: str) -> None:
         if client is not None and client is self._client:
