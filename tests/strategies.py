@@ -1,0 +1,200 @@
+"""hypothesis strategies, one section a package. Append yours; keep a section small."""
+
+from __future__ import annotations
+
+import string
+
+from hypothesis import strategies as st
+
+from telemetry import packets as p
+from telemetry.ack import Ack
+from telemetry.commands import (
+    Arguments,
+    Cancel,
+    Command,
+    Infer,
+    Ping,
+    ReportLedger,
+    SetMode,
+    SetPowerCap,
+    make_command,
+)
+
+# --- telemetry ---------------------------------------------------------------------------------
+
+counts = st.integers(0, 2**63 - 1)
+times_ns = st.integers(-(2**63), 2**63 - 1)
+reals = st.floats(allow_nan=False, allow_infinity=False, width=64)
+positive_reals = st.floats(0, 1e12)
+fractions = st.floats(0, 1)
+texts = st.text(max_size=40)
+evidence = st.dictionaries(
+    texts, st.one_of(texts, st.integers(-(2**63), 2**63 - 1), reals, st.booleans(), st.none()), max_size=4
+)
+node_names = st.from_regex(r"[a-z0-9][a-z0-9-]{0,30}", fullmatch=True)
+job_ids = st.from_regex(r"[a-z0-9][a-z0-9._-]{0,63}", fullmatch=True)
+boots = st.integers(0, 2**32 - 1)
+sequences = st.integers(0, 2**63 - 1)
+streams = st.sampled_from(p.Stream)
+token_ids = st.lists(st.integers(0, 2**32 - 1), max_size=8)
+
+certificates = st.builds(
+    p.Certificate,
+    image_id=texts,
+    epoch=counts,
+    kv_digest=st.binary(min_size=8, max_size=8),
+    chain=st.binary(min_size=32, max_size=32),
+)
+stream_ledgers = st.builds(
+    p.StreamLedger,
+    boot=boots,
+    stream=streams,
+    generated=counts,
+    acked=counts,
+    stored=counts,
+    dropped=st.dictionaries(texts, counts, max_size=3),
+)
+
+PACKETS: dict[str, st.SearchStrategy[p.Packet]] = {
+    "housekeeping": st.builds(
+        p.Housekeeping,
+        mode=st.sampled_from(p.Mode),
+        uptime_s=reals,
+        clock_locked=st.booleans(),
+        sunlit=fractions,
+        eclipse_entry_ns=st.none() | times_ns,
+        eclipse_exit_ns=st.none() | times_ns,
+        battery_soc=st.none() | fractions,
+        array_w=st.none() | reals,
+        load_w=reals,
+        ceiling_w=reals,
+        duty=fractions,
+        board_c=st.none() | reals,
+        worker_state=texts,
+        worker_generation=counts,
+        worker_restarts=counts,
+        tokens_released=counts,
+        tokens_discarded=counts,
+        token_rate_hz=positive_reals,
+        epochs_clean=counts,
+        epochs_dirty=counts,
+        strikes_detected=counts,
+        strikes_repaired=counts,
+        scan_ms=positive_reals,
+        jobs_queued=counts,
+        jobs_done=counts,
+        spool_records=counts,
+        spool_bytes=counts,
+        link_up=st.booleans(),
+        commands_accepted=counts,
+        commands_rejected=counts,
+        garbage_messages=counts,
+    ),
+    "event": st.builds(
+        p.Event, severity=st.sampled_from(p.Severity), name=texts, text=texts, evidence=evidence
+    ),
+    "result": st.builds(
+        p.Result,
+        job=job_ids,
+        first=counts,
+        tokens=token_ids,
+        text=st.binary(max_size=40),
+        certificate=certificates,
+        prompt_tokens=st.none() | token_ids,
+        finish=st.none() | texts,
+    ),
+    "verification": st.builds(
+        p.Verification,
+        key_id=texts,
+        command_seq=counts,
+        name=texts,
+        stage=st.sampled_from(p.Stage),
+        ok=st.booleans(),
+        code=texts,
+        reason=texts,
+    ),
+    "fdir": st.builds(
+        p.FdirReport,
+        monitor=texts,
+        level=st.sampled_from(p.Level),
+        outcome=st.sampled_from(p.Outcome),
+        action=texts,
+        detected_ns=times_ns,
+        recovered_ns=st.none() | times_ns,
+        region=texts,
+        page=st.none() | counts,
+        role=texts,
+        evidence=evidence,
+    ),
+    "boot": st.builds(
+        p.BootReport,
+        software=texts,
+        boot=counts,
+        clean_shutdown=st.booleans(),
+        config_sha256=texts,
+        image_id=st.none() | texts,
+        board=texts,
+        python=texts,
+        onnxruntime=st.none() | texts,
+        resumed_job=st.none() | job_ids,
+    ),
+    "plan": st.builds(
+        p.PowerPlan,
+        ceiling_w=reals,
+        duty=fractions,
+        reason=texts,
+        battery_soc=st.none() | fractions,
+        soc_floor=fractions,
+        eclipse_entry_ns=st.none() | times_ns,
+        eclipse_exit_ns=st.none() | times_ns,
+    ),
+    "ledger": st.builds(p.Ledger, streams=st.lists(stream_ledgers, max_size=4)),
+    "security": st.builds(
+        p.SecurityReport,
+        accepted=counts,
+        redelivered=counts,
+        rejected=st.dictionaries(texts, counts, max_size=3),
+        last_key_id=st.none() | texts,
+        last_seq=st.none() | counts,
+        last_reason=st.none() | texts,
+    ),
+}
+"""A strategy for every packet type, by its name on the wire."""
+
+packets = st.one_of(*PACKETS.values())
+
+key_ids = st.text(string.ascii_lowercase, min_size=1, max_size=8)
+arguments: st.SearchStrategy[Arguments] = st.one_of(
+    st.builds(Ping),
+    st.builds(Infer, job=job_ids, prompt=st.text(min_size=1, max_size=60), max_tokens=st.integers(1, 2048)),
+    st.builds(Cancel, job=job_ids),
+    st.builds(SetMode, mode=st.sampled_from(["nominal", "safe"])),
+    st.builds(SetPowerCap, power_w=st.none() | st.floats(0.1, 1000)),
+    st.builds(ReportLedger),
+)
+
+
+@st.composite
+def commands(draw: st.DrawFn, key_id: str) -> Command:
+    """Draw a command of the dictionary, for signing with `key_id`."""
+    issue = draw(st.integers(-(2**63), 2**63 - 2))
+    return make_command(
+        draw(arguments),
+        key_id=key_id,
+        seq=draw(sequences),
+        t_issue_ns=issue,
+        t_expire_ns=draw(st.integers(issue + 1, 2**63 - 1)),
+        node=draw(node_names),
+    )
+
+
+@st.composite
+def acks(draw: st.DrawFn) -> Ack:
+    """Draw an acknowledgement with gaps ascending, apart and below its end."""
+    cuts = sorted(draw(st.sets(st.integers(0, 2**40), max_size=12)))
+    gaps: list[tuple[int, int]] = []
+    for first, last in zip(cuts[::2], cuts[1::2], strict=False):
+        if not gaps or first > gaps[-1][1] + 1:
+            gaps.append((first, last))
+    upto = (gaps[-1][1] if gaps else 0) + draw(st.integers(1, 2**40))
+    return Ack(node=draw(node_names), boot=draw(boots), stream=draw(streams), upto=upto, gaps=gaps)
