@@ -75,7 +75,9 @@ class JobFact(Fact, frozen=True, kw_only=True):
     """How many of `tokens`, from the first, their certificates prove."""
     finish: str | None
     reference: list[int] | None = None
-    """Tokens of the fault-free run; None when there was none."""
+    """Tokens of the fault-free run, as many as were released; None when there was no such run."""
+    reference_text: bytes | None = None
+    """The bytes those tokens are."""
 
 
 class StreamAccount(Fact, frozen=True, kw_only=True):
@@ -169,7 +171,6 @@ class FlightRecord(Fact, frozen=True, kw_only=True):
     interrupted: bool
     limits: Limits
     plant: list[PlantSample]
-    floor_violation_s: float
     housekeeping: list[HousekeepingSample]
     umbrae: list[Window]
     contacts: list[Window]
