@@ -229,7 +229,7 @@ class WeightMemory:
         rest: list[_Block] = []
         for index, tensor in enumerate(self.tensors):
             self._owner[tensor.first_page : tensor.first_page + tensor.page_count] = index
-            whole = _memory(self._address[tensor.first_page], tensor.page_count * PAGE_SIZE)
+            whole = memory_view(self._address[tensor.first_page], tensor.page_count * PAGE_SIZE)
             for (start, end), digest in zip(_block_ranges(tensor), table.blocks[index], strict=True):
                 view = whole[start - tensor.offset : end - tensor.offset]
                 chosen = live if tensor.read and not tensor.sparse else rest
@@ -343,6 +343,10 @@ class WeightMemory:
                 found[-1] = np.minimum(found[-1], last)
         return np.unique(np.concatenate(found))
 
+    def holds(self, page: int) -> bool:
+        """Tell whether a page of the file belongs to a mapped tensor."""
+        return 0 <= page < len(self._owner) and int(self._owner[page]) >= 0
+
     def page_address(self, page: int) -> int:
         """Return where a page of the file is in this process.
 
@@ -356,7 +360,7 @@ class WeightMemory:
 
     def page_view(self, page: int) -> NDArray[np.uint8]:
         """Return the live page, uint8, shape ``(4096,)``; writing to it changes what is computed on."""
-        return np.frombuffer(_memory(self.page_address(page), PAGE_SIZE), np.uint8)
+        return np.frombuffer(memory_view(self.page_address(page), PAGE_SIZE), np.uint8)
 
     def address(self, offset: int) -> int:
         """Return where a byte of the file is in this process."""
@@ -371,16 +375,23 @@ class WeightMemory:
         KeyError
             It belongs to none.
         """
-        owner = int(self._owner[page]) if 0 <= page < len(self._owner) else -1
-        if owner < 0:
+        if not self.holds(page):
             raise KeyError(page)
-        return self.tensors[owner]
+        return self.tensors[int(self._owner[page])]
 
     def _bad_page(self, page: int) -> BadPage:
         tensor = self.tensor_of(page)
         return BadPage(page, self.page_address(page), tensor.name, tensor.role, tensor.layer)
 
 
-def _memory(address: int, length: int) -> memoryview:
-    """Return memory of this process as a writable view, without a copy."""
+def memory_view(address: int, length: int) -> memoryview:
+    """Return memory of this process as a writable view, without a copy.
+
+    Parameters
+    ----------
+    address
+        Where it begins; the caller vouches that it is mapped, and for as long as the view is used.
+    length
+        Bytes.
+    """
     return memoryview((ctypes.c_ubyte * length).from_address(address)).cast("B")

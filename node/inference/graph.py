@@ -62,10 +62,9 @@ class _Graph:
         self.nodes.append(helper.make_node(op, inputs, [name], name=name, domain=domain, **attributes))
         return name
 
-    def matmul(self, name: str, x: str, weights: QuantMatrix) -> str:
+    def matmul(self, name: str, x: str, weights: QuantMatrix, weight_name: str) -> str:
         rows, columns = weights.codes.shape
-        codes = self.constant(f"{name}.weight", weights.codes.reshape(rows, columns // BLOCK, BLOCK))
-        scales = self.constant(f"{name}.scale", weights.scales)
+        codes, scales = self.matrix(weight_name, weights)
         return self.add(
             "MatMulNBits",
             name,
@@ -74,8 +73,17 @@ class _Graph:
             K=columns,
             N=rows,
             bits=8,
-            block_size=BLOCK,
+            block_size=weights.block,
             accuracy_level=4,
+        )
+
+    def matrix(self, name: str, weights: QuantMatrix) -> tuple[str, str]:
+        """Add a matrix in the form MatMulNBits takes; one that is used twice is stored once."""
+        rows, columns = weights.codes.shape
+        shape = (rows, columns // weights.block, weights.block)
+        return (
+            self.constant(f"{name}.weight", weights.codes.reshape(shape)),
+            self.constant(f"{name}.scale", weights.scales),
         )
 
     def rms_norm(self, name: str, x: str, weight: NDArray[np.float32], epsilon: float) -> str:
@@ -143,18 +151,17 @@ def _check_dimensions(source: GgufSource, shape: GemmaShape) -> None:
 
 
 def _embedding(graph: _Graph, source: GgufSource, shape: GemmaShape) -> str:
-    table = source.matrix("token_embd.weight", shape.vocab, shape.width)
-    blocks = shape.width // BLOCK
-    codes = graph.constant("token_embd.weight", table.codes.reshape(shape.vocab, blocks, BLOCK))
-    scales = graph.constant("token_embd.scale", table.scales.reshape(shape.vocab, blocks, 1))
+    codes, scales = graph.matrix("token_embd", source.matrix("token_embd.weight", shape.vocab, shape.width))
     zero = graph.constant("token_embd.zero", np.array(128, np.float32))
     gain = graph.constant("token_embd.gain", np.array(math.sqrt(shape.width), np.float32))
-    flat = graph.constant("token_embd.flat", np.array([0, 0, shape.width], np.int64))
+    column = graph.constant("embed.column", np.array([3], np.int64))
+    flat = graph.constant("embed.flat", np.array([0, 0, shape.width], np.int64))
     rows = graph.add("Gather", "embed.rows", [codes, "input_ids"], axis=0)
     row_scales = graph.add("Gather", "embed.row_scales", [scales, "input_ids"], axis=0)
     as_float = graph.add("Cast", "embed.float", [rows], to=TensorProto.FLOAT)
     signed = graph.add("Sub", "embed.signed", [as_float, zero])
-    values = graph.add("Mul", "embed.values", [signed, row_scales])
+    columns = graph.add("Unsqueeze", "embed.columns", [row_scales, column])
+    values = graph.add("Mul", "embed.values", [signed, columns])
     joined = graph.add("Reshape", "embed.joined", [values, flat])
     return graph.add("Mul", "embed", [joined, gain])
 
@@ -168,9 +175,8 @@ def _layer(graph: _Graph, source: GgufSource, shape: GemmaShape, layer: int, x: 
         )
 
     def matmul(role: str, value: str, rows: int, columns: int) -> str:
-        return graph.matmul(
-            f"{prefix}.{role}", value, source.matrix(f"{prefix}.{role}.weight", rows, columns)
-        )
+        name = f"{prefix}.{role}"
+        return graph.matmul(name, value, source.matrix(f"{name}.weight", rows, columns), name)
 
     inner, kv_inner = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     normed = norm("attn_norm", x)
@@ -237,8 +243,8 @@ def _head(graph: _Graph, source: GgufSource, shape: GemmaShape, x: str) -> str:
     last = graph.constant("output.last", np.array(-1, np.int64))
     final = graph.add("Gather", "output.hidden", [x, last], axis=1)
     normed = graph.rms_norm("output_norm", final, source.vector("output_norm.weight"), shape.rms_eps)
-    tied = "output.weight" if source.has("output.weight") else "token_embd.weight"
-    head = graph.matmul("output", normed, source.matrix(tied, shape.vocab, shape.width))
+    table = "output" if source.has("output.weight") else "token_embd"
+    head = graph.matmul("output", normed, source.matrix(f"{table}.weight", shape.vocab, shape.width), table)
     return graph.add("Identity", "logits", [head])
 
 

@@ -107,6 +107,10 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """Parity pages of a group: the number of bad pages it can restore."""
     tensors: tuple[MappedTensor, ...]
     """What a loaded session maps from the weights file, in file order."""
+    originals: tuple[MappedTensor, ...]
+    """What it reads from the weights file while loading, then drops, in file order. A session whose
+    originals are damaged packs them anew into memory no digest covers: prove the file before loading it
+    (`verify_image`)."""
 
 
 class _Envelope(msgspec.Struct, forbid_unknown_fields=True):

@@ -1,0 +1,271 @@
+"""Parity pages: restore bad pages of a mapped file from good ones, without the file.
+
+Every `DATA_PAGES` pages of the file have `PARITY_PAGES` parity pages (Reed-Solomon, package ``zfec``): up
+to that many bad pages of a group come back exactly. With ``G`` groups in a file of ``n`` pages:
+
+- page ``p`` is member ``p // G`` of group ``p % G``, so a burst of up to ``2 G`` neighbouring pages can be
+  restored;
+- members past the end of the file count as zeros;
+- parity page ``j`` of group ``g`` is page ``j * G + g`` of the parity file.
+
+No page is trusted: whatever goes into a restoration, and what comes out of it, must hash to its digest. So
+a result is right or is reported as lost; it is never silently wrong.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections import defaultdict
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import zfec
+
+from fdir.pages import PAGE_SIZE, PageTable, WeightMemory
+
+DATA_PAGES = 16
+"""Data pages of a group: with 2 parity pages, an eighth of the file (assumed: room against strength)."""
+PARITY_PAGES = 2
+"""Parity pages of a group, and the number of bad pages in a group that can be restored."""
+_CHUNK = 256 * PAGE_SIZE
+"""Bytes of each member encoded in one call."""
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What became of bad pages.
+
+    Parameters
+    ----------
+    from_parity
+        Pages restored from parity, now good in memory.
+    from_file
+        Pages restored from the file on disk, now good in memory.
+    lost
+        Pages neither could restore; memory was left as it is.
+    """
+
+    from_parity: tuple[int, ...]
+    from_file: tuple[int, ...]
+    lost: tuple[int, ...]
+
+
+def group_count(pages: int, data_pages: int = DATA_PAGES) -> int:
+    """Return the number of groups of a file of that many pages."""
+    return -(-pages // data_pages)
+
+
+def encode(
+    data: memoryview,
+    write: Callable[[int, bytes], object],
+    progress: Callable[[float], object] = lambda _: None,
+    threads: int = 1,
+) -> int:
+    """Compute the parity file of a file.
+
+    Parameters
+    ----------
+    data
+        The file; its length is a multiple of the page size.
+    write
+        Called with a byte position in the parity file and what belongs there, in any order.
+    progress
+        Called with the part done, 0 to 1.
+    threads
+        Threads that compute.
+
+    Returns
+    -------
+    Number of parity pages.
+    """
+    pages = len(data) // PAGE_SIZE
+    span = group_count(pages) * PAGE_SIZE
+    encoder = zfec.Encoder(DATA_PAGES, DATA_PAGES + PARITY_PAGES)
+    wanted = tuple(range(DATA_PAGES, DATA_PAGES + PARITY_PAGES))
+
+    def encode_chunk(at: int) -> list[bytes]:
+        length = min(_CHUNK, span - at)
+        members = tuple(_padded(data, member * span + at, length) for member in range(DATA_PAGES))
+        parity: list[bytes] = encoder.encode(members, wanted)
+        return parity
+
+    starts = range(0, span, _CHUNK)
+    with ThreadPoolExecutor(threads, "penumbra-parity") as pool:
+        for at, parity in zip(starts, pool.map(encode_chunk, starts), strict=True):
+            for number, block in enumerate(parity):
+                write(number * span + at, block)
+            progress(min(1.0, (at + _CHUNK) / span))
+    return PARITY_PAGES * group_count(pages)
+
+
+def golden_page(path: Path, page: int) -> bytes:
+    """Read a page of a file from the disk itself.
+
+    A clean private mapping *is* the page cache, so a plain read could return the very page that was struck.
+    This reads past the cache with ``O_DIRECT``; where the file system refuses that (tmpfs has nothing but
+    the cache), it drops the page from the cache first, as far as the kernel does so.
+
+    Parameters
+    ----------
+    path
+        The file.
+    page
+        Page number.
+
+    Returns
+    -------
+    The page, 4096 bytes, a part past the end of the file as zeros.
+
+    Raises
+    ------
+    OSError
+        The file cannot be opened or read.
+    """
+    offset = page * PAGE_SIZE
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    except OSError:
+        return _page_after_drop(path, offset)
+    try:
+        with mmap.mmap(-1, PAGE_SIZE) as buffer:
+            count = os.preadv(descriptor, [buffer], offset)
+            return buffer[:count].ljust(PAGE_SIZE, b"\0")
+    except OSError:
+        return _page_after_drop(path, offset)
+    finally:
+        os.close(descriptor)
+
+
+class ParityFile:
+    """The parity of a mapped file.
+
+    Parameters
+    ----------
+    path
+        The parity file; opened anew for each page read, so it may lie on a disk that comes and goes.
+    table
+        Digests of the file and of its parity.
+    """
+
+    def __init__(self, path: Path, table: PageTable) -> None:
+        self.path = path
+        self.table = table
+        self.groups = group_count(len(table.pages))
+        self._decoder = zfec.Decoder(DATA_PAGES, DATA_PAGES + PARITY_PAGES)
+
+    def restore(self, pages: Collection[int], read: Callable[[int], bytes | memoryview]) -> dict[int, bytes]:
+        """Compute what bad pages should hold.
+
+        Parameters
+        ----------
+        pages
+            Numbers of the bad pages.
+        read
+            Returns a page of the file, 4096 bytes; what it returns is checked before use.
+
+        Returns
+        -------
+        Contents by page number, each checked against its digest; a page that cannot be restored is absent.
+        """
+        wanted: defaultdict[int, list[int]] = defaultdict(list)
+        for page in pages:
+            wanted[page % self.groups].append(page)
+        restored: dict[int, bytes] = {}
+        for group, members in wanted.items():
+            blocks = self._decode(group, read)
+            for page in members if blocks else ():
+                content = bytes(blocks[page // self.groups])
+                if self.table.page_is_good(page, content):
+                    restored[page] = content
+        return restored
+
+    def _decode(self, group: int, read: Callable[[int], bytes | memoryview]) -> list[bytes]:
+        """Return the members of a group, or an empty list if too few of its pages are good."""
+        blocks: dict[int, bytes] = {}
+        for number in range(DATA_PAGES):
+            page = number * self.groups + group
+            content = bytes(read(page)) if page < len(self.table.pages) else bytes(PAGE_SIZE)
+            if page >= len(self.table.pages) or self.table.page_is_good(page, content):
+                blocks[number] = content
+        for number in range(PARITY_PAGES):
+            if len(blocks) < DATA_PAGES and (parity := self._parity_page(number * self.groups + group)):
+                blocks[DATA_PAGES + number] = parity
+        if len(blocks) < DATA_PAGES:
+            return []
+        decoded: list[bytes] = self._decoder.decode(tuple(blocks.values()), tuple(blocks))
+        return decoded
+
+    def _parity_page(self, page: int) -> bytes:
+        """Return a parity page, from the disk itself if the cached one is bad; empty if both are."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(page * PAGE_SIZE)
+                content = file.read(PAGE_SIZE)
+            if not self.table.parity_is_good(page, content):
+                content = golden_page(self.path, page)
+        except OSError:
+            return b""
+        return content if self.table.parity_is_good(page, content) else b""
+
+
+def repair(memory: WeightMemory, parity: ParityFile, pages: Collection[int], file: Path) -> Repair:
+    """Make bad pages of live memory good again, in place: from parity, else from the file on disk.
+
+    Parameters
+    ----------
+    memory
+        The live memory.
+    parity
+        The parity of the mapped file.
+    pages
+        Numbers of the bad pages.
+    file
+        The mapped file.
+
+    Returns
+    -------
+    What became of each page. A page counts as restored once its bytes *in memory* hash to its digest again.
+    """
+    done: dict[int, str] = {}
+
+    def write(page: int, content: bytes, source: str) -> None:
+        view = memory.page_view(page)
+        view[:] = memoryview(content)
+        if memory.table.page_is_good(page, view.data):
+            done[page] = source
+
+    def read(page: int) -> bytes | memoryview:
+        return memory.page_view(page).data if memory.holds(page) else golden_page(file, page)
+
+    for page, content in parity.restore(pages, read).items():
+        write(page, content, "parity")
+    for page in pages:
+        if page not in done:
+            try:
+                content = golden_page(file, page)
+            except OSError:
+                continue
+            if memory.table.page_is_good(page, content):
+                write(page, content, "file")
+    return Repair(
+        from_parity=tuple(sorted(page for page, source in done.items() if source == "parity")),
+        from_file=tuple(sorted(page for page, source in done.items() if source == "file")),
+        lost=tuple(sorted(set(pages) - set(done))),
+    )
+
+
+def _padded(data: memoryview, start: int, length: int) -> bytes | memoryview:
+    piece = data[start : start + length]
+    return piece if len(piece) == length else bytes(piece).ljust(length, b"\0")
+
+
+def _page_after_drop(path: Path, offset: int) -> bytes:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(descriptor, offset, PAGE_SIZE, os.POSIX_FADV_DONTNEED)
+        return os.pread(descriptor, PAGE_SIZE, offset).ljust(PAGE_SIZE, b"\0")
+    finally:
+        os.close(descriptor)
