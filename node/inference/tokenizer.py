@@ -66,6 +66,10 @@ def sentencepiece_model(source: GgufSource) -> bytes:
     trainer.vocab_size = len(tokens)
     trainer.byte_fallback = True
     trainer.unk_id, trainer.bos_id, trainer.eos_id = _UNKNOWN_ID, source.bos, source.eos
+    # SentencePiece finds the control ids by the name of their piece, not by the ids above.
+    trainer.unk_piece, trainer.bos_piece, trainer.eos_piece = (
+        tokens[number].decode("utf-8") for number in (_UNKNOWN_ID, source.bos, source.eos)
+    )
     normalizer.name = "identity"
     normalizer.add_dummy_prefix = False
     normalizer.remove_extra_whitespaces = False
@@ -123,3 +127,24 @@ class Tokenizer:
         """
         text: str = self._processor.decode([int(number) for number in ids])
         return text
+
+    def token_bytes(self, ids: Sequence[int]) -> bytes:
+        """Return the UTF-8 bytes token ids add to a text; control ids add none.
+
+        Unlike `decode` this needs no look at the neighbours: the bytes of two pieces of a text, joined, are
+        those of the whole, also where a piece ends inside a character.
+
+        Raises
+        ------
+        IndexError
+            An id is not in the vocabulary.
+        """
+        return b"".join(self._piece_bytes(int(number)) for number in ids)
+
+    def _piece_bytes(self, number: int) -> bytes:
+        piece: str = self._processor.id_to_piece(number)
+        if self._processor.is_control(number):
+            return b""
+        if self._processor.is_byte(number):
+            return bytes([int(piece[1:-1], 16)])
+        return piece.replace("\u2581", " ").encode()
