@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from node.inference.gguf_source import GgufSource
 
 _UNKNOWN_ID: Final = 3
+_NO_ID: Final = -1
 _UNKNOWN_TYPE: Final = 2
 """SentencePiece's type of the unknown piece; Gemma's GGUF files mark it as a control piece, which fails."""
 
@@ -66,6 +67,12 @@ def sentencepiece_model(source: GgufSource) -> bytes:
     trainer.vocab_size = len(tokens)
     trainer.byte_fallback = True
     trainer.unk_id, trainer.bos_id, trainer.eos_id = _UNKNOWN_ID, source.bos, source.eos
+    trainer.pad_id = _NO_ID
+    # Ids are found by piece, not by number, when the model is loaded.
+    trainer.unk_piece, trainer.bos_piece, trainer.eos_piece = (
+        _text(tokens[number]) for number in (_UNKNOWN_ID, source.bos, source.eos)
+    )
+    trainer.unk_surface = trainer.unk_piece
     # SentencePiece finds the control ids by the name of their piece, not by the ids above.
     trainer.unk_piece, trainer.bos_piece, trainer.eos_piece = (
         tokens[number].decode("utf-8") for number in (_UNKNOWN_ID, source.bos, source.eos)
@@ -76,10 +83,14 @@ def sentencepiece_model(source: GgufSource) -> bytes:
     normalizer.escape_whitespaces = True
     for number, (token, score, type_) in enumerate(zip(tokens, scores.tolist(), types.tolist(), strict=True)):
         model.pieces.add(
-            piece=token.decode("utf-8"), score=score, type=_UNKNOWN_TYPE if number == _UNKNOWN_ID else type_
+            piece=_text(token), score=score, type=_UNKNOWN_TYPE if number == _UNKNOWN_ID else type_
         )
     serialised: bytes = model.SerializeToString()
     return serialised
+
+
+def _text(piece: bytes) -> str:
+    return piece.decode("utf-8")
 
 
 class Tokenizer:
