@@ -28,6 +28,8 @@ NS_PER_S: Final = 1_000_000_000
 DARK_SHARE: Final = 0.02
 """An array below this share of its full power is dark, whatever the forecast says. A full battery also
 lowers the array, but never under the platform's draw."""
+JUMP_SHARE: Final = 0.05
+"""A change of the ceiling by this share of the board's range is a jump."""
 
 Unit = Annotated[float, Meta(ge=0, le=1)]
 Positive = Annotated[float, Meta(gt=0)]
@@ -81,6 +83,8 @@ class GovernorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """Duty change a second for an error of the whole board range."""
     integral_limit: Unit = 0.6
     """Most the loop may add to or take from the duty the model gives."""
+    response_s: Positive = 1.0
+    """Physical time the measured draw takes to follow a jump of the ceiling: no correction meanwhile."""
     duty_rise_per_s: Positive = 0.5
     duty_fall_per_s: Positive = 2.0
 
@@ -152,6 +156,8 @@ class Governor:
         self._integral = 0.0
         self._duty: float | None = None
         self._last_s: float | None = None
+        self._ceiling_w = 0.0
+        self._correct_from_s = -math.inf
         self._guarding = False
 
     def handle(self, inputs: PowerInputs, now_s: float) -> Setpoint:
@@ -270,11 +276,14 @@ class Governor:
         model = (ceiling_w - inputs.idle_w) / span_w
         dt_s = 0.0 if self._last_s is None else min(max(now_s - self._last_s, 0.0), s.settle_s)
         self._last_s = now_s
+        if abs(ceiling_w - self._ceiling_w) > JUMP_SHARE * span_w:
+            self._correct_from_s = now_s + s.response_s
+        self._ceiling_w = ceiling_w
         if at_once:
             self._integral = 0.0
             self._duty = s.min_duty
             return s.min_duty
-        if inputs.load_w is not None and math.isfinite(inputs.load_w):
+        if inputs.load_w is not None and math.isfinite(inputs.load_w) and now_s >= self._correct_from_s:
             error = (ceiling_w - inputs.load_w) / span_w
             duty = self._duty if self._duty is not None else model
             # Anti-windup: not further the way the duty cannot go, nor up for want of work.
