@@ -8,12 +8,9 @@ the directory of the file. `docs/node-example.toml` shows every key with its def
 from __future__ import annotations
 
 import hashlib
-import math
 import os
-import re
-import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta
@@ -23,12 +20,12 @@ from fdir.recovery import RestartPolicy
 from node.boards import BoardSettings
 from node.power.governor import GovernorSettings
 from telemetry.errors import PenumbraError
+from telemetry.link import BrokerAddress
+from telemetry.strict_toml import load_toml
 from telemetry.topics import check_node_name
 
 SOCKET_PATH_BYTES = 107
 """Longest path of a Unix socket on Linux (`sun_path` less its terminating zero)."""
-_UNKNOWN = re.compile(r"unknown field `([^`]*)`")
-_AT = re.compile(r"^(?P<what>.*?)(?: - at `\$(?P<path>[^`]*)`)?$", re.DOTALL)
 
 Seconds = Annotated[float, Meta(gt=0, le=86_400)]
 Text = Annotated[str, Meta(min_length=1, max_length=4096)]
@@ -44,7 +41,7 @@ class NodeSection(Section, frozen=True, kw_only=True):
     name: Text
     """Name in every topic: 1 to 31 of a-z, 0-9 and '-'."""
     state_dir: Text
-    """Directory for `node.db`, `node.lock`, `worker.sock` and `worker.log`; made if missing."""
+    """Directory for `node.db`, `worker.sock` and `worker.log`; made if missing."""
 
 
 class ModelSection(Section, frozen=True, kw_only=True):
@@ -52,7 +49,8 @@ class ModelSection(Section, frozen=True, kw_only=True):
 
     images_dir: Text
     """Directory that holds the image slots."""
-    slot: Literal["a", "b"] = "a"
+    slot: Annotated[str, Meta(pattern="^[ab]$")] = "a"
+    """`a` or `b`."""
     threads: Annotated[int, Meta(ge=1, le=256)] = 2
     """Threads the worker computes with."""
 
@@ -160,22 +158,7 @@ class NodeConfig(Section, frozen=True, kw_only=True):
         PenumbraError
             The file is missing, no TOML, or anything in it is not allowed.
         """
-        try:
-            raw = tomllib.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise PenumbraError(
-                f"configuration {path}: {error.strerror or error}", "give the path of a readable file"
-            ) from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise PenumbraError(
-                f"configuration {path}: not TOML: {error}", "docs/node-example.toml shows the form"
-            ) from None
-        _check_finite(path, raw)
-        try:
-            config = msgspec.convert(raw, cls)
-        except msgspec.ValidationError as error:
-            raise _explain(path, raw, str(error)) from None
-        return config._checked(path)
+        return load_toml(path, cls)._checked(path)
 
     @property
     def sha256(self) -> str:
@@ -200,13 +183,21 @@ class NodeConfig(Section, frozen=True, kw_only=True):
 
     def _checked(self, path: Path) -> NodeConfig:
         """Return the configuration with its paths made absolute, checked against the system's limits."""
-        check_node_name(self.node.name)
+        try:
+            check_node_name(self.node.name)
+        except PenumbraError as error:
+            raise PenumbraError(f"{path}: {error.what}", error.mend) from None
+        for field, url in (("bus.url", self.bus.url), ("link.url", self.link.url)):
+            try:
+                BrokerAddress.parse(url)
+            except PenumbraError as error:
+                raise PenumbraError(f"{path}: {field}: {error.what}", error.mend) from None
         base = path.absolute().parent
         state_dir = Path(os.path.abspath(base / self.node.state_dir))
         socket_bytes = len(bytes(state_dir / "worker.sock"))
         if socket_bytes > SOCKET_PATH_BYTES:
             raise PenumbraError(
-                f"configuration {path}: [node] state_dir = {str(state_dir)!r}: worker.sock in it has a path"
+                f"{path}: node.state_dir = {str(state_dir)!r}: worker.sock in it has a path"
                 f" of {socket_bytes} bytes, {SOCKET_PATH_BYTES} are allowed for a Unix socket",
                 "choose a shorter path",
             )
@@ -216,43 +207,3 @@ class NodeConfig(Section, frozen=True, kw_only=True):
             model=msgspec.structs.replace(self.model, images_dir=str(base / self.model.images_dir)),
             keys=msgspec.structs.replace(self.keys, file=str(base / self.keys.file)),
         )
-
-
-def _check_finite(path: Path, raw: dict[str, Any]) -> None:
-    """TOML knows nan and inf, which pass many range checks; no value here may be one."""
-    for section, table in raw.items():
-        for key, value in table.items() if isinstance(table, dict) else ():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise PenumbraError(
-                    f"configuration {path}: [{section}] {key} = {value}: a finite number is needed",
-                    "give a number",
-                )
-
-
-def _explain(path: Path, raw: dict[str, Any], error: str) -> PenumbraError:
-    """Turn msgspec's message into one that names section, key, value and what is allowed."""
-    match = _AT.match(error)
-    what = match["what"] if match else error
-    keys = [k for k in (match["path"] or "").split(".") if k] if match else []
-    value: Any = raw
-    kind: Any = NodeConfig
-    for key in keys:
-        value = value.get(key) if isinstance(value, dict) else None
-        fields = {f.encode_name: f.type for f in msgspec.structs.fields(kind)} if _is_struct(kind) else {}
-        kind = fields.get(key)
-    where = f"[{keys[0]}]" if keys else "top level"
-    if len(keys) > 1:
-        where += f" {'.'.join(keys[1:])} = {value!r}"
-    mend = "docs/node-example.toml shows every key with its default"
-    if get_origin(kind) is Literal:
-        mend = f"allowed are {', '.join(map(repr, get_args(kind)))}"
-    elif _is_struct(kind):
-        mend = f"allowed here: {', '.join(kind.__struct_fields__)}"
-        unknown = _UNKNOWN.search(what)
-        if unknown and isinstance(value, dict):
-            what = f"unknown key {unknown[1]!r} = {value.get(unknown[1])!r}"
-    return PenumbraError(f"configuration {path}: {where}: {what}", mend)
-
-
-def _is_struct(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, msgspec.Struct)

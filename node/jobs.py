@@ -36,6 +36,7 @@ _SCHEMA = (
         PRIMARY KEY (job, first)
     ) WITHOUT ROWID""",
 )
+MAX_TOKEN = 1 << 32
 NO_CERTIFICATE = Certificate(image_id="", epoch=0, kv_digest=bytes(8), chain=bytes(32))
 """Certificate of a closing result without tokens: nothing is released, so nothing is proven."""
 
@@ -175,6 +176,11 @@ class JobQueue:
             return None
         return Job(row[0], row[1], row[2], JobState(row[3]), row[4], bool(row[5]), row[6])
 
+    def cancelled(self, conn: sqlite3.Connection) -> list[str]:
+        """Return the open jobs that the ground asked to cancel, in order of arrival."""
+        rows = conn.execute("SELECT id FROM jobs WHERE state != 'done' AND cancel = 1 ORDER BY number")
+        return [row[0] for row in rows]
+
     def active(self, conn: sqlite3.Connection) -> Job | None:
         """Return the active job without starting another."""
         row = conn.execute("SELECT id FROM jobs WHERE state = 'active'").fetchone()
@@ -187,7 +193,11 @@ class JobQueue:
         ------
         telemetry.spool.SpoolRefused
             The spool has no room for results now; nothing is changed, try again later.
+        ValueError
+            The block does not fit the schema of a result: it can only come from a poisoned worker.
         """
+        if not all(0 <= token < MAX_TOKEN for token in result.tokens):
+            raise ValueError("block holds a token outside 0 to 2**32 - 1")
         job = self.get(conn, result.job)
         if job is None or job.state is JobState.QUEUED:
             return NotActive()

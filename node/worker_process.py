@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 EOF_GRACE_S = 1.0
 """Time a process may go on running after its socket closed before that counts as a fault, s (assumed)."""
-REAP_S = 5.0
+REAP_S = 2.0
 """Time a killed process may take to be reaped, s (assumed: far more than the kernel needs)."""
 _READ_BYTES = 1 << 16
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -89,6 +89,7 @@ class WorkerProcess:
         self._connection: asyncio.Future[Streams] | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._gone = asyncio.Event()
+        self._doomed = False
 
     @property
     def pid(self) -> int | None:
@@ -101,7 +102,11 @@ class WorkerProcess:
         Messages that the worker sent before it died are still delivered.
         """
         self._connection = asyncio.get_running_loop().create_future()
-        server = await self._listen()
+        try:
+            server = await self._listen()
+        except OSError as error:
+            self._gone.set()
+            return WorkerExit(None, f"could not be started: {self._socket_path}: {error}")
         try:
             return await self._run(self._connection)
         finally:
@@ -119,7 +124,8 @@ class WorkerProcess:
         return True
 
     def kill(self) -> None:
-        """Send SIGKILL, which ends a stopped process as well. No effect when it is gone."""
+        """Send SIGKILL, which ends a stopped process as well. One not yet started dies as soon as it is."""
+        self._doomed = True
         if self._process is not None and not self._gone.is_set():
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
@@ -158,6 +164,8 @@ class WorkerProcess:
         except OSError as error:
             return WorkerExit(None, f"could not be started: {error}")
         self._process = process
+        if self._doomed:
+            self.kill()
         try:
             async with asyncio.TaskGroup() as group:
                 reader = group.create_task(self._read(process, connection), name="node.worker.read")

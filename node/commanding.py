@@ -1,0 +1,193 @@
+"""Telecommands: authenticate, make durable, execute, report each stage.
+
+A command, its durable effect and its verification reports are one transaction: after a kill at any moment
+either all of it happened, or nothing did and the ground's repetition is executed. What is not durable (the
+worker, the mode machine) follows after the commit. Whatever arrives is counted and answered, never raised.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sqlite3
+import time
+from collections.abc import Callable
+
+from node import state
+from node.jobs import JobConflict, JobQueue, JobState
+from node.recorder import Recorder, Throttle
+from telemetry import commands
+from telemetry.authenticator import Accepted, Authenticator, Redelivered, Rejected, ReplayError
+from telemetry.commands import Arguments, Command, CommandError
+from telemetry.database import Database, StoreFull
+from telemetry.packets import Mode, Stage, Verification
+from telemetry.spool import Spool
+
+_log = logging.getLogger(__name__)
+
+MAX_WAITING = 64
+"""Commands that may wait: the authenticator's window; the ground repeats what is dropped (assumed)."""
+OK = "ok"
+
+
+class CommandFailed(Exception):
+    """An authentic command could not be executed; carries the code of its verification."""
+
+    def __init__(self, code: str, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+
+
+class Commanding:
+    """Handles telecommands in order.
+
+    Parameters
+    ----------
+    database, spool, jobs
+        Where commands take effect.
+    authenticator
+        Loaded; owned by this class from here on.
+    recorder
+        For security reports, and the mission clock.
+    on_executed
+        Called after the commit with the arguments of each command executed.
+    """
+
+    def __init__(
+        self,
+        *,
+        database: Database,
+        spool: Spool,
+        jobs: JobQueue,
+        authenticator: Authenticator,
+        recorder: Recorder,
+        on_executed: Callable[[Arguments], None],
+    ) -> None:
+        self.dropped = 0
+        """Commands dropped unread because too many were waiting."""
+        self._database = database
+        self._spool = spool
+        self._jobs = jobs
+        self._authenticator = authenticator
+        self._recorder = recorder
+        self._on_executed = on_executed
+        self._inbox: asyncio.Queue[bytes] = asyncio.Queue(MAX_WAITING)
+        self._rejections = Throttle(1.0, burst=5)
+        self._repetitions = Throttle(1.0, burst=16)
+
+    def offer(self, payload: bytes) -> None:
+        """Take the bytes of a message on the command topic."""
+        try:
+            self._inbox.put_nowait(payload)
+        except asyncio.QueueFull:
+            self.dropped += 1
+
+    async def run(self) -> None:
+        """Handle commands until cancelled."""
+        while True:
+            payload = await self._inbox.get()
+            now_ns = self._recorder.now_ns()
+            match self._authenticator.check(payload, now_ns):
+                case Accepted() as accepted:
+                    await self._execute(accepted, now_ns)
+                case Redelivered(_, verifications):
+                    if self._repetitions.admit(time.monotonic()) is not None:
+                        for verification in verifications:
+                            self._recorder.post(verification)
+                case Rejected() as rejected:
+                    self._report_rejected(rejected)
+
+    def _report_rejected(self, rejected: Rejected) -> None:
+        _log.warning("command rejected (%s): %s", rejected.code, rejected.text)
+        if self._rejections.admit(time.monotonic()) is None:
+            return
+        self._recorder.post(self._authenticator.report())
+        if rejected.authentic and rejected.key_id is not None and rejected.seq is not None:
+            # Its sender holds the key, and waits for an answer.
+            self._recorder.post(
+                Verification(
+                    key_id=rejected.key_id,
+                    command_seq=rejected.seq,
+                    name=rejected.name or "",
+                    stage=Stage.ACCEPTED,
+                    ok=False,
+                    code=rejected.code,
+                    reason=rejected.text,
+                )
+            )
+
+    async def _execute(self, accepted: Accepted, now_ns: int) -> None:
+        try:
+            executed = await self._database.run(lambda c: self._transact(c, accepted, now_ns))
+        except (StoreFull, ReplayError, sqlite3.Error) as error:
+            # Not durable, so not executed. Memory must not be ahead of the disk.
+            _log.error("command %s not executed: %s", accepted.command.name, error)
+            await self._database.run(self._authenticator.load)
+            return
+        if executed is not None:
+            self._on_executed(executed)
+
+    def _transact(self, connection: sqlite3.Connection, accepted: Accepted, now_ns: int) -> Arguments | None:
+        """Do all that must be durable; return the arguments if the command was executed."""
+        command = accepted.command
+        self._authenticator.commit(connection, accepted)
+
+        def report(stage: Stage, code: str = OK, reason: str = "") -> None:
+            verification = _verification(command, stage, code, reason)
+            self._spool.append(connection, verification, now_ns)
+            self._authenticator.record(connection, verification)
+
+        try:
+            arguments = commands.parse_arguments(command)
+        except CommandError as error:
+            report(Stage.ACCEPTED, error.code or "bad_argument", str(error))
+            return None
+        report(Stage.ACCEPTED)
+        report(Stage.STARTED)
+        try:
+            self._take_effect(connection, arguments, report)
+        except CommandFailed as error:
+            report(Stage.COMPLETED, error.code, str(error))
+            return None
+        report(Stage.COMPLETED)
+        return arguments
+
+    def _take_effect(
+        self,
+        connection: sqlite3.Connection,
+        arguments: Arguments,
+        report: Callable[[Stage], None],
+    ) -> None:
+        match arguments:
+            case commands.Ping():
+                report(Stage.PROGRESS)
+            case commands.Infer(job=job, prompt=prompt, max_tokens=max_tokens):
+                try:
+                    self._jobs.submit(connection, job, prompt, max_tokens)
+                except JobConflict as error:
+                    raise CommandFailed("job_exists", str(error)) from None
+            case commands.Cancel(job=job):
+                known = self._jobs.cancel(connection, job)
+                if known is None:
+                    raise CommandFailed("unknown_job", f"no job {job!r}")
+                if known.state is JobState.DONE:
+                    raise CommandFailed("job_done", f"job {job!r} is done: {known.finish}")
+            case commands.SetMode(mode=mode):
+                state.set_safe(connection, Mode(mode) is Mode.SAFE)
+            case commands.SetPowerCap(power_w=power_w):
+                state.set_cap(connection, power_w)
+            case _:
+                # What has no durable effect follows in `on_executed`.
+                pass
+
+
+def _verification(command: Command, stage: Stage, code: str, reason: str) -> Verification:
+    return Verification(
+        key_id=command.key_id,
+        command_seq=command.seq,
+        name=command.name,
+        stage=stage,
+        ok=code == OK,
+        code=code,
+        reason=reason,
+    )

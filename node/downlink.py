@@ -1,0 +1,183 @@
+"""Downlink: the spool's records to the ground, in priority order, until the archive acknowledges them.
+
+The link is opportunistic: records flow whenever the space link is connected, and nothing is published
+while it is not. `DownlinkWindow` decides how much may be under way and what has to be sent again;
+`Downlink` carries it out. Only an authenticated acknowledgement of the archive deletes a record:
+what a broker confirms is no proof of anything (reference/fsw.md 4.3).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sqlite3
+import time
+from dataclasses import dataclass
+from functools import partial
+
+from telemetry import topics
+from telemetry.ack import Ack
+from telemetry.database import Database, StoreFull
+from telemetry.link import Link, LinkDown
+from telemetry.spool import Spool, SpoolRecord
+
+_log = logging.getLogger(__name__)
+
+POLL_S = 0.1
+"""How often new records are looked for, s (assumed: small beside a contact, cheap for SQLite)."""
+
+
+BATCH = 32
+"""Records taken from the spool at once (assumed: two rounds of the link's publishes)."""
+
+
+@dataclass(frozen=True)
+class InFlight:
+    """One record sent and not yet acknowledged."""
+
+    stream: str
+    boot: int
+    seq: int
+    sent_s: float
+
+
+class DownlinkWindow:
+    """Which records are under way: bounded, forgotten when too old so that they are sent again.
+
+    Parameters
+    ----------
+    limit
+        Records that may wait for their acknowledgement at once.
+    retransmit_s
+        Age after which a record counts as lost on the way, s of the monotonic clock.
+
+    Raises
+    ------
+    ValueError
+        A limit under 1 or a time that is not positive.
+    """
+
+    def __init__(self, limit: int, retransmit_s: float) -> None:
+        if limit < 1 or retransmit_s <= 0:
+            raise ValueError(f"limit >= 1 and retransmit_s > 0 are required, got {limit}, {retransmit_s}")
+        self.limit = limit
+        self.retransmit_s = retransmit_s
+        self._in_flight: dict[int, InFlight] = {}
+
+    @property
+    def room(self) -> int:
+        """How many more records may be sent now."""
+        return self.limit - len(self._in_flight)
+
+    @property
+    def in_flight(self) -> set[int]:
+        """Row ids under way: not to be sent now."""
+        return set(self._in_flight)
+
+    def expire(self, now_s: float) -> int:
+        """Forget records that waited too long, so that the spool offers them again; return how many."""
+        late = [row for row, r in self._in_flight.items() if now_s - r.sent_s >= self.retransmit_s]
+        for row in late:
+            del self._in_flight[row]
+        return len(late)
+
+    def on_sent(self, record: SpoolRecord, now_s: float) -> None:
+        """Note that a record was handed to the link."""
+        self._in_flight[record.rowid] = InFlight(record.stream, record.boot, record.seq, now_s)
+
+    def on_failed(self, record: SpoolRecord) -> None:
+        """Note that the link did not take a record after all."""
+        self._in_flight.pop(record.rowid, None)
+
+    def on_ack(self, ack: Ack) -> int:
+        """Free the places of acknowledged records; return how many."""
+        done = [row for row, r in self._in_flight.items() if covers(ack, r.stream, r.boot, r.seq)]
+        for row in done:
+            del self._in_flight[row]
+        return len(done)
+
+    def on_disconnected(self) -> None:
+        """Forget what was under way: it may have died with the connection."""
+        self._in_flight.clear()
+
+
+def covers(ack: Ack, stream: str, boot: int, seq: int) -> bool:
+    """Tell whether an acknowledgement says that this record is archived."""
+    if (ack.stream, ack.boot) != (stream, boot) or seq >= ack.upto:
+        return False
+    return not any(first <= seq <= last for first, last in ack.gaps)
+
+
+class Downlink:
+    """Carries the window out.
+
+    Parameters
+    ----------
+    node
+        Node name, for the topics.
+    database, spool
+        The store.
+    link
+        The space link.
+    window
+        What may be under way.
+    """
+
+    def __init__(
+        self, node: str, database: Database, spool: Spool, link: Link, window: DownlinkWindow
+    ) -> None:
+        self._node = node
+        self._database = database
+        self._spool = spool
+        self._link = link
+        self._window = window
+        self._acks: asyncio.Queue[Ack] = asyncio.Queue()
+
+    def on_ack(self, ack: Ack) -> None:
+        """Take an authenticated acknowledgement: what it covers is deleted."""
+        self._window.on_ack(ack)
+        self._acks.put_nowait(ack)
+
+    async def run(self) -> None:
+        """Send and delete until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._send(), name="node.downlink.send")
+            group.create_task(self._delete(), name="node.downlink.delete")
+
+    async def _send(self) -> None:
+        while True:
+            if not self._link.connected.is_set():
+                self._window.on_disconnected()
+                await self._link.connected.wait()
+            self._window.expire(time.monotonic())
+            limit = min(self._window.room, BATCH)
+            records = await self._take(limit) if limit > 0 else []
+            if records:
+                await asyncio.gather(*(self._publish(record) for record in records))
+            else:
+                await asyncio.sleep(POLL_S)
+
+    async def _take(self, limit: int) -> list[SpoolRecord]:
+        exclude = self._window.in_flight
+        try:
+            return await self._database.run(lambda c: self._spool.batch(c, limit, exclude))
+        except (StoreFull, sqlite3.Error) as error:
+            _log.error("the spool cannot be read: %s", error)
+            return []
+
+    async def _publish(self, record: SpoolRecord) -> None:
+        # Before the broker confirms it: the ground's acknowledgement may be here first.
+        self._window.on_sent(record, time.monotonic())
+        try:
+            await self._link.publish(topics.tm(self._node, record.stream), record.frame)
+        except LinkDown:
+            self._window.on_failed(record)
+
+    async def _delete(self) -> None:
+        while True:
+            ack = await self._acks.get()
+            try:
+                await self._database.run(partial(self._spool.acknowledge, ack=ack))
+            except (StoreFull, sqlite3.Error) as error:
+                # The record is sent again, and the archive acknowledges it again.
+                _log.error("acknowledged records were not deleted: %s", error)

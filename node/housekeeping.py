@@ -1,0 +1,187 @@
+"""Periodic telemetry: housekeeping, ledger and security report."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sqlite3
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from node.bus_view import BusView
+from node.clock import MissionClock
+from node.commanding import Commanding
+from node.config import TelemetrySection
+from node.intake import Intake
+from node.job_runner import JobRunner
+from node.jobs import JobQueue
+from node.modes import ModeMachine
+from node.power_service import PowerService
+from node.recorder import Recorder
+from node.worker_service import WorkerService
+from telemetry.authenticator import Authenticator
+from telemetry.database import Database, StoreFull
+from telemetry.frame import FrameError
+from telemetry.link import Link
+from telemetry.packets import Housekeeping, Ledger
+from telemetry.spool import Spool
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What housekeeping is sampled from."""
+
+    clock: MissionClock
+    modes: ModeMachine
+    view: BusView
+    power: PowerService
+    worker: WorkerService
+    runner: JobRunner
+    intake: Intake
+    authenticator: Authenticator
+    commanding: Commanding
+    link: Link
+
+
+class HousekeepingService:
+    """Samples the node and accounts for its telemetry.
+
+    Parameters
+    ----------
+    settings
+        Periods.
+    database, spool, jobs
+        The store.
+    recorder
+        For the packets.
+    sources
+        What is sampled.
+    """
+
+    def __init__(
+        self,
+        settings: TelemetrySection,
+        *,
+        database: Database,
+        spool: Spool,
+        jobs: JobQueue,
+        recorder: Recorder,
+        sources: Sources,
+    ) -> None:
+        self._settings = settings
+        self._database = database
+        self._spool = spool
+        self._jobs = jobs
+        self._recorder = recorder
+        self._sources = sources
+        self._ledger_wanted = asyncio.Event()
+        self._started_s = time.monotonic()
+        self._rate_since = (self._started_s, 0)
+
+    async def run(self) -> None:
+        """Sample and account until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._sample_each_period(), name="node.housekeeping.sample")
+            group.create_task(self._ledger_each_period(), name="node.housekeeping.ledger")
+
+    def report_ledger(self) -> None:
+        """Send ledger and security report now, out of turn."""
+        self._ledger_wanted.set()
+
+    async def account(self) -> None:
+        """Append a security report, then a ledger that accounts for all but itself."""
+        security = self._sources.authenticator.report()
+        t_ns = self._recorder.now_ns()
+
+        def append(connection: sqlite3.Connection) -> None:
+            self._spool.append(connection, security, t_ns)
+            self._spool.append(connection, Ledger(streams=self._spool.ledger(connection)), t_ns)
+
+        await self._guard(lambda: self._database.run(append))
+
+    async def sample(self) -> None:
+        """Append one housekeeping packet."""
+
+        async def take() -> None:
+            counts, size = await self._database.run(
+                lambda c: (self._jobs.counts(c), self._spool.size(c)),
+            )
+            packet, t_ns = self._packet(counts, size), self._recorder.now_ns()
+            await self._database.run(lambda c: self._spool.append(c, packet, t_ns))
+
+        await self._guard(take)
+
+    async def _guard(self, write: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await write()
+        except (StoreFull, FrameError, sqlite3.Error) as error:
+            self._recorder.refused += 1
+            _log.error("periodic telemetry not stored: %s", error)
+
+    async def _sample_each_period(self) -> None:
+        next_s = time.monotonic()
+        while True:
+            await self.sample()
+            # A slow disk makes it skip turns, not run behind for ever.
+            next_s = max(next_s + self._settings.housekeeping_period_s, time.monotonic())
+            await asyncio.sleep(next_s - time.monotonic())
+
+    async def _ledger_each_period(self) -> None:
+        while True:
+            self._ledger_wanted.clear()
+            await self.account()
+            try:
+                async with asyncio.timeout(self._settings.ledger_period_s):
+                    await self._ledger_wanted.wait()
+            except TimeoutError:
+                continue
+
+    def _packet(self, counts: tuple[int, int, int], size: tuple[int, int]) -> Housekeeping:
+        now_s = time.monotonic()
+        s = self._sources
+        counters, power, eps = s.worker.counters, s.power, s.view.eps
+        umbra, setpoint = power.umbra, power.setpoint
+        security = s.authenticator.report()
+        return Housekeeping(
+            mode=s.modes.mode,
+            uptime_s=now_s - self._started_s,
+            clock_locked=s.clock.locked,
+            # The packet knows no "unknown" here; without a forecast the eclipse times are None too.
+            sunlit=1.0 if power.sunlit is None else power.sunlit,
+            eclipse_entry_ns=None if umbra is None else umbra.entry_ns,
+            eclipse_exit_ns=None if umbra is None else umbra.exit_ns,
+            battery_soc=None if eps is None else eps.battery_soc,
+            array_w=None if eps is None else eps.array_w,
+            load_w=power.reading.power_w,
+            ceiling_w=0.0 if setpoint is None else setpoint.ceiling_w,
+            duty=0.0 if setpoint is None else setpoint.duty,
+            board_c=power.board_c(now_s),
+            worker_state=s.worker.state,
+            worker_generation=counters.generation,
+            worker_restarts=counters.restarts,
+            tokens_released=counts[2],
+            tokens_discarded=counters.tokens_discarded,
+            token_rate_hz=self._token_rate_hz(now_s),
+            epochs_clean=counters.epochs_clean,
+            epochs_dirty=counters.epochs_dirty,
+            strikes_detected=counters.strikes_detected,
+            strikes_repaired=counters.strikes_repaired,
+            scan_ms=counters.take_scan_ms(),
+            jobs_queued=counts[0],
+            jobs_done=counts[1],
+            spool_records=size[0],
+            spool_bytes=size[1],
+            link_up=s.link.connected.is_set(),
+            commands_accepted=security.accepted,
+            commands_rejected=sum(security.rejected.values()),
+            garbage_messages=s.intake.garbage + s.commanding.dropped,
+        )
+
+    def _token_rate_hz(self, now_s: float) -> float:
+        before_s, before = self._rate_since
+        stored = self._sources.runner.tokens_stored
+        self._rate_since = (now_s, stored)
+        return (stored - before) / max(now_s - before_s, 1e-3)

@@ -1,0 +1,110 @@
+"""Everything that arrives by MQTT: sorted by topic, read, counted; garbage is dropped and reported.
+
+Nothing a sender can put on a topic raises here. Reports of garbage are throttled, its count is not.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from node.recorder import Evidence, Recorder, Throttle
+from telemetry import topics
+from telemetry.ack import Ack, AckError, decode_ack
+from telemetry.bus import CHANNELS, BusMessage, decode
+from telemetry.errors import PenumbraError
+from telemetry.keys import KeyRing
+from telemetry.packets import Severity
+
+BUS_CHANNELS = tuple(c for c in CHANNELS if c != "load")
+"""Channels the node listens to; `load` is its own."""
+REPORT_PERIOD_S = 10.0
+"""Time between two events about garbage, s (assumed)."""
+
+
+class Intake:
+    """Sort and read messages.
+
+    Parameters
+    ----------
+    node
+        Node name, for the topics.
+    ring
+        Keys that acknowledgements are signed with.
+    recorder
+        For events.
+    on_command
+        Takes the bytes of a telecommand.
+    on_ack
+        Takes an authenticated acknowledgement.
+    on_bus
+        Takes a message of the bus; raises ValueError or PenumbraError when its content is impossible.
+    """
+
+    def __init__(
+        self,
+        node: str,
+        ring: KeyRing,
+        recorder: Recorder,
+        *,
+        on_command: Callable[[bytes], None],
+        on_ack: Callable[[Ack], None],
+        on_bus: Callable[[BusMessage], None],
+    ) -> None:
+        self.garbage = 0
+        """Messages that could not be read, since boot."""
+        self._ring = ring
+        self._recorder = recorder
+        self._on_command = on_command
+        self._on_ack = on_ack
+        self._on_bus = on_bus
+        self._open = True
+        self._tc = topics.tc(node)
+        self._ack = topics.ack(node)
+        self._bus = {topics.bus(node, channel): channel for channel in BUS_CHANNELS}
+        self._throttles: dict[str, Throttle] = {}
+
+    @property
+    def link_topics(self) -> list[str]:
+        """Topics to subscribe to on the space link."""
+        return [self._tc, self._ack]
+
+    @property
+    def bus_topics(self) -> list[str]:
+        """Topics to subscribe to on the bus."""
+        return list(self._bus)
+
+    def close(self) -> None:
+        """Drop everything from now on: the node is stopping."""
+        self._open = False
+
+    def on_message(self, topic: str, payload: bytes) -> None:
+        """Take one message."""
+        if not self._open:
+            return
+        try:
+            if topic == self._tc:
+                self._on_command(payload)
+            elif topic == self._ack:
+                self._on_ack(decode_ack(payload, self._ring))
+            elif topic in self._bus:
+                self._on_bus(decode(self._bus[topic], payload))
+            else:
+                raise ValueError("nothing is expected on this topic")
+        except AckError as error:
+            self._report(topic, f"acknowledgement refused: {error}")
+        except (ValueError, RecursionError) as error:
+            self._report(topic, str(error))
+        except PenumbraError as error:
+            self._report(topic, error.what)
+
+    def _report(self, topic: str, why: str) -> None:
+        self.garbage += 1
+        # A topic nobody expects is named by its sender: all such share one throttle.
+        known = topic == self._ack or topic in self._bus
+        throttle = self._throttles.setdefault(topic if known else "", Throttle(REPORT_PERIOD_S))
+        count = throttle.admit(time.monotonic())
+        if count is not None:
+            text = f"unreadable message on {topic[:100]}: {why[:200]}"
+            evidence: Evidence = {"topic": topic[:100], "since_last_report": count, "total": self.garbage}
+            self._recorder.event(Severity.LOW, "garbage.received", text, evidence)

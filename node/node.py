@@ -1,0 +1,319 @@
+"""One boot of the node: the components, wired, run together, and stopped in order."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import logging
+import platform
+import sqlite3
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from node import clock as mission_clock
+from node import modes, state
+from node.boards import Board
+from node.bus_view import BusView
+from node.commanding import Commanding
+from node.config import NodeConfig
+from node.downlink import Downlink, DownlinkWindow
+from node.housekeeping import HousekeepingService, Sources
+from node.inference.manifest import image_id, load_manifest
+from node.intake import Intake
+from node.job_runner import JobRunner
+from node.jobs import JobQueue
+from node.power_service import PowerService
+from node.recorder import Recorder
+from node.worker_service import WorkerService
+from telemetry import commands
+from telemetry.ack import Ack
+from telemetry.authenticator import Authenticator
+from telemetry.bus import BusMessage, BusTime
+from telemetry.commands import Arguments
+from telemetry.database import Database, StoreFull
+from telemetry.errors import PenumbraError
+from telemetry.keys import KeyRing
+from telemetry.link import MqttLink
+from telemetry.packets import BootReport, Event, Mode, Severity
+from telemetry.spool import Spool
+
+_log = logging.getLogger(__name__)
+
+FLUSH_S = 2.0
+"""Bound on the final write, s."""
+CANCEL_S = 2.0
+"""Bound on ending the tasks and closing the links, s."""
+CLOCK_TICK_S = 0.25
+"""How often the silence of the bus clock is looked at, s."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Facts of this boot."""
+
+    config: NodeConfig
+    boot: state.BootState
+    recovered_from: Path | None
+
+
+class Node:
+    """One boot of the node: all components, wired.
+
+    Parameters
+    ----------
+    identity
+        Configuration and what the boot found.
+    database
+        Open; closed by the caller.
+    spool, jobs, authenticator
+        Their tables exist, the authenticator is loaded.
+    ring
+        Keys of the ground.
+    board
+        Driver of this board.
+    command
+        Worker command line, see `worker_command`.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        *,
+        database: Database,
+        spool: Spool,
+        jobs: JobQueue,
+        authenticator: Authenticator,
+        ring: KeyRing,
+        board: Board,
+        command: Sequence[str],
+    ) -> None:
+        config, name = identity.config, identity.config.node.name
+        self._identity = identity
+        self._database = database
+        self._spool = spool
+        self._jobs = jobs
+        self._clock = mission_clock.MissionClock(time.time_ns(), time.monotonic_ns())
+        self._modes = modes.ModeMachine()
+        self._view = BusView()
+        self.recorder = Recorder(database, spool, lambda: self._clock.now_ns(time.monotonic_ns()))
+        self._worker = WorkerService(
+            config,
+            command=command,
+            restarts_s=identity.boot.restarts_s,
+            recorder=self.recorder,
+            database=database,
+            board=board,
+            on_safe=self._on_fdir_safe,
+        )
+        self._runner = JobRunner(
+            database, jobs, self.recorder, send=self._worker.send, on_fault=self._worker.report_fault
+        )
+        self._worker.on_ready = self._runner.worker_ready
+        self._worker.on_gone = self._runner.worker_gone
+        self._worker.on_job_message = self._runner.offer
+        self._commanding = Commanding(
+            database=database,
+            spool=spool,
+            jobs=jobs,
+            authenticator=authenticator,
+            recorder=self.recorder,
+            on_executed=self._on_executed,
+        )
+        self._intake = Intake(
+            name,
+            ring,
+            self.recorder,
+            on_command=self._commanding.offer,
+            on_ack=self._on_ack,
+            on_bus=self._on_bus,
+        )
+        take = self._intake.on_message
+        self._bus_link = MqttLink(config.bus.url, f"penumbra-{name}-bus", self._intake.bus_topics, take)
+        self._space_link = MqttLink(config.link.url, f"penumbra-{name}-link", self._intake.link_topics, take)
+        window = DownlinkWindow(config.link.max_unacked, config.telemetry.retransmit_s)
+        self._downlink = Downlink(name, database, spool, self._space_link, window)
+        self._power = PowerService(
+            config,
+            board=board,
+            view=self._view,
+            clock=self._clock,
+            link=self._bus_link,
+            recorder=self.recorder,
+            send=self._worker.send,
+            busy=lambda: self._runner.running is not None,
+            blocked=lambda: self._runner.blocked,
+            on_sunlit=lambda fraction: self._change_mode(modes.Sunlight(fraction)),
+            cap_w=identity.boot.cap_w,
+        )
+        self._housekeeping = HousekeepingService(
+            config.telemetry,
+            database=database,
+            spool=spool,
+            jobs=jobs,
+            recorder=self.recorder,
+            sources=Sources(
+                clock=self._clock,
+                modes=self._modes,
+                view=self._view,
+                power=self._power,
+                worker=self._worker,
+                runner=self._runner,
+                intake=self._intake,
+                authenticator=authenticator,
+                commanding=self._commanding,
+                link=self._space_link,
+            ),
+        )
+        self._mode_actions: asyncio.Queue[modes.ModeAction] = asyncio.Queue()
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Run until `stop` is set, then stop in order.
+
+        Stages of the stop, each bounded: intake closed (at once), worker stopped
+        (``stop_timeout_s + REAP_S``), final write (`FLUSH_S`), tasks ended and links closed (`CANCEL_S`).
+        With the default ``stop_timeout_s`` of 3 s that is 9 s at worst.
+        """
+        await self._report_boot()
+        async with asyncio.TaskGroup() as group:
+            services = [
+                group.create_task(coroutine, name=name)
+                for name, coroutine in (
+                    ("node.recorder.write", self.recorder.run()),
+                    ("node.modes.act", self._act_on_modes()),
+                    ("node.clock.watch", self._watch_clock()),
+                    ("node.worker.run", self._worker.run()),
+                    ("node.jobs.run", self._runner.run()),
+                    ("node.commanding.run", self._commanding.run()),
+                    ("node.power.run", self._power.run()),
+                    ("node.housekeeping.run", self._housekeeping.run()),
+                    ("node.downlink.run", self._downlink.run()),
+                    ("node.link.bus", self._bus_link.run()),
+                    ("node.link.space", self._space_link.run()),
+                )
+            ]
+            self._change_mode(modes.Restored(self._identity.boot.safe))
+            await stop.wait()
+            await self._shut_down(services)
+
+    async def _shut_down(self, services: list[asyncio.Task[None]]) -> None:
+        self.recorder.event(Severity.INFO, "node.stopping", "ordered stop")
+        self._intake.close()
+        await self._worker.stop()
+        try:
+            async with asyncio.timeout(FLUSH_S):
+                await self.recorder.flush()
+                await self._housekeeping.sample()
+                await self._housekeeping.account()
+                await self._database.run(state.end_boot)
+        except (TimeoutError, StoreFull, sqlite3.Error) as error:
+            _log.error("final write not complete: %s", error or "timeout")
+        for service in services:
+            service.cancel()
+        _, late = await asyncio.wait(services, timeout=CANCEL_S)
+        if late:
+            _log.error("still running: %s", ", ".join(sorted(t.get_name() for t in late)))
+
+    async def _report_boot(self) -> None:
+        config, boot = self._identity.config, self._identity.boot
+        active = await self._database.run(self._jobs.active)
+        image: str | None = None
+        trouble: list[Event] = []
+        try:
+            image = image_id(await asyncio.to_thread(load_manifest, config.image_dir))
+        except PenumbraError as error:
+            trouble.append(Event(severity=Severity.HIGH, name="image.unreadable", text=error.what))
+        if self._identity.recovered_from is not None:
+            text = f"the database was corrupt and lost; it lies at {self._identity.recovered_from}"
+            trouble.append(Event(severity=Severity.HIGH, name="database.lost", text=text))
+        report = BootReport(
+            software=_version("penumbra-node") or "unknown",
+            boot=boot.boot,
+            clean_shutdown=boot.clean_shutdown,
+            config_sha256=config.sha256,
+            image_id=image,
+            board=config.board.kind,
+            python=platform.python_version(),
+            onnxruntime=_version("onnxruntime"),
+            resumed_job=None if active is None else active.id,
+        )
+        _log.info("boot %d, state %s, image %s", boot.boot, config.state_dir, image)
+        for packet in (report, *trouble):
+            self.recorder.post(packet)
+
+    def _on_ack(self, ack: Ack) -> None:
+        self._downlink.on_ack(ack)
+
+    def _on_bus(self, message: BusMessage) -> None:
+        if isinstance(message, BusTime):
+            self._steer_clock(message)
+        else:
+            self._view.handle(message, time.monotonic())
+
+    def _steer_clock(self, event: BusTime | mission_clock.Tick) -> None:
+        for action in self._clock.handle(event, time.monotonic_ns()):
+            match action:
+                case mission_clock.ClockLocked(error_s):
+                    text = f"mission clock locked to the bus, it was {error_s:+.3f} s off"
+                    self.recorder.event(Severity.INFO, "clock.locked", text, {"error_s": error_s})
+                case mission_clock.ClockStepped(error_s):
+                    text = f"mission clock stepped by {error_s:+.3f} s"
+                    self.recorder.event(Severity.MEDIUM, "clock.stepped", text, {"error_s": error_s})
+                case mission_clock.ClockLost(silent_s):
+                    text = f"no time from the bus for {silent_s:.1f} s: the mission clock runs free"
+                    self.recorder.event(Severity.LOW, "clock.free_running", text, {"silent_s": silent_s})
+
+    async def _watch_clock(self) -> None:
+        while True:
+            await asyncio.sleep(CLOCK_TICK_S)
+            self._steer_clock(mission_clock.Tick())
+
+    def _on_fdir_safe(self, reason: str) -> None:
+        self._change_mode(modes.FdirSafe(reason))
+
+    def _on_executed(self, arguments: Arguments) -> None:
+        """Carry out what of a command is not durable, after its commit."""
+        match arguments:
+            case commands.Infer() | commands.Cancel():
+                self._runner.look()
+            case commands.SetMode(mode=mode):
+                self._change_mode(modes.Command(Mode(mode)))
+            case commands.SetPowerCap(power_w=power_w):
+                self._power.cap_w = power_w
+            case commands.ReportLedger():
+                self._housekeeping.report_ledger()
+            case _:
+                pass
+
+    def _change_mode(self, event: modes.ModeEvent) -> None:
+        for action in self._modes.handle(event, self.recorder.now_ns()):
+            self._mode_actions.put_nowait(action)
+
+    async def _act_on_modes(self) -> None:
+        while True:
+            match await self._mode_actions.get():
+                case modes.PersistSafe(safe):
+                    await self._persist_safe(safe)
+                case modes.AllowInference(rearm):
+                    self._worker.allow(rearm=rearm)
+                case modes.ForbidInference():
+                    self._worker.forbid()
+                case modes.Announce(before, after, trigger, reason):
+                    severity = Severity.HIGH if after is Mode.SAFE else Severity.INFO
+                    text = f"mode {before} to {after}: {reason}"
+                    evidence = {"before": before.value, "after": after.value, "trigger": trigger.value}
+                    self.recorder.event(severity, "mode.changed", text, {**evidence})
+
+    async def _persist_safe(self, safe: bool) -> None:
+        try:
+            await self._database.run(lambda c: state.set_safe(c, safe))
+        except (StoreFull, sqlite3.Error) as error:
+            _log.error("safe mode not persisted: %s", error)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,196 @@
+"""The flight node as a process: start from a configuration, run until a signal, tell how it ended.
+
+Nothing that can go wrong with the worker, the link or the store ends the node. An unexpected exception
+does: it is stored as an event, logged, and told by the exit code, and the bus restarts the node.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sqlite3
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from node import state
+from node.boards import open_board
+from node.config import NodeConfig
+from node.jobs import JobQueue
+from node.node import CANCEL_S, FLUSH_S, Identity, Node
+from node.worker_process import REAP_S
+from telemetry.authenticator import Authenticator
+from telemetry.database import Database, StoreFull
+from telemetry.errors import PenumbraError
+from telemetry.keys import KeyRing
+from telemetry.packets import Event, Severity
+from telemetry.spool import Spool
+
+_log = logging.getLogger(__name__)
+
+EXIT_CLEAN = 0
+EXIT_CRASH = 70
+"""An unexpected exception ended the node (EX_SOFTWARE)."""
+EXIT_OVERRUN = 71
+"""An ordered stop overran its bound."""
+CLOSE_S = 2.0
+"""Bound on closing the database, s."""
+
+
+def worker_command(config: NodeConfig) -> list[str]:
+    """Return the worker's command line, without the socket and generation that each start adds."""
+    w = config.worker
+    return [
+        *(sys.executable, "-m", "node.inference.worker"),
+        *("--image", str(config.image_dir), "--arena", str(config.arena_path)),
+        *("--threads", str(config.model.threads), "--epoch-tokens", str(w.epoch_tokens)),
+        *("--positions", str(w.positions), "--retries", str(w.retries)),
+    ]
+
+
+async def run_node(config: NodeConfig, stop: asyncio.Event, command: Sequence[str] | None = None) -> None:
+    """Run one boot of the node until `stop` is set.
+
+    Parameters
+    ----------
+    config
+        Checked configuration.
+    stop
+        Set it to stop in order; see `Node.run` for the bound, to which closing the database adds `CLOSE_S`.
+    command
+        Worker command line without socket and generation; None for the real one, `worker_command`.
+
+    Raises
+    ------
+    PenumbraError
+        Keys, board, or the state directory are at fault.
+    Exception
+        A defect: whatever a component raised. An event was stored if the database still worked.
+    """
+    ring = KeyRing.load(Path(config.keys.file))
+    board = open_board(config.board.kind, config.board)
+    _make_state_dir(config.state_dir)
+    database = await Database.open(
+        config.state_dir / "node.db", max_bytes=config.telemetry.database_max_bytes
+    )
+    try:
+        # A lost database took the boot counter with it: the seconds since 1970 are higher than any count.
+        lost = database.recovered_from
+        lowest_boot = 1 if lost is None else int(time.time())
+
+        def begin(connection: sqlite3.Connection) -> tuple[state.BootState, Spool, JobQueue, Authenticator]:
+            state.create(connection)
+            boot = state.begin_boot(connection, lowest_boot)
+            spool = Spool(config.node.name, boot.boot, config.telemetry.spool_max_bytes)
+            jobs = JobQueue(spool)
+            authenticator = Authenticator(config.node.name, ring)
+            spool.create(connection)
+            jobs.create(connection)
+            authenticator.load(connection)
+            return boot, spool, jobs, authenticator
+
+        boot, spool, jobs, authenticator = await database.run(begin)
+        node = Node(
+            Identity(config, boot, lost),
+            database=database,
+            spool=spool,
+            jobs=jobs,
+            authenticator=authenticator,
+            ring=ring,
+            board=board,
+            command=worker_command(config) if command is None else command,
+        )
+        try:
+            await node.run(stop)
+        except Exception as error:
+            await _store_crash(database, spool, node.recorder.now_ns(), error)
+            raise
+    finally:
+        await database.close(CLOSE_S)
+
+
+def _make_state_dir(path: Path) -> None:
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise PenumbraError(
+            f"node.state_dir = {str(path)!r}: cannot be made: {error.strerror}", "choose a writable place"
+        ) from None
+
+
+def describe(error: BaseException) -> str:
+    """Return an exception, or the first of a group, as one line."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    where = ""
+    trace = error.__traceback__
+    while trace is not None:
+        where = f" at {Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return f"{type(error).__name__}: {error}{where}"
+
+
+async def _store_crash(database: Database, spool: Spool, t_ns: int, error: Exception) -> None:
+    event = Event(severity=Severity.HIGH, name="node.crash", text=describe(error)[:500])
+    with suppress(StoreFull, sqlite3.Error, TimeoutError):
+        async with asyncio.timeout(FLUSH_S):
+            await database.run(lambda c: spool.append(c, event, t_ns))
+
+
+async def _run_until_signal(config: NodeConfig, command: Sequence[str] | None) -> None:
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    bound_s = config.worker.stop_timeout_s + REAP_S + FLUSH_S + CANCEL_S + CLOSE_S + 1
+
+    def overrun() -> None:
+        names = sorted(t.get_name() for t in asyncio.all_tasks())
+        _log.error("stop overran %.0f s; still running: %s", bound_s, ", ".join(names))
+        os._exit(EXIT_OVERRUN)
+
+    def on_signal() -> None:
+        if not stop.is_set():
+            stop.set()
+            loop.call_later(bound_s, overrun)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    await run_node(config, stop, command)
+
+
+def main(config_path: Path, command: Sequence[str] | None = None) -> int:
+    """Run the node from a configuration file until SIGTERM or SIGINT; return its exit code.
+
+    Logs go to stderr, one line each. After a signal it ends within
+    ``stop_timeout_s + REAP_S + FLUSH_S + CANCEL_S + CLOSE_S + 1`` seconds (12 s by default); a second
+    signal changes nothing.
+
+    Parameters
+    ----------
+    config_path
+        TOML file, see `node.config`.
+    command
+        As for `run_node`.
+
+    Returns
+    -------
+    int
+        0 ordered stop, 2 something the user has to mend, `EXIT_CRASH` a defect, `EXIT_OVERRUN` a stop that
+        overran its bound.
+    """
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    try:
+        asyncio.run(_run_until_signal(NodeConfig.load(config_path), command))
+    except PenumbraError as error:
+        sys.stderr.write(f"penumbra node: {error}\n")
+        return error.exit_code
+    except Exception as error:
+        # The last place to turn a defect into a line and a code.
+        _log.critical("%s", describe(error))
+        return EXIT_CRASH
+    return EXIT_CLEAN
