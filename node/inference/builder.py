@@ -38,7 +38,7 @@ from fdir.pages import PAGE_SIZE, MappedTensor, PageTable
 from node.inference import manifest as m
 from node.inference.gguf_source import GgufSource
 from node.inference.graph import build_graph
-from node.inference.image import open_session
+from node.inference.image import open_session, verify_image
 from node.inference.layout import lay_out
 from node.inference.probe import is_read, mapped_addresses, run_probes, same
 from node.inference.tokenizer import sentencepiece_model
@@ -46,13 +46,12 @@ from telemetry.errors import PenumbraError
 
 Progress: TypeAlias = Callable[[str, float], object]
 
-BUILDER_VERSION: Final = 1
+BUILDER_VERSION: Final = 2
 """Raised whenever a step changes what it writes."""
 DEFAULT_CONTEXT: Final = 4096
 """Positions an image can address: rotary tables for 4,096 are 8 MB of every scan, for 32,768 they are 64."""
 _INLINE_BYTES: Final = 64
 """Constants below this size go into the graph at first; `lay_out` moves those of float type out again."""
-_BUILDING: Final = ".{slot}.building"
 
 
 def _silent(_stage: str, _fraction: float) -> None:
@@ -95,30 +94,50 @@ def build_image(
         The GGUF cannot be used, or the directory cannot be written.
     """
     target = images / slot
-    try:
-        images.mkdir(parents=True, exist_ok=True)
-        with _exclusive(images):
-            progress("read", 0.0)
-            source = GgufSource(gguf)
-            build = _Build(source, context)
-            if not force and build.is_done(target):
-                progress("up to date", 1.0)
-                return target
-            work = images / _BUILDING.format(slot=slot)
-            shutil.rmtree(work, ignore_errors=True)
-            work.mkdir()
-            try:
+    with _exclusive(images):
+        progress("read", 0.0)
+        build = _Build(GgufSource(gguf), context)
+        if not force and build.is_done(target):
+            progress("up to date", 1.0)
+        else:
+            with _new_slot(target) as work:
                 build.run(work, progress)
-                _replace(target, work)
-            finally:
-                shutil.rmtree(work, ignore_errors=True)
             progress("done", 1.0)
-            return target
-    except OSError as error:
-        raise PenumbraError(
-            f"{error.filename or images}: cannot build the image: {error.strerror or error}",
-            "the images directory must be writable, with about 8 times the size of the GGUF free",
-        ) from error
+    return target
+
+
+def copy_image(images: Path, source: m.Slot, slot: m.Slot, *, force: bool = False) -> Path:
+    """Fill a slot with the image of the other one, which is proven first.
+
+    Parameters
+    ----------
+    images
+        Directory of the slots.
+    source
+        The slot to copy.
+    slot
+        The slot to fill.
+    force
+        Copy even if the slot holds that image by its manifest and the sizes of its files.
+
+    Returns
+    -------
+    The slot's directory.
+
+    Raises
+    ------
+    PenumbraError
+        The source is damaged, or the directory cannot be written.
+    """
+    target = images / slot
+    with _exclusive(images):
+        manifest = verify_image(images / source)
+        if force or not _holds(target, manifest):
+            with _new_slot(target) as work:
+                for name in m.FILES:
+                    shutil.copyfile(images / source / name, work / name)
+                _flush(work)
+    return target
 
 
 class _Build:
@@ -137,13 +156,12 @@ class _Build:
         except PenumbraError:
             return False
         return (
-            found.builder == BUILDER_VERSION
+            _holds(image, found)
+            and found.builder == BUILDER_VERSION
             and found.gguf_sha256 == self.gguf_sha256
             and found.onnxruntime == ort.__version__
             and found.cpu == self.cpu
             and found.shape == self.shape
-            and all((image / name).is_file() for name in m.FILES)
-            and all((image / name).stat().st_size == size for name, size in found.sizes.items())
         )
 
     def run(self, work: Path, progress: Progress) -> None:
@@ -292,6 +310,28 @@ def _flush(work: Path) -> None:
             os.close(descriptor)
 
 
+def _holds(image: Path, manifest: m.Manifest) -> bool:
+    """Tell whether a slot holds an image, by its manifest and the sizes of its files."""
+    try:
+        sizes = {name: (image / name).stat().st_size for name in manifest.sizes}
+        return sizes == manifest.sizes and m.load_manifest(image) == manifest
+    except (OSError, PenumbraError):
+        return False
+
+
+@contextmanager
+def _new_slot(target: Path) -> Iterator[Path]:
+    """Give a directory to build in; it becomes the slot if nothing is raised, and is removed otherwise."""
+    work = target.with_name(f".{target.name}.building")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    try:
+        yield work
+        _replace(target, work)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
 def _replace(target: Path, work: Path) -> None:
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
@@ -303,6 +343,14 @@ def _replace(target: Path, work: Path) -> None:
 
 @contextmanager
 def _exclusive(images: Path) -> Iterator[None]:
-    with (images / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    """Hold the images directory, made if it is missing; what the system refuses becomes a `PenumbraError`."""
+    try:
+        images.mkdir(parents=True, exist_ok=True)
+        with (images / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+    except OSError as error:
+        raise PenumbraError(
+            f"{error.filename or images}: cannot write the image: {error.strerror or error}",
+            "the images directory must be writable, with about 8 times the size of the GGUF free",
+        ) from error

@@ -1,0 +1,180 @@
+"""`penumbra model`: build, prove and describe model images."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
+
+import msgspec
+import typer
+
+if TYPE_CHECKING:
+    from node.inference.builder import Progress
+    from node.inference.image import ImageInfo
+    from node.inference.manifest import Slot
+
+model_app = typer.Typer(help="Build, prove and describe model images.", no_args_is_help=True)
+
+
+class Slots(StrEnum):
+    """Which slots a command is about."""
+
+    A = "a"
+    B = "b"
+    BOTH = "both"
+
+
+class BuildReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What `penumbra model build` did."""
+
+    images: list[ImageInfo]
+    wall_s: float
+    """Time the whole command took, s."""
+    stage_s: dict[str, float]
+    """Time each stage took, s; a stage that was not needed is absent."""
+
+
+class VerifyReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What `penumbra model verify` found: there is a report only if every image is whole."""
+
+    images: list[ImageInfo]
+    wall_s: float
+
+
+class InfoReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What `penumbra model info` tells."""
+
+    images: list[ImageInfo]
+
+
+Images: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        help="Directory of the images; by default $PENUMBRA_IMAGES, else penumbra/images in the user's cache."
+    ),
+]
+Json: TypeAlias = Annotated[
+    Path | None, typer.Option("--json", help="Also write the outcome to this file, as JSON.")
+]
+SlotOption: TypeAlias = Annotated[Slots, typer.Option(help="Slot of the image.")]
+
+
+@model_app.command()
+def build(
+    gguf: Annotated[
+        Path | None, typer.Option(help="GGUF of a Gemma 3 text model; by default the packaged Gemma 3 270M.")
+    ] = None,
+    images: Images = None,
+    slot: SlotOption = Slots.BOTH,
+    force: Annotated[bool, typer.Option(help="Build even if the slot is up to date.")] = False,
+    json: Json = None,
+) -> None:
+    """Build the image of a model, once for each slot."""
+    from node.inference.builder import build_image, copy_image  # noqa: PLC0415
+    from node.inference.gguf_source import packaged_gguf  # noqa: PLC0415
+
+    started = time.monotonic()
+    directory = _directory(images)
+    first, *others = _slots(slot)
+    with _progress_bar() as (progress, stage_s):
+        progress("assemble", 0.0)
+        model = gguf if gguf is not None else packaged_gguf(directory.parent / "gguf")
+        build_image(model, directory, first, force=force, progress=progress)
+        for other in others:
+            progress("copy", 1.0)
+            copy_image(directory, first, other, force=force)
+        progress("done", 1.0)
+    infos = _describe(directory, slot)
+    report = BuildReport(images=infos, wall_s=time.monotonic() - started, stage_s=stage_s)
+    for info in infos:
+        typer.echo(f"{info.directory}: image {info.image_id}, {info.model}, {info.total_bytes / 1e6:.0f} MB")
+    _write(json, report)
+
+
+@model_app.command()
+def verify(images: Images = None, slot: SlotOption = Slots.BOTH, json: Json = None) -> None:
+    """Prove images whole: every byte on the disk, and that they were built for this machine."""
+    from node.inference.image import verify_image  # noqa: PLC0415
+
+    started = time.monotonic()
+    directory = _directory(images)
+    for name in _slots(slot):
+        verify_image(directory / name)
+        typer.echo(f"{directory / name}: whole")
+    _write(json, VerifyReport(images=_describe(directory, slot), wall_s=time.monotonic() - started))
+
+
+@model_app.command()
+def info(images: Images = None, slot: SlotOption = Slots.BOTH, json: Json = None) -> None:
+    """Describe images: what they were built from, and what each kind of tensor takes."""
+    from rich.console import Console  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+
+    report = InfoReport(images=_describe(_directory(images), slot))
+    console = Console()
+    for image in report.images:
+        table = Table(title=f"{image.directory}  image {image.image_id}", title_justify="left")
+        for column in ("role", "tensors", "MB", "pages", "read by a step"):
+            table.add_column(column, justify="left" if column == "role" else "right")
+        for role, use in image.roles.items():
+            read = "some rows" if use.sparse else "whole" if use.read else "no"
+            table.add_row(role, str(use.tensors), f"{use.bytes / 1e6:.1f}", str(use.pages), read)
+        console.print(table)
+        console.print(
+            f"{image.model}, GGUF {image.gguf_sha256[:16]}, ONNX Runtime {image.onnxruntime}, {image.cpu}\n"
+            f"on disk {image.total_bytes / 1e6:.0f} MB, mapped {image.mapped_bytes / 1e6:.0f} MB, "
+            f"read by every step {image.live_bytes / 1e6:.0f} MB",
+            highlight=False,
+        )
+    _write(json, report)
+
+
+def _directory(images: Path | None) -> Path:
+    from node.inference.manifest import default_images_dir  # noqa: PLC0415
+
+    return images if images is not None else default_images_dir()
+
+
+def _slots(slot: Slots) -> list[Slot]:
+    choices: dict[Slots, list[Literal["a", "b"]]] = {Slots.A: ["a"], Slots.B: ["b"], Slots.BOTH: ["a", "b"]}
+    return choices[slot]
+
+
+def _describe(directory: Path, slot: Slots) -> list[ImageInfo]:
+    from node.inference.image import image_info  # noqa: PLC0415
+
+    return [image_info(directory / name) for name in _slots(slot)]
+
+
+def _write(path: Path | None, report: msgspec.Struct) -> None:
+    from telemetry.summary import write_json  # noqa: PLC0415
+
+    if path is not None:
+        write_json(path, report)
+
+
+@contextmanager
+def _progress_bar() -> Iterator[tuple[Progress, dict[str, float]]]:
+    """Show progress; give the callback, and the seconds each stage took so far."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: PLC0415
+
+    stage_s: dict[str, float] = {}
+    stage, since_s = "", time.monotonic()
+    bar = Progress(TextColumn("{task.description:<12}"), BarColumn(), TimeElapsedColumn())
+    with bar:
+        task = bar.add_task("", total=1.0)
+
+        def show(name: str, fraction: float) -> None:
+            nonlocal stage, since_s
+            if name != stage:
+                now_s = time.monotonic()
+                if stage:
+                    stage_s[stage] = stage_s.get(stage, 0.0) + now_s - since_s
+                stage, since_s = name, now_s
+            bar.update(task, description=name, completed=fraction)
+
+        yield show, stage_s
