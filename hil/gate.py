@@ -1,12 +1,13 @@
 """The space link: a TCP gate between the node and the broker, open only in contact windows.
 
-Outside a window no byte passes: connections that exist are reset on both sides, and a new one is reset as
-soon as it is accepted. The node sees what a radio link gives it, a peer that is not there.
+Outside a window no byte passes: connections that exist are reset on both sides, and new ones are refused,
+since nobody listens. The node sees what a radio link gives it: a peer that is not there.
 """
 
 from __future__ import annotations
 
 import asyncio
+import socket
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
@@ -23,8 +24,8 @@ class GateCounts:
 
     connections: int = 0
     """Connections carried to the broker."""
-    refused: int = 0
-    """Connections that met a closed gate or no broker."""
+    failed: int = 0
+    """Connections in a window that found no broker."""
     cut: int = 0
     """Connections reset because the window ended."""
     bytes_up: int = 0
@@ -48,8 +49,8 @@ class Gate:
         self.port = port
         self.counts = GateCounts()
         self._upstream_port = upstream_port
-        self._open = False
         self._server: asyncio.Server | None = None
+        self._reserved: socket.socket | None = None
         self._links: dict[asyncio.Task[None], list[asyncio.StreamWriter]] = {}
 
     @property
@@ -60,33 +61,43 @@ class Gate:
     @property
     def is_open(self) -> bool:
         """True in a contact window."""
-        return self._open
+        return self._server is not None
 
     async def start(self) -> None:
-        """Listen, with the gate shut."""
-        self._server = await asyncio.start_server(self._accept, HOST, self.port)
-        self.port = self._server.sockets[0].getsockname()[1]
+        """Take the port, with the gate shut.
+
+        Raises
+        ------
+        OSError
+            The port cannot be had.
+        """
+        # Bound but not listening: the port stays ours while connections to it are refused.
+        self._reserved = _bind(self.port)
+        self.port = self._reserved.getsockname()[1]
 
     async def stop(self) -> None:
-        """Cut what is left and stop listening. Bounded by `STOP_BOUND_S`."""
+        """Cut what is left and give the port back. Bounded by `STOP_BOUND_S`."""
         self.shut()
-        if self._server is not None:
-            self._server.close()
-            self._server = None
+        if self._reserved is not None:
+            self._reserved.close()
+            self._reserved = None
         if self._links:
             _, late = await asyncio.wait(list(self._links), timeout=STOP_BOUND_S)
             for task in late:
                 task.cancel()
 
-    def open(self) -> None:
+    async def open(self) -> None:
         """Begin a contact window."""
-        self._open = True
+        if self._server is None:
+            self._server = await asyncio.start_server(self._accept, sock=_bind(self.port))
 
     def shut(self) -> None:
         """End the contact window: reset every connection at once, both sides, without flushing."""
-        if self._open:
-            self.counts.cut += len(self._links)
-        self._open = False
+        if self._server is None:
+            return
+        self._server.close()
+        self._server = None
+        self.counts.cut += len(self._links)
         for writers in self._links.values():
             for writer in writers:
                 writer.transport.abort()
@@ -101,10 +112,9 @@ class Gate:
         await self.stop()
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        if task is None or not self._open:
-            self.counts.refused += 1
-            writer.transport.abort()
+        task, server = asyncio.current_task(), self._server
+        if task is None or server is None:
+            writer.transport.abort()  # shut between the kernel's accept and ours
             return
         task.set_name("hil.gate.connection")
         writers = [writer]
@@ -112,15 +122,14 @@ class Gate:
         try:
             up_reader, up_writer = await asyncio.open_connection(HOST, self._upstream_port)
             writers.append(up_writer)
-            if not self.is_open:  # the window ended while we were connecting
-                self.counts.refused += 1
-                return
+            if self._server is not server:
+                return  # the window ended while we were connecting
             self.counts.connections += 1
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._pump(reader, up_writer, up=True), name="hil.gate.up")
                 group.create_task(self._pump(up_reader, writer, up=False), name="hil.gate.down")
         except OSError:
-            self.counts.refused += 1
+            self.counts.failed += 1
         except asyncio.CancelledError:
             # Only `stop` cancels us, after its bound; asyncio would log the cancellation as an error.
             pass
@@ -141,3 +150,17 @@ class Gate:
                 await writer.drain()
         # MQTT has no half-closed state: the peer's reader must see the end as well.
         writer.close()
+
+
+def _bind(port: int) -> socket.socket:
+    """Return a socket bound to a port of the loopback interface that we may bind a second time."""
+    made = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        # Not SO_REUSEADDR: with it on a socket that does not listen, anyone could take the port.
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        made.bind((HOST, port))
+        made.setblocking(False)
+    except OSError:
+        made.close()
+        raise
+    return made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
 
 import pytest
@@ -51,17 +52,20 @@ async def ended(reader: asyncio.StreamReader) -> bool:
 async def test_begins_shut_and_refuses(echo: Echo) -> None:
     async with Gate(echo.port) as gate:
         assert not gate.is_open
-        reader, writer = await asyncio.open_connection("127.0.0.1", gate.port)
-        assert await ended(reader)
-        writer.close()
-        assert gate.counts.refused == 1
+        with pytest.raises(ConnectionRefusedError):
+            await asyncio.open_connection("127.0.0.1", gate.port)
+        await gate.open()
+        await gate.open()  # open twice is open
+        gate.shut()
+        with pytest.raises(ConnectionRefusedError):
+            await asyncio.open_connection("127.0.0.1", gate.port)
         assert gate.counts.connections == 0
         assert not echo.gone.is_set()  # the broker never saw it
 
 
 async def test_open_gate_relays_and_counts_both_ways(echo: Echo) -> None:
     async with Gate(echo.port) as gate:
-        gate.open()
+        await gate.open()
         reader, writer = await asyncio.open_connection("127.0.0.1", gate.port)
         payload = bytes(200_000)
         writer.write(payload)
@@ -75,7 +79,7 @@ async def test_open_gate_relays_and_counts_both_ways(echo: Echo) -> None:
 
 async def test_shut_cuts_both_sides_at_once_and_opens_again(echo: Echo) -> None:
     async with Gate(echo.port) as gate:
-        gate.open()
+        await gate.open()
         reader, writer = await asyncio.open_connection("127.0.0.1", gate.port)
         writer.write(b"x")
         await asyncio.wait_for(reader.readexactly(1), 5)
@@ -91,20 +95,20 @@ async def test_shut_cuts_both_sides_at_once_and_opens_again(echo: Echo) -> None:
         gate.shut()  # shut twice counts nothing twice
         assert gate.counts.cut == 1
 
-        gate.open()
+        await gate.open()
         reader, writer = await asyncio.open_connection("127.0.0.1", gate.port)
         writer.write(b"y")
         assert await asyncio.wait_for(reader.readexactly(1), 5) == b"y"
         writer.close()
 
 
-async def test_broker_that_is_away_counts_as_refused(echo: Echo) -> None:
+async def test_broker_that_is_away_ends_the_connection(echo: Echo) -> None:
     async with Gate(1) as gate:  # nothing listens on port 1
-        gate.open()
+        await gate.open()
         reader, writer = await asyncio.open_connection("127.0.0.1", gate.port)
         assert await ended(reader)
         writer.close()
-    assert gate.counts.refused == 1
+    assert gate.counts.failed == 1
 
 
 async def test_server_that_leaves_ends_the_client(echo: Echo) -> None:
@@ -113,17 +117,25 @@ async def test_server_that_leaves_ends_the_client(echo: Echo) -> None:
 
     listener = await asyncio.start_server(hang_up, "127.0.0.1", 0)
     async with Gate(listener.sockets[0].getsockname()[1]) as gate:
-        gate.open()
+        await gate.open()
         reader, writer = await asyncio.open_connection("127.0.0.1", gate.port)
         assert await ended(reader)
         writer.close()
     listener.close()
 
 
+async def test_the_port_stays_ours_while_shut(echo: Echo) -> None:
+    async with Gate(echo.port) as gate:
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", gate.port))
+        with pytest.raises(OSError, match="in use"):
+            await asyncio.start_server(lambda r, w: None, "127.0.0.1", gate.port)
+
+
 async def test_stop_leaves_no_task(echo: Echo) -> None:
     gate = Gate(echo.port)
     await gate.start()
-    gate.open()
+    await gate.open()
     reader, writer = await asyncio.open_connection("127.0.0.1", gate.port)
     writer.write(b"x")
     await asyncio.wait_for(reader.readexactly(1), 5)

@@ -1,0 +1,155 @@
+"""What the ground can say after a flight: the texts, proven by their certificates, and the ledger.
+
+The ledger is recomputed from the archive and from the spool the node left on its disk, which is opened
+read-only once the node has ended.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+
+from hil.record import JobFact, LedgerFact, StreamAccount
+from telemetry.archive import Archive
+from telemetry.certificate import check_chain
+from telemetry.frame import Frame, decode_frame
+from telemetry.ledger import Key, Ranges, merge, reconcile, to_ranges
+from telemetry.packets import Housekeeping, Result
+from telemetry.spool import Spool
+
+
+def read_only(path: Path) -> sqlite3.Connection:
+    """Open a node's database without being able to change it.
+
+    Raises
+    ------
+    sqlite3.Error
+        There is none, or it cannot be read.
+    """
+    return sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=1.0)
+
+
+def stored_frames(database: Path) -> list[Frame]:
+    """Return the frames waiting in a node's spool, in order of (stream, boot, seq)."""
+    with closing(read_only(database)) as connection:
+        rows = connection.execute("SELECT frame FROM spool_record ORDER BY stream, boot, seq").fetchall()
+    return [decode_frame(frame) for (frame,) in rows]
+
+
+def newest_housekeeping(database: Path) -> tuple[int, Housekeeping] | None:
+    """Return the newest housekeeping in a node's spool with its mission time, ns; None if there is none now.
+
+    The bench's view into the node between contacts: it reads the node's disk, and the node does not notice.
+    """
+    try:
+        with closing(read_only(database)) as connection:
+            row = connection.execute(
+                "SELECT frame FROM spool_record WHERE stream = 'hk' ORDER BY boot DESC, seq DESC LIMIT 1"
+            ).fetchone()
+    except sqlite3.Error:
+        return None  # not made yet, or busy: there is a next time
+    if row is None:
+        return None
+    frame = decode_frame(row[0])
+    packet = frame.packet()
+    return (frame.t_ns, packet) if isinstance(packet, Housekeeping) else None
+
+
+def ledger_fact(archive: Archive, node: str, database: Path) -> LedgerFact:
+    """Recompute the ledger of a node that has ended.
+
+    Every sequence number ever generated is looked up: archived, stored, dropped by policy, or lost.
+
+    Parameters
+    ----------
+    archive
+        The ground's archive.
+    node
+        Node name.
+    database
+        The node's `node.db`.
+    """
+    spool = Spool(node, boot=0, capacity_bytes=1)
+    with closing(read_only(database)) as connection:
+        entries = spool.ledger(connection)
+        stored = {key: to_ranges(seqs) for key, seqs in spool.stored_sequences(connection).items()}
+        ranges = spool.dropped_ranges(connection)
+    dropped: dict[Key, Ranges] = {}
+    for each in ranges:
+        key = (each.boot, each.stream)
+        dropped[key] = merge(dropped.get(key, []), [(each.first, each.last)])
+    check = reconcile(
+        entries,
+        archive.sequences(node),
+        stored=stored,
+        dropped=dropped,
+        duplicated=archive.conflicts(node),
+        final=True,
+    )
+    counts = archive.counts(node)
+    reasons: Counter[str] = Counter()
+    for entry in entries:
+        reasons.update(entry.dropped)
+    return LedgerFact(
+        generated=check.generated,
+        acked=check.acked,
+        stored=check.stored,
+        dropped=check.dropped,
+        lost=check.lost,
+        duplicated=check.duplicated,
+        consistent=check.consistent,
+        problems=check.problems,
+        streams=[
+            StreamAccount(
+                boot=entry.boot,
+                stream=entry.stream,
+                generated=entry.generated,
+                acked=entry.acked,
+                stored=entry.stored,
+                dropped=sum(entry.dropped.values()),
+                archived=counts.get((entry.boot, entry.stream), 0),
+            )
+            for entry in entries
+        ],
+        drop_reasons=dict(reasons),
+    )
+
+
+def assemble(
+    image_id: str, jobs: Mapping[str, tuple[str, int]], results: Mapping[str, Sequence[Result]]
+) -> list[JobFact]:
+    """Put the texts of all jobs together, and check their certificates.
+
+    Parameters
+    ----------
+    image_id
+        The image the ground expects.
+    jobs
+        Prompt and number of tokens asked for, by job.
+    results
+        Blocks of each job in order of their first token, see `Archive.results`.
+
+    Returns
+    -------
+    list of JobFact
+        Every job asked for, in the order asked, then any the ground never asked for.
+    """
+    facts = []
+    for name in [*jobs, *(job for job in results if job not in jobs)]:
+        prompt, max_tokens = jobs.get(name, ("", 0))
+        blocks = results.get(name, [])
+        facts.append(
+            JobFact(
+                job=name,
+                prompt=prompt,
+                max_tokens=max_tokens,
+                tokens=[token for block in blocks for token in block.tokens],
+                text=b"".join(block.text for block in blocks),
+                proven=check_chain(image_id, name, blocks),
+                finish=next((block.finish for block in blocks if block.finish is not None), None),
+            )
+        )
+    return facts

@@ -1,0 +1,163 @@
+"""The ground station: archives what comes down, acknowledges it, sends the commands up.
+
+A frame is acknowledged only after the archive's transaction is committed. The station talks to the broker
+directly; whether the node hears it is decided by the space link (`hil.gate`), and outside of contacts the
+station keeps silent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from hil.uplink import Uplink
+from telemetry import topics
+from telemetry.ack import encode_ack
+from telemetry.archive import Archive
+from telemetry.database import StoreFull
+from telemetry.frame import Frame, FrameError, decode_frame
+from telemetry.keys import KeyRing
+from telemetry.link import LinkDown, MqttLink
+from telemetry.packets import Packet, Verification
+
+_log = logging.getLogger(__name__)
+
+REACK_S = 2.0
+"""Interval of acknowledging everything anew while in contact, s: an acknowledgement can be lost too."""
+UPLINK_TICK_S = 0.05
+BATCH = 512
+"""Most frames of one archive transaction."""
+
+
+@dataclass
+class GroundCounts:
+    """What the station heard."""
+
+    archived: int = 0
+    duplicates: int = 0
+    garbage: int = 0
+    """Messages under the node's telemetry topics that are no frame of it."""
+    unreadable: int = 0
+    """Sound frames whose packet this ground cannot read; archived all the same."""
+    not_archived: int = 0
+    """Frames that found the archive's disk full; the node sends them again."""
+
+
+class GroundStation:
+    """One station for one node.
+
+    Parameters
+    ----------
+    url
+        The broker.
+    node
+        The node's name.
+    archive
+        Where frames go.
+    ring
+        Keys for acknowledgements and commands.
+    now_ns
+        Mission time, UTC ns.
+    on_packet
+        Called with each new frame and its packet, in order of arrival, before it is archived.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        node: str,
+        archive: Archive,
+        ring: KeyRing,
+        *,
+        now_ns: Callable[[], int],
+        on_packet: Callable[[Frame, Packet], None] = lambda frame, packet: None,
+    ) -> None:
+        self.counts = GroundCounts()
+        self.uplink = Uplink(node, ring)
+        self.in_contact = False
+        """Set by the flight as contacts begin and end."""
+        self._node = node
+        self._archive = archive
+        self._key = ring.signing_key()
+        self._now_ns = now_ns
+        self._on_packet = on_packet
+        self._frames: asyncio.Queue[bytes] = asyncio.Queue()
+        self._link = MqttLink(url, f"ground-{node}", [topics.tm(node, "#")], self._on_message)
+
+    @property
+    def connected(self) -> asyncio.Event:
+        """Set while the station hears the broker."""
+        return self._link.connected
+
+    @property
+    def backlog(self) -> int:
+        """Frames received and not yet archived."""
+        return self._frames.qsize()
+
+    async def run(self) -> None:
+        """Serve until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._link.run(), name="hil.ground.link")
+            group.create_task(self._archive_frames(), name="hil.ground.archive")
+            group.create_task(self._send_commands(), name="hil.ground.uplink")
+            group.create_task(self._acknowledge_again(), name="hil.ground.reack")
+
+    def _on_message(self, topic: str, payload: bytes) -> None:
+        try:
+            frame = decode_frame(payload)
+            if topic != topics.tm(frame.node, frame.stream) or frame.node != self._node:
+                raise FrameError(f"frame of {frame.node} {frame.stream.value} on {topic}")
+        except FrameError as error:
+            self.counts.garbage += 1
+            _log.info("garbage on %s: %s", topic, error)
+            return
+        self._frames.put_nowait(payload)
+        try:
+            packet = frame.packet()
+        except FrameError:
+            self.counts.unreadable += 1
+            return
+        if isinstance(packet, Verification):
+            self.uplink.on_verification(packet)
+        self._on_packet(frame, packet)
+
+    async def _archive_frames(self) -> None:
+        while True:
+            batch = [await self._frames.get()]
+            while len(batch) < BATCH and not self._frames.empty():
+                batch.append(self._frames.get_nowait())
+            try:
+                done = await asyncio.to_thread(self._archive.ingest, batch)
+            except StoreFull as error:
+                self.counts.not_archived += len(batch)
+                _log.error("not archived, not acknowledged: %s", error)
+                continue
+            self.counts.archived += done.new
+            self.counts.duplicates += done.duplicate
+            touched = [(boot, stream) for _, boot, stream in done.touched]
+            for ack in await asyncio.to_thread(self._archive.acks, self._node, touched):
+                await self._publish(topics.ack(self._node), encode_ack(ack, self._key))
+
+    async def _acknowledge_again(self) -> None:
+        while True:
+            await asyncio.sleep(REACK_S)
+            if self.in_contact:
+                for ack in await asyncio.to_thread(self._archive.acks, self._node):
+                    await self._publish(topics.ack(self._node), encode_ack(ack, self._key))
+
+    async def _send_commands(self) -> None:
+        while True:
+            in_contact = self.in_contact and self.connected.is_set()
+            for send in self.uplink.tick(time.monotonic(), self._now_ns(), in_contact=in_contact):
+                await self._publish(topics.tc(self._node), send.payload)
+            await asyncio.sleep(UPLINK_TICK_S)
+
+    async def _publish(self, topic: str, payload: bytes) -> None:
+        try:
+            await self._link.publish(topic, payload)
+        except LinkDown as error:
+            # Acknowledgements and commands are both repeated: nothing is lost with this one.
+            _log.info("not sent on %s: %s", topic, error)

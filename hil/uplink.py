@@ -1,0 +1,147 @@
+"""The uplink: authenticated telecommands, one at a time, until the node verifies each. Pure.
+
+Stop and wait: a command is sent, and sent again unchanged while it goes unanswered, until its `accepted`
+verification comes down; only then the next one is issued. The node answers a command it has executed
+already with the verification it stored, so a lost answer costs a repeat and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from telemetry.commands import Arguments, encode_command, make_command
+from telemetry.keys import KeyRing
+from telemetry.packets import Stage, Verification
+
+RETRY_S = 1.0
+"""Physical time without an answer after which a command is sent again, s (assumed: several round trips)."""
+LIFETIME_S = 86_400.0
+"""Mission time from issue to expiry of a command, s (assumed: a day, to last over missed contacts)."""
+
+
+@dataclass(frozen=True)
+class Send:
+    """Action: publish these bytes on the telecommand topic."""
+
+    payload: bytes
+    name: str
+    seq: int
+    again: bool
+
+
+@dataclass
+class UplinkCounts:
+    """Telecommands so far."""
+
+    issued: int = 0
+    accepted: int = 0
+    refused: int = 0
+    """Answered, but not accepted."""
+    expired: int = 0
+    """Never answered within their lifetime."""
+    repeats: int = 0
+    """Times a command was sent again."""
+
+
+@dataclass(frozen=True)
+class _Outstanding:
+    payload: bytes
+    name: str
+    seq: int
+    expire_ns: int
+
+
+class Uplink:
+    """Decides what to send and when.
+
+    Parameters
+    ----------
+    node
+        Node the commands are for.
+    ring
+        Keys; its first active one signs.
+    first_seq
+        Sequence number of the first command; never use one twice with the same key and node.
+    """
+
+    def __init__(self, node: str, ring: KeyRing, first_seq: int = 1) -> None:
+        self.counts = UplinkCounts()
+        self._node = node
+        self._ring = ring
+        self._key_id = ring.signing_key().id
+        self._seq = first_seq
+        self._waiting: deque[Arguments] = deque()
+        self._outstanding: _Outstanding | None = None
+        self._sent_s: float | None = None
+
+    @property
+    def pending(self) -> int:
+        """Commands queued or not answered yet."""
+        return len(self._waiting) + (self._outstanding is not None)
+
+    def queue(self, commands: Sequence[Arguments]) -> None:
+        """Add commands to be sent, in order."""
+        self._waiting.extend(commands)
+
+    def tick(self, now_s: float, t_ns: int, *, in_contact: bool) -> list[Send]:
+        """Return what to send now.
+
+        Parameters
+        ----------
+        now_s
+            Monotonic clock, s.
+        t_ns
+            Mission time, UTC ns.
+        in_contact
+            True in a contact window: nothing is sent outside.
+        """
+        if not in_contact:
+            self._sent_s = None  # the next contact begins with a repeat at once
+            return []
+        out = self._outstanding
+        if out is not None and t_ns >= out.expire_ns:
+            self.counts.expired += 1
+            out = self._outstanding = None
+        if out is None:
+            if not self._waiting:
+                return []
+            out = self._outstanding = self._issue(self._waiting.popleft(), t_ns)
+            self._sent_s = now_s
+            return [Send(out.payload, out.name, out.seq, again=False)]
+        if self._sent_s is None or now_s - self._sent_s >= RETRY_S:
+            self._sent_s = now_s
+            self.counts.repeats += 1
+            return [Send(out.payload, out.name, out.seq, again=True)]
+        return []
+
+    def on_verification(self, report: Verification) -> bool:
+        """Take a verification; return True when it settles the command under way."""
+        out = self._outstanding
+        if (
+            out is None
+            or report.stage is not Stage.ACCEPTED
+            or (report.key_id, report.command_seq) != (self._key_id, out.seq)
+        ):
+            return False
+        self._outstanding = None
+        if report.ok:
+            self.counts.accepted += 1
+        else:
+            self.counts.refused += 1
+        return True
+
+    def _issue(self, arguments: Arguments, t_ns: int) -> _Outstanding:
+        expire_ns = t_ns + round(LIFETIME_S * 1e9)
+        command = make_command(
+            arguments,
+            key_id=self._key_id,
+            seq=self._seq,
+            t_issue_ns=t_ns,
+            t_expire_ns=expire_ns,
+            node=self._node,
+        )
+        self._seq += 1
+        self.counts.issued += 1
+        return _Outstanding(encode_command(command, self._ring), arguments.name, command.seq, expire_ns)

@@ -1,0 +1,107 @@
+"""Stop and wait: one command at a time, the same bytes until it is answered, only in contact."""
+
+from __future__ import annotations
+
+import pytest
+
+from hil.uplink import LIFETIME_S, RETRY_S, Send, Uplink
+from telemetry.commands import CommandError, Infer, Ping, split_command
+from telemetry.keys import Domain, Key, KeyRing
+from telemetry.packets import Stage, Verification
+
+KEY = Key("ground-1", bytes(range(32)))
+RING = KeyRing([KEY])
+T0 = 1_700_000_000_000_000_000
+
+
+def uplink(count: int = 2) -> Uplink:
+    made = Uplink("penumbra-1", RING)
+    made.queue([Infer(job=f"job-{n}", prompt="hello", max_tokens=8) for n in range(count)])
+    return made
+
+
+def answer(
+    seq: int, stage: Stage = Stage.ACCEPTED, ok: bool = True, key_id: str = "ground-1"
+) -> Verification:
+    return Verification(key_id=key_id, command_seq=seq, name="infer", stage=stage, ok=ok, code="ok")
+
+
+def one(sends: list[Send]) -> Send:
+    (send,) = sends
+    return send
+
+
+def test_command_is_signed_for_the_node_and_expires_late() -> None:
+    send = one(uplink().tick(0.0, T0, in_contact=True))
+    command, body, mac = split_command(send.payload)
+    assert KEY.verify(Domain.COMMAND, body, mac)
+    assert (command.node, command.name, command.seq, command.key_id) == ("penumbra-1", "infer", 1, "ground-1")
+    assert command.args == {"job": "job-0", "prompt": "hello", "max_tokens": 8}
+    assert command.t_issue_ns == T0
+    assert command.t_expire_ns - T0 == LIFETIME_S * 1e9
+
+
+def test_next_command_waits_for_the_answer_to_the_one_before() -> None:
+    up = uplink()
+    first = one(up.tick(0.0, T0, in_contact=True))
+    assert up.tick(0.1, T0, in_contact=True) == []
+    assert not up.on_verification(answer(2))
+    assert not up.on_verification(answer(1, Stage.STARTED))
+    assert not up.on_verification(answer(1, key_id="ground-2"))
+    assert up.tick(0.2, T0, in_contact=True) == []
+    assert up.on_verification(answer(1))
+    assert not up.on_verification(answer(1))  # a repeated answer settles nothing twice
+    second = one(up.tick(0.3, T0, in_contact=True))
+    assert (first.seq, second.seq) == (1, 2)
+    assert up.on_verification(answer(2))
+    assert up.tick(0.4, T0, in_contact=True) == []
+    assert up.pending == 0
+    assert (up.counts.issued, up.counts.accepted, up.counts.repeats) == (2, 2, 0)
+
+
+def test_unanswered_command_is_sent_again_byte_for_byte() -> None:
+    up = uplink()
+    first = one(up.tick(0.0, T0, in_contact=True))
+    assert up.tick(RETRY_S - 0.01, T0, in_contact=True) == []
+    again = one(up.tick(RETRY_S, T0 + 60, in_contact=True))
+    assert again.payload == first.payload
+    assert again.again
+    assert up.counts.repeats == 1
+
+
+def test_silent_outside_contact_and_repeats_at_once_in_the_next() -> None:
+    up = uplink()
+    assert up.tick(0.0, T0, in_contact=False) == []
+    first = one(up.tick(1.0, T0, in_contact=True))
+    assert up.tick(9.0, T0, in_contact=False) == []
+    assert one(up.tick(9.1, T0, in_contact=True)).payload == first.payload
+
+
+def test_refused_command_makes_room_for_the_next() -> None:
+    up = uplink()
+    up.tick(0.0, T0, in_contact=True)
+    assert up.on_verification(answer(1, ok=False))
+    assert one(up.tick(0.1, T0, in_contact=True)).seq == 2
+    assert (up.counts.accepted, up.counts.refused) == (0, 1)
+
+
+def test_expired_command_is_given_up() -> None:
+    up = uplink()
+    up.tick(0.0, T0, in_contact=True)
+    late = T0 + round(LIFETIME_S * 1e9)
+    assert one(up.tick(5.0, late, in_contact=True)).seq == 2
+    assert up.counts.expired == 1
+
+
+def test_first_sequence_number_can_be_carried_on() -> None:
+    up = Uplink("penumbra-1", RING, first_seq=40)
+    up.queue([Ping()])
+    assert up.pending == 1
+    assert one(up.tick(0.0, T0, in_contact=True)).seq == 40
+
+
+def test_argument_out_of_range_is_not_sent() -> None:
+    up = Uplink("penumbra-1", RING)
+    up.queue([Infer(job="job", prompt="p", max_tokens=0)])
+    with pytest.raises(CommandError):
+        up.tick(0.0, T0, in_contact=True)
