@@ -50,8 +50,8 @@ def housekeeping(t_s: float, tokens: int, records: int) -> HousekeepingSample:
         worker_state="running", worker_generation=1, worker_restarts=0, tokens_released=tokens,
         tokens_discarded=64, token_rate_hz=55.0 * (0.9 if lit else 0.5), epochs_clean=100, epochs_dirty=2,
         strikes_detected=0, strikes_repaired=0, scan_ms=14.0, jobs_queued=3, jobs_done=2,
-        spool_records=records, spool_bytes=records * 300, link_up=records < 20, commands_accepted=9, commands_rejected=0,
-        garbage_messages=0,
+        spool_records=records, spool_bytes=records * 300, link_up=records < 20,
+        commands_accepted=9, commands_rejected=0, garbage_messages=0,
     )  # fmt: skip
     return HousekeepingSample(t_s=t_s, packet=packet)
 
