@@ -72,7 +72,8 @@ class Commanding:
         self._recorder = recorder
         self._on_executed = on_executed
         self._inbox: asyncio.Queue[bytes] = asyncio.Queue(MAX_WAITING)
-        self._rejections = Throttle(1.0, burst=5)
+        # Apart, so that a flood from someone without a key does not silence the answers to those with one.
+        self._rejections = {authentic: Throttle(1.0, burst=5) for authentic in (False, True)}
         self._repetitions = Throttle(1.0, burst=16)
 
     def offer(self, payload: bytes) -> None:
@@ -99,7 +100,7 @@ class Commanding:
 
     def _report_rejected(self, rejected: Rejected) -> None:
         _log.warning("command rejected (%s): %s", rejected.code, rejected.text)
-        if self._rejections.admit(time.monotonic()) is None:
+        if self._rejections[rejected.authentic].admit(time.monotonic()) is None:
             return
         self._recorder.post(self._authenticator.report())
         if rejected.authentic and rejected.key_id is not None and rejected.seq is not None:

@@ -31,6 +31,10 @@ BATCH = 32
 """Records taken from the spool at once (assumed: two rounds of the link's publishes)."""
 
 
+MAX_BACKOFF = 64
+"""Most that the wait for an acknowledgement grows, in units of `retransmit_s` (assumed)."""
+
+
 @dataclass(frozen=True)
 class InFlight:
     """One record sent and not yet acknowledged."""
@@ -39,15 +43,20 @@ class InFlight:
     boot: int
     seq: int
     sent_s: float
+    wait_s: float
+    """Time from `sent_s` after which it is sent again; doubles with each attempt."""
 
 
 class DownlinkWindow:
-    """Which records are under way: bounded, forgotten when too old so that they are sent again.
+    """Which records are under way: bounded in rate, and sent again when they wait too long.
+
+    The wait doubles with each attempt, so that records the ground does not acknowledge step aside: with a
+    dead uplink the newest housekeeping still comes down between the repetitions.
 
     Parameters
     ----------
     limit
-        Records that may wait for their acknowledgement at once.
+        Records that may be sent within `retransmit_s` without being acknowledged.
     retransmit_s
         Age after which a record counts as lost on the way, s of the monotonic clock.
 
@@ -62,43 +71,40 @@ class DownlinkWindow:
             raise ValueError(f"limit >= 1 and retransmit_s > 0 are required, got {limit}, {retransmit_s}")
         self.limit = limit
         self.retransmit_s = retransmit_s
-        self._in_flight: dict[int, InFlight] = {}
+        self._sent: dict[int, InFlight] = {}
 
-    @property
-    def room(self) -> int:
-        """How many more records may be sent now."""
-        return self.limit - len(self._in_flight)
+    def room(self, now_s: float) -> int:
+        """Return how many records may be sent now."""
+        recent = sum(1 for r in self._sent.values() if now_s - r.sent_s < self.retransmit_s)
+        return max(0, self.limit - recent)
 
-    @property
-    def in_flight(self) -> set[int]:
-        """Row ids under way: not to be sent now."""
-        return set(self._in_flight)
-
-    def expire(self, now_s: float) -> int:
-        """Forget records that waited too long, so that the spool offers them again; return how many."""
-        late = [row for row, r in self._in_flight.items() if now_s - r.sent_s >= self.retransmit_s]
-        for row in late:
-            del self._in_flight[row]
-        return len(late)
+    def waiting(self, now_s: float) -> set[int]:
+        """Return the row ids that are under way and not to be sent now."""
+        return {row for row, r in self._sent.items() if now_s - r.sent_s < r.wait_s}
 
     def on_sent(self, record: SpoolRecord, now_s: float) -> None:
         """Note that a record was handed to the link."""
-        self._in_flight[record.rowid] = InFlight(record.stream, record.boot, record.seq, now_s)
+        before = self._sent.get(record.rowid)
+        most_s = self.retransmit_s * MAX_BACKOFF
+        wait_s = self.retransmit_s if before is None else min(2 * before.wait_s, most_s)
+        self._sent[record.rowid] = InFlight(record.stream, record.boot, record.seq, now_s, wait_s)
+        # What the spool dropped meanwhile is never sent again, and forgotten here.
+        self._sent = {row: r for row, r in self._sent.items() if now_s - r.sent_s <= 2 * most_s}
 
     def on_failed(self, record: SpoolRecord) -> None:
         """Note that the link did not take a record after all."""
-        self._in_flight.pop(record.rowid, None)
+        self._sent.pop(record.rowid, None)
 
     def on_ack(self, ack: Ack) -> int:
-        """Free the places of acknowledged records; return how many."""
-        done = [row for row, r in self._in_flight.items() if covers(ack, r.stream, r.boot, r.seq)]
+        """Forget acknowledged records; return how many."""
+        done = [row for row, r in self._sent.items() if covers(ack, r.stream, r.boot, r.seq)]
         for row in done:
-            del self._in_flight[row]
+            del self._sent[row]
         return len(done)
 
     def on_disconnected(self) -> None:
         """Forget what was under way: it may have died with the connection."""
-        self._in_flight.clear()
+        self._sent.clear()
 
 
 def covers(ack: Ack, stream: str, boot: int, seq: int) -> bool:
@@ -149,8 +155,7 @@ class Downlink:
             if not self._link.connected.is_set():
                 self._window.on_disconnected()
                 await self._link.connected.wait()
-            self._window.expire(time.monotonic())
-            limit = min(self._window.room, BATCH)
+            limit = min(self._window.room(time.monotonic()), BATCH)
             records = await self._take(limit) if limit > 0 else []
             if records:
                 await asyncio.gather(*(self._publish(record) for record in records))
@@ -158,7 +163,7 @@ class Downlink:
                 await asyncio.sleep(POLL_S)
 
     async def _take(self, limit: int) -> list[SpoolRecord]:
-        exclude = self._window.in_flight
+        exclude = self._window.waiting(time.monotonic())
         try:
             return await self._database.run(lambda c: self._spool.batch(c, limit, exclude))
         except (StoreFull, sqlite3.Error) as error:

@@ -174,6 +174,7 @@ class WorkerService:
             case recovery.StartWorker():
                 self._start()
             case recovery.StopWorker():
+                self._watch(health.Disarm())
                 self._spawn(self._stop_process(), "node.worker.stop")
             case recovery.KillWorker():
                 if self._process is not None:

@@ -74,6 +74,7 @@ class ScriptedWorker:
         self.cancelled = False
         self.duty = 1.0
         self.committed = 0
+        self.struck = 0
         self.status_at = 0.0
         self.block_at = 0.0
 
@@ -172,6 +173,7 @@ class ScriptedWorker:
             self.send(p.Fatal(reason="retries exhausted"))
             sys.exit(1)
         if "!strike" in self.job.prompt and block.first == 0:
+            self.struck = 1
             now_ns = time.time_ns()
             self.send(
                 p.Strike(
@@ -189,7 +191,7 @@ class ScriptedWorker:
             self.job = None
 
     def status(self) -> None:
-        dirty = 1 if self.job is not None and "!strike" in self.job.prompt and self.committed else 0
+        dirty = self.struck
         self.send(
             p.Status(
                 tokens_committed=self.committed,

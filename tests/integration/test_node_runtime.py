@@ -1,0 +1,342 @@
+"""The node as a process against a real broker and a real ground; only its worker is scripted."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sqlite3
+import time
+from pathlib import Path
+
+import pytest
+from node_bench import NODE, Bench, open_bench
+from scripted_worker import IMAGE_ID, text_of
+
+from telemetry import bus, commands, topics
+from telemetry.certificate import check_chain
+from telemetry.packets import (
+    BootReport,
+    Housekeeping,
+    Level,
+    Mode,
+    Outcome,
+    PowerPlan,
+    SecurityReport,
+    Stage,
+    Stream,
+)
+
+
+async def test_a_commanded_job_comes_down_whole_and_the_ledger_closes(tmp_path: Path) -> None:
+    async with open_bench(tmp_path) as bench:
+        await bench.start()
+        verification = await bench.execute(commands.Infer(job="j1", prompt="!strike", max_tokens=30))
+        assert verification.ok
+        await bench.until(lambda: bench.finished("j1") == "length", "end of job j1")
+        assert bench.text("j1") == text_of("j1", 30)
+        results = bench.archive.results(NODE)["j1"]
+        assert check_chain(IMAGE_ID, "j1", results) == 30
+        stages = [v.stage for v in bench.verifications(0)]
+        assert stages == [Stage.ACCEPTED, Stage.STARTED, Stage.COMPLETED]
+        await bench.until(lambda: bool(bench.fdir("epoch.proof")), "report of the redone epoch")
+        strike = bench.fdir("weights.digest")[0]
+        assert (strike.level, strike.outcome, strike.page) == (Level.IN_WORKER_REPAIR, Outcome.REPAIRED, 12)
+        assert bench.loads
+        assert all(load.power_w >= 4.0 for load in bench.loads)
+
+        assert await bench.stop() == 0
+        await settle_ledger(bench)
+        assert set(Stream) <= bench.streams()
+        reports = [p for _, p in bench.archive.packets(NODE, BootReport)]
+        assert [(r.boot, r.clean_shutdown) for r in reports] == [(1, True), (2, True)]
+        assert bench.archive.packets(NODE, PowerPlan)
+
+
+async def settle_ledger(bench: Bench) -> None:
+    """Start the node once more, so that all is downlinked, and hold its books against the archive's."""
+    await bench.start()
+    await bench.execute(commands.ReportLedger())
+
+    def consistent() -> bool:
+        ledger = bench.archive.last_ledger(NODE)
+        if ledger is None:
+            return False
+        streams = {(s.boot, s.stream): s for s in ledger.streams}
+        return all(s.generated == s.acked for (boot, _), s in streams.items() if boot < bench.boot)
+
+    await bench.until(consistent, "settled ledger")
+    assert bench.sequences_have_no_gap()
+    ledger = bench.archive.last_ledger(NODE)
+    assert ledger is not None
+    for s in ledger.streams:
+        assert s.generated == s.acked + s.stored + sum(s.dropped.values())
+
+
+async def test_commands_are_verified_once_and_repetitions_answered(tmp_path: Path) -> None:
+    async with open_bench(tmp_path) as bench:
+        await bench.start()
+        payload = await bench.command(commands.Infer(job="once", prompt="hello", max_tokens=8))
+        await bench.until(lambda: bench.finished("once") == "length", "end of the job")
+        for _ in range(3):
+            await bench.publish(topics.tc(NODE), payload)
+        await bench.until(lambda: len(bench.verifications(0)) == 12, "stored verifications again")
+        assert len(bench.archive.results(NODE)["once"]) == 2
+
+        progress = await bench.execute(commands.Ping())
+        assert progress.ok
+        assert [v.stage for v in bench.verifications(1)] == list(Stage)
+        cancelled = await bench.execute(commands.Cancel(job="nothing"))
+        assert (cancelled.ok, cancelled.code) == (False, "unknown_job")
+        again = await bench.execute(commands.Infer(job="once", prompt="other", max_tokens=8))
+        assert (again.ok, again.code) == (False, "job_exists")
+        done = await bench.execute(commands.Cancel(job="once"))
+        assert (done.ok, done.code) == (False, "job_done")
+
+
+async def test_garbage_on_every_topic_is_counted_and_service_goes_on(tmp_path: Path) -> None:
+    async with open_bench(tmp_path) as bench:
+        await bench.start()
+        channels = [topics.bus(NODE, c) for c in ("time", "orbit", "eps", "thermal", "contact")]
+        garbage = [b"", b"\x00", b"\xff" * 300, b"\x81\xa1x\xc1", b"{}", bytes(range(256))]
+        bad_orbit = bus.encode(bus.BusOrbit(line1="1" * 69, line2="2" * 69))
+        await bench.publish(topics.bus(NODE, "orbit"), bad_orbit)
+        await bench.publish(topics.bus(NODE, "time"), bus.encode(bus.BusTime(t_ns=2**62)))
+        for topic in [topics.tc(NODE), topics.ack(NODE), *channels]:
+            for payload in garbage:
+                await bench.publish(topic, payload)
+        expected = 2 + len(garbage) * (1 + len(channels))
+        await bench.until(
+            lambda: bench.new_housekeeping()[-1].garbage_messages == expected, "count of garbage"
+        )
+        await bench.until(
+            lambda: bench.new_housekeeping()[-1].commands_rejected == len(garbage), "count of rejections"
+        )
+        assert 1 <= len(bench.events("garbage.received")) <= 1 + len(channels)
+        # Each rejection has a report while they are few; the ledger brings the final count.
+        await bench.until(
+            lambda: (
+                bench.archive.packets(NODE, SecurityReport)[-1][1].rejected == {"malformed": len(garbage)}
+            ),
+            "security report",
+        )
+
+        await bench.command(commands.Ping(), lifetime_s=0.0000001)
+        await bench.until(lambda: bool(bench.verifications(0)), "verification of an expired command")
+        assert [(v.ok, v.code) for v in bench.verifications(0)] == [(False, "expired")]
+        await bench.execute(commands.Infer(job="after", prompt="x", max_tokens=8))
+        await bench.until(lambda: bench.finished("after") == "length", "a job after the garbage")
+
+
+@pytest.mark.parametrize(
+    ("number", "monitor"), [(signal.SIGKILL, "worker.exit"), (signal.SIGSTOP, "worker.ping")]
+)
+async def test_a_lost_worker_is_restarted_and_its_job_goes_on(
+    tmp_path: Path, number: signal.Signals, monitor: str
+) -> None:
+    async with open_bench(tmp_path) as bench:
+        bench.worker_arguments = ["--block-s", "0.1"]
+        await bench.start()
+        await bench.execute(commands.Infer(job="long", prompt="x", max_tokens=80))
+        await bench.until(lambda: len(bench.text("long")) >= 8, "first tokens")
+        lost = bench.signal_worker(number)
+        await bench.until(lambda: bench.finished("long") == "length", "end of the job", 20)
+        assert bench.worker_pid() != lost
+        assert bench.text("long") == text_of("long", 80)
+        assert check_chain(IMAGE_ID, "long", bench.archive.results(NODE)["long"]) == 80
+        outcomes = [(r.level, r.outcome) for r in bench.fdir(monitor)]
+        assert outcomes == [
+            (Level.WORKER_RESTART, Outcome.STARTED),
+            (Level.WORKER_RESTART, Outcome.RESTARTED),
+        ]
+        report = bench.fdir(monitor)[1]
+        assert report.recovered_ns is not None
+        assert 0 < report.recovered_ns - report.detected_ns < 5e9
+
+
+async def test_a_killed_node_resumes_with_the_next_boot_number_and_loses_nothing(tmp_path: Path) -> None:
+    async with open_bench(tmp_path) as bench:
+        bench.worker_arguments = ["--block-s", "0.05"]
+        await bench.start()
+        payload = await bench.command(commands.Infer(job="long", prompt="x", max_tokens=120))
+        worker = 0
+        for count in (8, 40, 72):
+            await bench.until(lambda count=count: len(bench.text("long")) >= count, "tokens")
+            worker = bench.worker_pid() or 0
+            await bench.kill()
+            await bench.until(lambda pid=worker: not running(pid), "end of the orphaned worker")
+            await bench.start()
+        await bench.publish(topics.tc(NODE), payload)
+        await bench.until(lambda: bench.finished("long") == "length", "end of the job", 30)
+        assert bench.text("long") == text_of("long", 120)
+        assert await bench.stop() == 0
+        await settle_ledger(bench)
+        reports = [p for _, p in bench.archive.packets(NODE, BootReport)]
+        assert [r.boot for r in reports] == [1, 2, 3, 4, 5]
+        assert [r.clean_shutdown for r in reports] == [True, False, False, False, True]
+        assert [r.resumed_job for r in reports] == [None, "long", "long", "long", None]
+        firsts = [r.first for r in bench.archive.results(NODE)["long"]]
+        assert len(firsts) == len(set(firsts)) == 30
+
+
+def running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in ("Z", "X")
+    except FileNotFoundError:
+        return False
+
+
+async def test_too_many_restarts_end_in_safe_mode_that_outlives_the_node(tmp_path: Path) -> None:
+    async with open_bench(tmp_path, worker__restart_limit="2") as bench:
+        await bench.start()
+        await bench.execute(commands.Infer(job="bad", prompt="!always !exit_at=0", max_tokens=8))
+        await bench.until(lambda: bench.new_housekeeping()[-1].mode is Mode.SAFE, "safe mode", 20)
+        escalation = bench.fdir("worker.exit")[-1]
+        assert (escalation.level, escalation.outcome) == (Level.SAFE_MODE, Outcome.ESCALATED)
+        assert bench.worker_pid() is None
+        await bench.kill()
+        await bench.start()
+        assert {hk.mode for hk in bench.new_housekeeping()} <= {Mode.BOOT, Mode.SAFE}
+        assert bench.worker_pid() is None
+        assert (await bench.execute(commands.Cancel(job="bad"))).ok
+        await bench.until(lambda: bench.finished("bad") == "cancelled", "end of the job without a worker")
+        assert (await bench.execute(commands.SetMode(mode=Mode.NOMINAL))).ok
+        await bench.execute(commands.Infer(job="good", prompt="x", max_tokens=8))
+        await bench.until(lambda: bench.finished("good") == "length", "a job after safe mode")
+        assert bench.new_housekeeping()[-1].mode is Mode.NOMINAL
+
+
+async def test_commanded_safe_mode_stops_the_worker_and_keeps_the_job(tmp_path: Path) -> None:
+    async with open_bench(tmp_path) as bench:
+        bench.worker_arguments = ["--block-s", "0.1"]
+        await bench.start()
+        await bench.execute(commands.Infer(job="long", prompt="x", max_tokens=40))
+        await bench.until(lambda: len(bench.text("long")) >= 4, "first tokens")
+        assert (await bench.execute(commands.SetMode(mode=Mode.SAFE))).ok
+        await bench.until(lambda: bench.worker_pid() is None, "end of the worker")
+        assert bench.finished("long") is None
+        assert (await bench.execute(commands.SetMode(mode=Mode.NOMINAL))).ok
+        await bench.until(lambda: bench.finished("long") == "length", "end of the job")
+        assert bench.text("long") == text_of("long", 40)
+        assert not bench.fdir("worker.exit")
+
+
+async def test_active_and_queued_jobs_can_be_cancelled_and_bad_ones_fail_alone(tmp_path: Path) -> None:
+    async with open_bench(tmp_path) as bench:
+        bench.worker_arguments = ["--block-s", "0.1"]
+        await bench.start()
+        await bench.execute(commands.Infer(job="first", prompt="x", max_tokens=400))
+        await bench.execute(commands.Infer(job="second", prompt="x", max_tokens=400))
+        await bench.execute(commands.Infer(job="refused", prompt="!jobs_bad", max_tokens=8))
+        await bench.execute(commands.Infer(job="holed", prompt="!gap", max_tokens=40))
+        await bench.execute(commands.Infer(job="last", prompt="!repeat", max_tokens=8))
+        assert (await bench.execute(commands.Cancel(job="second"))).ok
+        await bench.until(lambda: bench.finished("second") == "cancelled", "end of the queued job")
+        assert bench.text("second") == b""
+        await bench.until(lambda: len(bench.text("first")) >= 4, "tokens of the active job")
+        assert (await bench.execute(commands.Cancel(job="first"))).ok
+        await bench.until(lambda: bench.finished("first") == "cancelled", "end of the active job")
+        await bench.until(lambda: bench.finished("refused") is not None, "end of the refused job")
+        assert bench.finished("refused") == "failed: the prompt is too long"
+        await bench.until(lambda: bench.finished("holed") is not None, "end of the job with a gap")
+        assert str(bench.finished("holed")).startswith("failed: block at 4")
+        assert bench.events("job.gap")
+        await bench.until(lambda: bench.finished("last") == "length", "end of the last job")
+        assert bench.text("last") == text_of("last", 8)
+
+
+async def test_power_cap_eclipse_and_clock_follow_the_bus(tmp_path: Path) -> None:
+    async with open_bench(tmp_path) as bench:
+        await bench.start()
+        assert not bench.new_housekeeping()[-1].clock_locked
+        t_ns = 1_750_000_000 * 10**9
+        await bench.publish(topics.bus(NODE, "time"), bus.encode(bus.BusTime(t_ns=t_ns, rate=60.0)))
+        await bench.until(lambda: bench.new_housekeeping()[-1].clock_locked, "lock of the clock")
+        stamps = [
+            f.t_ns for f, _ in bench.archive.packets(NODE, Housekeeping) if f.t_ns < t_ns + 3600 * 10**9
+        ]
+        assert stamps
+        await bench.until(lambda: bool(bench.events("clock.free_running")), "loss of the clock")
+        # Mission time has jumped: commands must be issued in it.
+        plan = bench.archive.packets(NODE, PowerPlan)[-1][1]
+        assert plan.reason == "unknown_bus"
+        eps = bus.BusEps(
+            t_ns=t_ns,
+            battery_soc=0.9,
+            battery_v=14.0,
+            battery_a=0.0,
+            battery_wh=80.0,
+            array_w=60.0,
+            array_sun_w=60.0,
+            platform_w=10.0,
+            soc_floor=0.5,
+        )
+        await bench.publish(topics.bus(NODE, "eps"), bus.encode(eps))
+        await bench.until(
+            lambda: bench.archive.packets(NODE, PowerPlan)[-1][1].reason != "unknown_bus",
+            "a plan from the bus",
+        )
+        assert bench.new_housekeeping()[-1].battery_soc == pytest.approx(0.9)
+
+
+async def test_a_full_spool_holds_results_back_and_telemetry_goes_on(tmp_path: Path) -> None:
+    async with open_bench(tmp_path, telemetry__spool_max_bytes="65536") as bench:
+        bench.ack = False
+        bench.worker_arguments = ["--block-s", "0.0"]
+        await bench.start()
+        for number in range(2):
+            await bench.command(commands.Infer(job=f"j{number}", prompt="x", max_tokens=1200))
+        await bench.until(lambda: bool(bench.events("spool.refused")), "refusal", 30)
+        before = bench.new_housekeeping()[-1].uptime_s
+        await bench.until(lambda: bench.new_housekeeping()[-1].uptime_s > before + 1, "more housekeeping")
+        assert bench.fdir("worker.ping") == []
+        bench.ack = True
+        await bench.until(lambda: bench.finished("j1") == "length", "end of the last job", 60)
+        for number in range(2):
+            assert bench.text(f"j{number}") == text_of(f"j{number}", 1200)
+
+
+async def test_a_worker_that_never_comes_up_is_given_up_in_bounded_time(tmp_path: Path) -> None:
+    limits = {"worker__restart_limit": "1", "worker__start_timeout_s": "0.5"}
+    for mode in ("exit", "hang", "wrong_generation", "garbage"):
+        directory = tmp_path / mode
+        directory.mkdir()
+        async with open_bench(directory, **limits) as bench:
+            bench.worker_arguments = ["--start", mode]
+            await bench.start()
+            await bench.until(
+                lambda b=bench: b.new_housekeeping()[-1].mode is Mode.SAFE, f"safe mode ({mode})"
+            )
+            assert bench.worker_pid() is None
+            assert await bench.stop() == 0
+
+
+async def test_a_second_node_on_the_same_state_is_refused_without_a_traceback(tmp_path: Path) -> None:
+    async with open_bench(tmp_path) as bench:
+        await bench.start()
+        first, bench.process = bench.process, None
+        await bench.start_process()
+        second, bench.process = bench.process, first
+        assert second is not None
+        assert await asyncio.wait_for(second.wait(), 20) == 2
+        assert "another process is using it" in bench.log()
+        assert "mend: " in bench.log()
+        assert "Traceback" not in bench.log()
+        assert await bench.stop() == 0
+
+
+async def test_a_corrupt_database_is_moved_aside_and_no_boot_number_used_twice(tmp_path: Path) -> None:
+    async with open_bench(tmp_path) as bench:
+        await bench.start()
+        assert await bench.stop() == 0
+        path = tmp_path / "state" / "node.db"
+        data = bytearray(path.read_bytes())
+        data[:64] = bytes(64)
+        path.write_bytes(data)
+        began = int(time.time())
+        await bench.start_process()
+        await bench.until(lambda: bool(bench.events("database.lost")), "report of the lost database")
+        boots = [p.boot for _, p in bench.archive.packets(NODE, BootReport)]
+        assert boots[0] == 1
+        assert boots[-1] >= began
+        with sqlite3.connect(path) as connection:
+            assert connection.execute("SELECT COUNT(*) FROM spool_stream").fetchone()[0] > 0
