@@ -356,7 +356,7 @@ class WeightMemory:
             The page belongs to no tensor.
         """
         tensor = self.tensor_of(page)
-        return self._address[tensor.first_page] + (page - tensor.first_page) * PAGE_SIZE
+        return self._address[tensor.first_page] + (int(page) - tensor.first_page) * PAGE_SIZE
 
     def page_view(self, page: int) -> NDArray[np.uint8]:
         """Return the live page, uint8, shape ``(4096,)``; writing to it changes what is computed on."""
@@ -381,7 +381,7 @@ class WeightMemory:
 
     def _bad_page(self, page: int) -> BadPage:
         tensor = self.tensor_of(page)
-        return BadPage(page, self.page_address(page), tensor.name, tensor.role, tensor.layer)
+        return BadPage(int(page), self.page_address(page), tensor.name, tensor.role, tensor.layer)
 
 
 def memory_view(address: int, length: int) -> memoryview:

@@ -131,7 +131,7 @@ def _placed(piece: _Piece, offset: int) -> MappedTensor:
         length=length,
         first_page=offset // PAGE_SIZE,
         page_count=-(-length // PAGE_SIZE),
-        sparse=role == "embed" and length > PAGE_SIZE,
+        sparse=role == "embed" and piece.name.endswith((".weight", ".scale")),
         read=not piece.original,
     )
 

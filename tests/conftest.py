@@ -1,0 +1,40 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny_gemma import write_tiny_gguf
+
+from node.inference.builder import build_image, copy_image
+from node.inference.gguf_source import packaged_gguf
+from node.inference.manifest import default_images_dir
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model of the Gemma architecture. Read only: copy it before changing anything."""
+    return write_tiny_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
+
+
+@pytest.fixture(scope="session")
+def tiny_images(tiny_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An images directory whose slots a and b hold the tiny model. Read only."""
+    images = tmp_path_factory.mktemp("images")
+    build_image(tiny_gguf, images, "a")
+    copy_image(images, "a", "b")
+    return images
+
+
+@pytest.fixture(scope="session")
+def tiny_image(tiny_images: Path) -> Path:
+    """The image of the tiny model. Read only: copy it before changing anything."""
+    return tiny_images / "a"
+
+
+@pytest.fixture(scope="session")
+def gemma_image() -> Path:
+    """The image of Gemma 3 270M, built once into the user's cache. Read only."""
+    images = default_images_dir()
+    return build_image(packaged_gguf(images.parent / "gguf"), images)

@@ -1,0 +1,107 @@
+"""A tiny model of the Gemma 3 architecture as a GGUF: seeded weights, a vocabulary of Gemma's kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+from gguf.quants import quantize
+from numpy.typing import NDArray
+
+LAYERS, WIDTH, HEADS, KV_HEADS, HEAD_DIM, FFN = 4, 64, 2, 1, 32, 128
+CONTEXT, WINDOW, GLOBAL_EVERY = 256, 16, 3
+BOS, EOS, PAD, UNKNOWN = 2, 1, 0, 3
+WORDS = ("the", "capital", "of", "is", "sun", "light", "orbit", "moon")
+_NORMAL, _CONTROL, _BYTE = 1, 3, 6
+_Q8, _F32 = gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.F32
+_Q5 = gguf.GGMLQuantizationType.Q5_0
+
+
+def vocabulary() -> tuple[list[bytes], list[float], list[int]]:
+    """Pieces, scores, types: control pieces, 256 bytes, characters, the merges that lead to `WORDS`."""
+    pieces: dict[str, int] = {"<pad>": _CONTROL, "<eos>": _CONTROL, "<bos>": _CONTROL, "<unk>": _CONTROL}
+    pieces |= {f"<0x{value:02X}>": _BYTE for value in range(256)}
+    merges = [word[:length] for word in WORDS for length in range(2, len(word) + 1)]
+    merges += ["\u2581" + word for word in WORDS]
+    characters = sorted({"\u2581", *"abcdefghijklmnopqrstuvwxyzT.,"})
+    pieces |= dict.fromkeys([*merges, *characters], _NORMAL)
+    while len(pieces) % 32:
+        pieces[f"<unused{len(pieces)}>"] = _CONTROL
+    rank = {piece: number for number, piece in enumerate(merges)}
+    scores = [-float(rank.get(piece, 500)) if kind == _NORMAL else -1000.0 for piece, kind in pieces.items()]
+    return [piece.encode() for piece in pieces], scores, list(pieces.values())
+
+
+def tensors(seed: int = 7) -> dict[str, tuple[NDArray[np.float32], gguf.GGMLQuantizationType]]:
+    """Weights by name, with the type each is stored in."""
+    random = np.random.default_rng(seed)
+    vocab = len(vocabulary()[0])
+
+    def matrix(rows: int, columns: int) -> NDArray[np.float32]:
+        return (random.standard_normal((rows, columns)) / np.sqrt(columns)).astype(np.float32)
+
+    def norm(length: int) -> NDArray[np.float32]:
+        return (1 + 0.2 * random.standard_normal(length)).astype(np.float32)
+
+    found: dict[str, tuple[NDArray[np.float32], gguf.GGMLQuantizationType]] = {
+        "token_embd.weight": (matrix(vocab, WIDTH), _Q8),
+        "output_norm.weight": (norm(WIDTH), _F32),
+    }
+    for layer in range(LAYERS):
+        for name, rows, columns, kind in (
+            ("attn_q", HEADS * HEAD_DIM, WIDTH, _Q5),
+            ("attn_k", KV_HEADS * HEAD_DIM, WIDTH, _Q8),
+            ("attn_v", KV_HEADS * HEAD_DIM, WIDTH, _Q8),
+            ("attn_output", WIDTH, HEADS * HEAD_DIM, _F32),
+            ("ffn_gate", FFN, WIDTH, _Q5),
+            ("ffn_up", FFN, WIDTH, _Q8),
+            ("ffn_down", WIDTH, FFN, _Q8),
+        ):
+            found[f"blk.{layer}.{name}.weight"] = (matrix(rows, columns), kind)
+        for name in ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"):
+            found[f"blk.{layer}.{name}.weight"] = (norm(WIDTH), _F32)
+        for name in ("attn_q_norm", "attn_k_norm"):
+            found[f"blk.{layer}.{name}.weight"] = (norm(HEAD_DIM), _F32)
+    return found
+
+
+def write_tiny_gguf(
+    path: Path, *, seed: int = 7, architecture: str = "gemma3", without: frozenset[str] = frozenset()
+) -> Path:
+    """Write the model; ``without`` names tensors and metadata fields to leave out."""
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_name("Tiny Gemma")
+    for key, value in (
+        ("context_length", CONTEXT),
+        ("embedding_length", WIDTH),
+        ("block_count", LAYERS),
+        ("feed_forward_length", FFN),
+        ("attention.head_count", HEADS),
+        ("attention.head_count_kv", KV_HEADS),
+        ("attention.key_length", HEAD_DIM),
+        ("attention.value_length", HEAD_DIM),
+        ("attention.sliding_window", WINDOW),
+        ("attention.sliding_window_pattern", GLOBAL_EVERY),
+    ):
+        if key not in without:
+            writer.add_uint32(f"{architecture}.{key}", value)
+    writer.add_float32(f"{architecture}.attention.layer_norm_rms_epsilon", 1e-6)
+    writer.add_float32(f"{architecture}.rope.freq_base", 1e6)
+    pieces, scores, types = vocabulary()
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(pieces)
+    writer.add_token_scores(scores)
+    writer.add_token_types(types)
+    writer.add_bos_token_id(BOS)
+    writer.add_eos_token_id(EOS)
+    writer.add_unk_token_id(UNKNOWN)
+    writer.add_pad_token_id(PAD)
+    for name, (weights, kind) in tensors(seed).items():
+        if name not in without:
+            writer.add_tensor(name, quantize(weights, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

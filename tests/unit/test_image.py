@@ -1,0 +1,280 @@
+"""Images: built whole or not at all, and every kind of damage is named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import msgspec
+import pytest
+import tiny_gemma
+import xxhash
+
+from fdir.pages import PAGE_SIZE
+from node.inference import builder
+from node.inference import manifest as m
+from node.inference.builder import build_image, copy_image
+from node.inference.image import image_info, open_session, verify_image
+from node.inference.probe import mapped_addresses
+from telemetry.errors import PenumbraError
+
+
+@pytest.fixture
+def image(tiny_image: Path, tmp_path: Path) -> Path:
+    """An image of this test's own."""
+    return Path(shutil.copytree(tiny_image, tmp_path / "a"))
+
+
+def rewrite_manifest(image: Path, **changes: object) -> None:
+    """Change fields of a manifest and seal it again."""
+    manifest = m.load_manifest(image)
+    (image / m.MANIFEST).write_bytes(m.encode_manifest(msgspec.structs.replace(manifest, **changes)))
+
+
+def flip(path: Path, offset: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 0x10]))
+
+
+def test_a_good_image_is_whole(tiny_image):
+    assert verify_image(tiny_image) == m.load_manifest(tiny_image)
+    assert {path.name for path in tiny_image.iterdir()} == set(m.FILES)
+
+
+def test_every_tensor_has_pages_of_its_own(tiny_image):
+    manifest = m.load_manifest(tiny_image)
+    owned = [
+        page
+        for tensor in (*manifest.tensors, *manifest.originals)
+        for page in range(tensor.first_page, tensor.first_page + tensor.page_count)
+    ]
+    assert sorted(owned) == list(range(manifest.weight_pages))
+    assert all(tensor.offset == tensor.first_page * PAGE_SIZE for tensor in manifest.tensors)
+
+
+def test_a_session_maps_what_the_manifest_says_and_nothing_else(image):
+    manifest = m.load_manifest(image)
+    session = open_session(image, 1)
+    mapped = mapped_addresses(image / m.WEIGHTS, (*manifest.tensors, *manifest.originals))
+    assert set(mapped) == {tensor.name for tensor in manifest.tensors}
+    assert session.get_outputs()[0].name == "logits"
+
+
+def test_every_matrix_norm_and_table_is_in_the_manifest(tiny_image):
+    found = {(tensor.role, tensor.layer) for tensor in m.load_manifest(tiny_image).tensors}
+    roles = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down", "norm")
+    assert found >= {(role, layer) for role in roles for layer in range(tiny_gemma.LAYERS)}
+    assert found >= {("head", None), ("embed", None), ("rope", None), ("norm", None)}
+    assert "other" not in {role for role, _ in found}
+
+
+def test_only_the_embedding_table_is_read_in_part(tiny_image):
+    sparse = {tensor.name for tensor in m.load_manifest(tiny_image).tensors if tensor.sparse}
+    assert sparse == {"token_embd.weight", "token_embd.scale"}
+
+
+def test_both_slots_bear_one_image_id(tiny_images):
+    ids = {m.image_id(verify_image(tiny_images / slot)) for slot in m.SLOTS}
+    assert len(ids) == 1
+    assert len(ids.pop()) == 16
+
+
+def test_building_twice_gives_the_same_image(tiny_image, tiny_gguf, tmp_path):
+    again = build_image(tiny_gguf, tmp_path)
+    for name in m.FILES:
+        assert (again / name).read_bytes() == (tiny_image / name).read_bytes(), name
+
+
+def test_an_image_that_is_up_to_date_is_left_alone(tiny_gguf, tmp_path):
+    stages: list[str] = []
+    first = build_image(tiny_gguf, tmp_path)
+    born = (first / m.MANIFEST).stat().st_mtime_ns
+    build_image(tiny_gguf, tmp_path, progress=lambda stage, _: stages.append(stage))
+    assert (first / m.MANIFEST).stat().st_mtime_ns == born
+    assert stages[-1] == "up to date"
+    build_image(tiny_gguf, tmp_path, force=True)
+    assert (first / m.MANIFEST).stat().st_mtime_ns > born
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"onnxruntime": "1.0"}, {"cpu": "x86_64:mmx"}, {"gguf_sha256": "0" * 64}, {"builder": 0}, {"format": 0}],
+    ids=lambda change: next(iter(change)),
+)
+def test_an_image_of_anything_else_is_built_again(tiny_gguf, tmp_path, change):
+    image = build_image(tiny_gguf, tmp_path)
+    rewrite_manifest(image, **change)
+    build_image(tiny_gguf, tmp_path)
+    verify_image(image)
+
+
+def test_progress_never_goes_back(tiny_gguf, tmp_path):
+    fractions: list[float] = []
+    build_image(tiny_gguf, tmp_path, progress=lambda _, fraction: fractions.append(fraction))
+    assert fractions == sorted(fractions)
+    assert (fractions[0], fractions[-1]) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("step", ["lay_out", "sentencepiece_model", "_protect", "_flush"])
+def test_an_interrupted_build_leaves_nothing_half_made(tiny_gguf, tmp_path, monkeypatch, step):
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(builder, step, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        build_image(tiny_gguf, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_an_interrupted_build_leaves_the_old_image(tiny_gguf, tmp_path, monkeypatch):
+    image = build_image(tiny_gguf, tmp_path)
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device", str(tmp_path))
+
+    monkeypatch.setattr(builder, "lay_out", fail)
+    with pytest.raises(PenumbraError, match="No space left on device"):
+        build_image(tiny_gguf, tmp_path, force=True)
+    verify_image(image)
+
+
+def test_what_a_killed_build_left_is_cleared(tiny_gguf, tmp_path):
+    (tmp_path / ".a.building" / "raw").mkdir(parents=True)
+    verify_image(build_image(tiny_gguf, tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "a"]
+
+
+def test_a_damaged_slot_is_not_copied(tiny_images, tmp_path):
+    shutil.copytree(tiny_images / "a", tmp_path / "a")
+    flip(tmp_path / "a" / m.WEIGHTS, 5000)
+    with pytest.raises(PenumbraError, match=r"weights\.bin: page 1 "):
+        copy_image(tmp_path, "a", "b")
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("name", m.FILES)
+def test_a_missing_file_is_named(image, name):
+    (image / name).unlink()
+    with pytest.raises(PenumbraError, match=f"{name}: no such file"):
+        verify_image(image)
+
+
+@pytest.mark.parametrize("name", [name for name in m.FILES if name != m.MANIFEST])
+def test_a_truncated_file_is_named(image, name):
+    size = (image / name).stat().st_size
+    with (image / name).open("r+b") as file:
+        file.truncate(size - 1)
+    with pytest.raises(PenumbraError, match=f"{name}: {size - 1} bytes, {size} by the manifest"):
+        verify_image(image)
+
+
+@pytest.mark.parametrize("name", [m.GRAPH, m.TOKENIZER, m.DIGESTS])
+def test_a_flipped_bit_in_a_small_file_is_noticed(image, name):
+    flip(image / name, (image / name).stat().st_size // 2)
+    with pytest.raises(PenumbraError, match=f"{name}: damaged"):
+        verify_image(image)
+
+
+def test_the_first_bad_page_is_named_with_its_tensor(image):
+    manifest = m.load_manifest(image)
+    first = next(tensor for tensor in manifest.tensors if tensor.role == "ffn_up" and tensor.layer == 1)
+    later = manifest.tensors[-1]
+    flip(image / m.WEIGHTS, later.offset)
+    flip(image / m.WEIGHTS, first.offset + PAGE_SIZE + 17)
+    with pytest.raises(PenumbraError) as error:
+        verify_image(image)
+    page = first.first_page + 1
+    assert f"weights.bin: page {page} (byte offset {page * PAGE_SIZE})" in error.value.what
+    assert f"tensor {first.name} (role ffn_up, layer 1) is damaged; 1 more pages" in error.value.what
+
+
+def test_a_bad_original_and_a_bad_parity_page_are_noticed(image):
+    original = m.load_manifest(image).originals[0]
+    flip(image / m.WEIGHTS, original.offset)
+    with pytest.raises(PenumbraError, match=f"tensor {original.name} "):
+        verify_image(image)
+    flip(image / m.WEIGHTS, original.offset)
+    flip(image / m.PARITY, PAGE_SIZE)
+    with pytest.raises(PenumbraError, match=r"parity\.bin: page 1 \(byte offset 4096\) is damaged"):
+        verify_image(image)
+
+
+def test_every_flipped_bit_of_a_manifest_is_noticed(image):
+    """Every bit of one short manifest would take minutes: all bits of every 61st byte."""
+    path = image / m.MANIFEST
+    good = path.read_bytes()
+    for at in range(0, len(good) - 1, 61):
+        for bit in range(8):
+            path.write_bytes(good[:at] + bytes([good[at] ^ 1 << bit]) + good[at + 1 :])
+            with pytest.raises(PenumbraError, match=r"manifest\.json: "):
+                m.load_manifest(image)
+
+
+def test_a_manifest_of_another_version_is_refused(image):
+    rewrite_manifest(image, format=2)
+    with pytest.raises(PenumbraError, match="image format 2; this version reads format 1"):
+        verify_image(image)
+
+
+def test_a_manifest_with_an_unknown_field_is_refused(image):
+    body = msgspec.json.decode(m.canonical_body(m.load_manifest(image))) | {"extra": 1}
+    raw = json.dumps(body).encode()
+    sealed = {"xxh3": xxhash.xxh3_64_hexdigest(raw), "body": msgspec.Raw(raw)}
+    (image / m.MANIFEST).write_bytes(msgspec.json.encode(sealed))
+    with pytest.raises(PenumbraError, match="unknown field `extra`"):
+        m.load_manifest(image)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("onnxruntime", "1.0"), ("cpu", "x86_64:mmx"), ("page_size", 16384)]
+)
+def test_an_image_for_another_machine_is_refused(image, field, value):
+    rewrite_manifest(image, **{field: value})
+    with pytest.raises(PenumbraError, match=f"built for {field} {value}, this machine has"):
+        verify_image(image)
+
+
+def test_a_graph_that_does_not_load_is_refused(image):
+    (image / m.GRAPH).write_bytes(b"not a graph")
+    with pytest.raises(PenumbraError, match=r"model\.onnx: ONNX Runtime cannot load it"):
+        open_session(image, 1)
+
+
+def test_dimensions_the_operators_cannot_take_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny_gemma, "FFN", 48)
+    monkeypatch.setattr(tiny_gemma, "_Q5", tiny_gemma._F32)
+    monkeypatch.setattr(tiny_gemma, "_Q8", tiny_gemma._F32)
+    path = tiny_gemma.write_tiny_gguf(tmp_path / "odd.gguf")
+    with pytest.raises(PenumbraError, match="feed_forward_length is 48; it must be a multiple of 32"):
+        build_image(path, tmp_path / "images")
+
+
+def test_the_summary_adds_up(tiny_image):
+    info = image_info(tiny_image)
+    manifest = m.load_manifest(tiny_image)
+    assert info.total_bytes == sum(path.stat().st_size for path in tiny_image.iterdir())
+    assert info.mapped_bytes == sum(role.bytes for role in info.roles.values())
+    assert info.live_bytes < info.mapped_bytes
+    assert info.image_id == m.image_id(manifest)
+
+
+def test_the_images_directory_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("PENUMBRA_IMAGES", "/x")
+    assert m.default_images_dir() == Path("/x")
+    monkeypatch.delenv("PENUMBRA_IMAGES")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert m.default_images_dir() == tmp_path / "penumbra" / "images"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert m.default_images_dir() == Path("/home/someone/.cache/penumbra/images")
+
+
+def test_the_cpu_fingerprint_keeps_what_packing_depends_on(monkeypatch):
+    monkeypatch.setattr(m.platform, "machine", lambda: "x86_64")
+    assert m.cpu_fingerprint("model: x\nflags\t: sse avx2 fma nx avx\n") == "x86_64:avx,avx2,fma"
+    monkeypatch.setattr(m.platform, "machine", lambda: "aarch64")
+    assert m.cpu_fingerprint("Features\t: fp asimd asimddp crc32\n") == "aarch64:asimd,asimddp"
