@@ -45,8 +45,12 @@ class SpoolWalk(RuleBasedStateMachine):
         self.spool.create(self.connection)
         self.on_the_way.clear()
 
-    @rule(packet=strategies.packets)
-    def append(self, packet: Packet) -> None:
+    @rule(packet=strategies.packets, times=st.integers(1, 6))
+    def append(self, packet: Packet, times: int) -> None:
+        for _ in range(times):
+            self.append_one(packet)
+
+    def append_one(self, packet: Packet) -> None:
         before = self.dropped()
         expected = sum((b, s) == (self.boot, packet.stream) for b, s, _ in self.generated)
         self.connection.execute("SAVEPOINT walk")
