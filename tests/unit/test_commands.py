@@ -1,0 +1,151 @@
+"""Commands: pinned bytes, every command, every range, every refusal."""
+
+from __future__ import annotations
+
+import math
+
+import msgpack
+import pytest
+
+from telemetry import commands as c
+from telemetry.keys import Domain, Key, KeyRing, KeyState
+
+KEY = Key("ground-1", bytes(range(32)))
+RING = KeyRing([KEY, Key("old", b"o" * 32, KeyState.RETIRED)])
+ISSUE_NS = 1_700_000_000_000_000_000
+EXPIRE_NS = ISSUE_NS + 60 * 10**9
+GOLDEN = bytes.fromhex(
+    "9801a867726f756e642d3129cf17979cfe362a0000cf17979d0c2e715800a57361742d31ad7365745f706f7765725f636170"
+    "81a7706f7765725f77cb401e000000000000d52472f8b25332519e21b584e7a442f293299b9291a8243a7c47f97bc2ffe968"
+)
+EXAMPLES: list[c.Arguments] = [
+    c.Ping(),
+    c.Infer(job="job-1", prompt="Why is the sky blue?", max_tokens=64),
+    c.Cancel(job="job-1"),
+    c.SetMode(mode="safe"),
+    c.SetPowerCap(power_w=7.5),
+    c.ReportLedger(),
+]
+
+
+def make(arguments: c.Arguments, **changes: object) -> c.Command:
+    fields: dict[str, object] = {
+        "key_id": "ground-1",
+        "seq": 41,
+        "t_issue_ns": ISSUE_NS,
+        "t_expire_ns": EXPIRE_NS,
+        "node": "sat-1",
+        **changes,
+    }
+    return c.make_command(arguments, **fields)  # type: ignore[arg-type]
+
+
+def raw(name: str, args: object) -> c.Command:
+    return c.Command(1, "ground-1", 0, ISSUE_NS, EXPIRE_NS, "sat-1", name, args)  # type: ignore[arg-type]
+
+
+def test_golden_bytes() -> None:
+    assert c.encode_command(make(c.SetPowerCap(power_w=7.5)), RING) == GOLDEN
+    command, body, mac = c.split_command(GOLDEN)
+    assert c.parse_arguments(command) == c.SetPowerCap(power_w=7.5)
+    assert KEY.verify(Domain.COMMAND, body, mac)
+
+
+def test_every_command_has_an_example_a_hazard_and_a_text() -> None:
+    assert {type(example) for example in EXAMPLES} == set(c.COMMANDS.values())
+    for name, kind in c.COMMANDS.items():
+        assert kind.name == name
+        assert kind.hazard in c.Hazard
+        assert kind.__doc__
+
+
+@pytest.mark.parametrize("arguments", EXAMPLES, ids=lambda a: a.name)
+def test_round_trip(arguments: c.Arguments) -> None:
+    command, _, _ = c.split_command(c.encode_command(make(arguments), RING))
+    assert c.parse_arguments(command) == arguments
+
+
+def test_taking_the_power_cap_away() -> None:
+    assert c.parse_arguments(raw("set_power_cap", {"power_w": None})) == c.SetPowerCap(power_w=None)
+    assert c.parse_arguments(raw("set_power_cap", {"power_w": 5})) == c.SetPowerCap(power_w=5.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("ping", {"loud": True}),
+        ("infer", {}),
+        ("infer", {"job": "", "prompt": "x", "max_tokens": 1}),
+        ("infer", {"job": "a/b", "prompt": "x", "max_tokens": 1}),
+        ("infer", {"job": "a\n", "prompt": "x", "max_tokens": 1}),
+        ("infer", {"job": "-a", "prompt": "x", "max_tokens": 1}),
+        ("infer", {"job": "a" * 65, "prompt": "x", "max_tokens": 1}),
+        ("infer", {"job": "a", "prompt": "", "max_tokens": 1}),
+        ("infer", {"job": "a", "prompt": "x" * 16001, "max_tokens": 1}),
+        ("infer", {"job": "a", "prompt": "x", "max_tokens": 0}),
+        ("infer", {"job": "a", "prompt": "x", "max_tokens": 2049}),
+        ("infer", {"job": "a", "prompt": "x", "max_tokens": 1.5}),
+        ("infer", {"job": "a", "prompt": b"x", "max_tokens": 1}),
+        ("cancel", {"job": 3}),
+        ("set_mode", {"mode": "eclipse"}),
+        ("set_mode", {"mode": "boot"}),
+        ("set_power_cap", {"power_w": 0}),
+        ("set_power_cap", {"power_w": -1.0}),
+        ("set_power_cap", {"power_w": 1000.1}),
+        ("set_power_cap", {"power_w": math.nan}),
+        ("set_power_cap", {"power_w": math.inf}),
+        ("set_power_cap", {}),
+        ("report_ledger", {"x": None}),
+    ],
+)
+def test_arguments_out_of_range_are_refused(name: str, args: dict[str, object]) -> None:
+    with pytest.raises(c.CommandError, match=name) as caught:
+        c.parse_arguments(raw(name, args))
+    assert caught.value.code is c.ArgumentCode.BAD_ARGUMENT
+
+
+def test_an_unknown_command_is_refused_with_the_list_of_known_ones() -> None:
+    with pytest.raises(c.CommandError, match="there are ping, infer") as caught:
+        c.parse_arguments(raw("self_destruct", {}))
+    assert caught.value.code is c.ArgumentCode.UNKNOWN_COMMAND
+
+
+def test_the_limits_themselves_are_allowed() -> None:
+    for tokens in (1, 2048):
+        make(c.Infer(job="a" * 64, prompt="x" * 16000, max_tokens=tokens))
+    encoded = c.encode_command(make(c.Infer(job="a", prompt="\U0001f6f0" * 16000, max_tokens=1)), RING)
+    assert len(encoded) <= c.MAX_COMMAND_BYTES
+    c.split_command(encoded)
+
+
+def test_what_the_node_would_refuse_is_not_made() -> None:
+    with pytest.raises(c.CommandError, match="max_tokens"):
+        make(c.Infer(job="a", prompt="x", max_tokens=0))
+
+
+@pytest.mark.parametrize("key_id", ["old", "nobody"])
+def test_signing_needs_an_active_key(key_id: str) -> None:
+    with pytest.raises(c.CommandError, match="cannot sign"):
+        c.encode_command(make(c.Ping(), key_id=key_id), RING)
+
+
+@pytest.mark.parametrize(
+    ("payload", "why"),
+    [
+        (b"", "allowed"),
+        (b"\x00" * 32, "allowed"),
+        (b"\x00" * (c.MAX_COMMAND_BYTES + 1), "allowed"),
+        (b"\x00" * 40, "not a telecommand"),
+        (b"\x91" * 5000 + b"\x00" * 33, "not a telecommand"),
+        (msgpack.packb([2, "k", 0, 0, 1, "n", "ping", {}]) + b"\x00" * 32, "version 2"),
+        (msgpack.packb([1, "k", 0, 1, 1, "n", "ping", {}]) + b"\x00" * 32, "expires before"),
+        (msgpack.packb([1, "k", -1, 0, 1, "n", "ping", {}]) + b"\x00" * 32, "not a telecommand"),
+        (msgpack.packb([1, "k", 0, 0, 1, "n", "ping", []]) + b"\x00" * 32, "not a telecommand"),
+        (msgpack.packb([1, "k", 0, 0, 1, "n", "ping", {}, 0]) + b"\x00" * 32, "not a telecommand"),
+        (msgpack.packb([1, "k", 0, 0, 1, "n", "ping", {"a": 1}])[:-1] + b"\x00" * 32, "not a telecommand"),
+    ],
+)
+def test_what_is_no_telecommand(payload: bytes, why: str) -> None:
+    with pytest.raises(c.CommandError, match=why) as caught:
+        c.split_command(payload)
+    assert caught.value.code is None
