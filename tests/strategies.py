@@ -6,6 +6,8 @@ import string
 
 from hypothesis import strategies as st
 
+from fdir import health, recovery
+from node import modes
 from telemetry import packets as p
 from telemetry.ack import Ack
 from telemetry.commands import (
@@ -198,3 +200,45 @@ def acks(draw: st.DrawFn) -> Ack:
             gaps.append((first, last))
     upto = (gaps[-1][1] if gaps else 0) + draw(st.integers(1, 2**40))
     return Ack(node=draw(node_names), boot=draw(boots), stream=draw(streams), upto=upto, gaps=gaps)
+
+
+# --- node.power --------------------------------------------------------------------------------
+
+power_cases = st.fixed_dictionaries(
+    {
+        "array_w": st.floats(9.0, 60.0),
+        "battery_wh": st.floats(12.0, 80.0),
+        "platform_w": st.floats(0.0, 6.0),
+        "soc_start": st.floats(0.72, 1.0),
+        "eclipse_share": st.floats(0.0, 0.40),
+        "phase": st.floats(0.0, 1.0, exclude_max=True),
+        "gain": st.floats(0.6, 1.3),
+        "work": st.lists(st.booleans(), min_size=1, max_size=12),
+    }
+)
+"""Spacecraft, orbit and worker for a walk of the governor; not all of them are feasible."""
+
+# --- node: modes, health, recovery ---------------------------------------------------------------
+
+steps_s = st.one_of(st.floats(0, 0.3), st.floats(0, 100))
+ping_events = st.one_of(
+    st.just(health.Arm()),
+    st.just(health.Disarm()),
+    st.builds(health.Tick),
+    st.builds(health.Pong, key=st.integers(0, 12)),
+)
+recovery_events = st.one_of(
+    st.just(recovery.Want()),
+    st.just(recovery.Unwant()),
+    st.just(recovery.Rearm()),
+    st.just(recovery.Ready()),
+    st.just(recovery.Tick()),
+    st.builds(recovery.Fault, monitor=st.just("m"), reason=st.just("r")),
+    st.builds(recovery.Exited, reason=st.just("e")),
+)
+mode_events = st.one_of(
+    st.builds(modes.Restored, safe=st.booleans()),
+    st.builds(modes.Sunlight, fraction=fractions),
+    st.builds(modes.Command, mode=st.sampled_from([p.Mode.NOMINAL, p.Mode.SAFE])),
+    st.builds(modes.FdirSafe, reason=st.just("r")),
+)
