@@ -111,9 +111,9 @@ class RowIntegrity:
             ]
         self.written = stop
 
-    def epoch_digest(self) -> bytes:
-        """Return xxh3_64 over the row digests of the open epoch, 8 bytes big-endian."""
-        return xxhash.xxh3_64_digest(self._digests[self.proven : self.written].tobytes())
+    def digest(self, start: int, stop: int) -> bytes:
+        """Return xxh3_64 over the row digests of positions `start` to `stop`, 8 bytes big-endian."""
+        return xxhash.xxh3_64_digest(self._digests[start:stop].tobytes())
 
     def prove(self) -> bool:
         """Return True when every written row still is what was written."""

@@ -42,7 +42,7 @@ class Overhead:
 
 
 class _Plain:
-    """A decoder with its KV cache in ordinary memory."""
+    """A decoder with its KV cache in ordinary memory, and the session it runs."""
 
     def __init__(self, image_dir: Path, positions: int, threads: int) -> None:
         manifest = load_manifest(image_dir)
@@ -50,7 +50,8 @@ class _Plain:
         planes = self.shape.layers * 2 * self.shape.kv_heads
         kv = np.zeros((planes, positions, self.shape.head_dim), np.float32)
         self.tokenizer = Tokenizer(image_dir / TOKENIZER)
-        self.decoder = Decoder(open_session(image_dir, threads), self.shape, kv)
+        self.session = open_session(image_dir, threads)
+        self.decoder = Decoder(self.session, self.shape, kv)
 
     def decode(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
         tokens = [greedy(self.decoder.prefill(prompt))]
@@ -98,7 +99,13 @@ def run_reference(
 
 
 def measure_overhead(
-    image_dir: Path, *, epoch_tokens: int, tokens: int = 96, pairs: int = 5, threads: int = 2
+    image_dir: Path,
+    *,
+    epoch_tokens: int,
+    epoch_s: float = 1.0,
+    tokens: int = 96,
+    pairs: int = 5,
+    threads: int = 2,
 ) -> Overhead:
     """Time the same text decoded with and without verification, in interleaved pairs.
 
@@ -106,8 +113,8 @@ def measure_overhead(
     ----------
     image_dir
         The image slot.
-    epoch_tokens
-        Epoch length as flown.
+    epoch_tokens, epoch_s
+        Longest epoch as flown, tokens and s.
     tokens, pairs
         Tokens of a run, and pairs of runs; the order within a pair alternates.
     """
@@ -127,13 +134,13 @@ def measure_overhead(
                 head_dim=shape.head_dim,
             ),
         )
-        session = open_session(image_dir, threads)
         verified = VerifiedDecoder(
-            Decoder(session, shape, arena.kv),
+            Decoder(plain.session, shape, arena.kv),
             arena,
             ProtectedWeights(image_dir, manifest, threads),
             image_id=image_id(manifest),
-            epoch_tokens=epoch_tokens,
+            block_tokens=epoch_tokens,
+            epoch_s=epoch_s,
             retries=0,
             eos=-1,
             text=plain.tokenizer.token_bytes,

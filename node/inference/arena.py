@@ -9,7 +9,7 @@ Layout (little-endian; every section starts on a 4 KiB page):
     page 0      shape record: msgpack of `ArenaShape`, framed
     page 1, 2   state record, two copies: the newer whole one counts (msgpack of `ArenaState`, framed)
     tokens      int32  [positions]               prompt, then generated tokens
-    blocks      record [positions] of `BLOCK`    one per committed epoch: first, count, KV digest, chain
+    blocks      record [positions] of `BLOCK`    one per whole block of tokens: first, count, KV digest, chain
     digests     uint64 [positions, planes]       xxh3_64 of each KV row
     parity      uint32 [positions / 8, planes, head_dim]
     kv          float32 [planes, positions, head_dim]
@@ -92,6 +92,7 @@ class ArenaState(msgspec.Struct, frozen=True, kw_only=True):
     positions: int = 0
     """KV rows proven: prompt_tokens + generated - 1 once the first epoch is committed, else 0."""
     blocks: int = 0
+    """Whole blocks; the tokens after the last of them are proven but have no certificate yet."""
     max_tokens: int = 0
     finish: str | None = None
 

@@ -1,13 +1,17 @@
 """Verified decoding: no token leaves before the memory it came from is proven (design section 5).
 
-An epoch decodes up to `epoch_tokens` provisional tokens, then proves
+An epoch decodes some provisional tokens, then proves
 
 1. every weight page it read (and a slice of the rest, in turn) against the image's digests, and
 2. every KV row, old and new, against the digests taken as each was written.
 
-Clean: the tokens are committed to the arena with a certificate. Dirty: pages and rows are repaired in
-place, the KV cache is cut back to the last committed row, and the epoch is decoded again. Decoding is
+Clean: the tokens are committed to the arena. Dirty: pages and rows are repaired in place, the KV cache is
+cut back to the last committed row, and the epoch is decoded again, half as long each time. Decoding is
 deterministic, so the text is that of a run in which nothing was struck.
+
+An epoch ends after `epoch_s` at the latest, so that a strike is found soon however slowly the worker is
+paced. Tokens leave in blocks of `block_tokens` by index, each with a certificate: where blocks end does not
+depend on how long epochs took, so a job that has to start again makes the same blocks (ADR 0005).
 """
 
 from __future__ import annotations
@@ -70,8 +74,10 @@ class VerifiedDecoder:
         The model, its KV arena, and its protected weights.
     image_id
         Identity of the image, for the certificates.
-    epoch_tokens
-        Tokens of an epoch, 1 or more.
+    block_tokens
+        Tokens of a block, and of an epoch at most; 1 or more.
+    epoch_s
+        Longest epoch, s of physical time, pauses included; a run of the model under way is finished.
     retries
         How often a dirty epoch is decoded again before `BeyondRepair`.
     eos
@@ -91,7 +97,8 @@ class VerifiedDecoder:
         weights: Weights,
         *,
         image_id: str,
-        epoch_tokens: int,
+        block_tokens: int,
+        epoch_s: float,
         retries: int,
         eos: int,
         text: Callable[[Sequence[int]], bytes],
@@ -104,7 +111,8 @@ class VerifiedDecoder:
         self._weights = weights
         self._rows = RowIntegrity(arena.kv.view(np.uint32), arena.digests, arena.parity)
         self._image_id = image_id
-        self._epoch_tokens = epoch_tokens
+        self._block_tokens = block_tokens
+        self._epoch_s = epoch_s
         self._retries = retries
         self._eos = eos
         self._text = text
@@ -182,21 +190,25 @@ class VerifiedDecoder:
             self._block(epoch) for epoch in range(state.blocks) if records[epoch]["first"] >= known_tokens
         ]
 
-    def run_epoch(self, cancelled: Callable[[], bool] = lambda: False) -> Block:
-        """Decode the next epoch of the job, and return it once it is proven.
+    def run_epoch(self, cancelled: Callable[[], bool] = lambda: False) -> Block | None:
+        """Decode and prove the next epoch of the job.
+
+        Returns
+        -------
+        Block or None
+            The block the epoch completed, None when it ended inside one.
 
         Raises
         ------
         BeyondRepair
             Still dirty after all retries, or damaged memory that nothing here can restore.
         """
-        for _ in range(1 + self._retries):
-            new, steps_s = self._decode()
+        for attempt in range(1 + self._retries):
+            new, steps_s = self._decode(self._epoch_s / 2**attempt)
             draft = self._rows.draft_parity()
-            kv_digest = self._rows.epoch_digest()
             if self._prove(self._fed(new)):
                 self.counters.step_ms = steps_s / len(new) * 1e3
-                return self._commit(new, draft, kv_digest, cancelled())
+                return self._commit(new, draft, cancelled())
             self.counters.tokens_discarded += len(new)
             self.counters.epochs_dirty += 1
         raise BeyondRepair(f"epoch still dirty after {self._retries} retries")
@@ -205,26 +217,26 @@ class VerifiedDecoder:
         """Prove the weights while no job runs, so that damage does not wait for the next one."""
         self._check_weights(())
 
-    def _decode(self) -> tuple[list[int], float]:
-        state, eos = self._arena.state, self._eos
-        limit = min(self._epoch_tokens, state.max_tokens - len(self._generated))
-        started = time.perf_counter()
+    def _decode(self, longest_s: float) -> tuple[list[int], float]:
+        """Decode to the end of the block, the text, or the time; return tokens and time without pauses, s."""
+        state, done = self._arena.state, len(self._generated)
+        limit = min(self._block_tokens - done % self._block_tokens, state.max_tokens - done)
+        begun = started = time.perf_counter()
         paused_s = 0.0
 
         def written(start: int, stop: int) -> None:
             nonlocal started, paused_s
             self._rows.record(start, stop)
-            now = time.perf_counter()
-            self._between(now - started)
+            ended = time.perf_counter()
+            self._between(ended - started)
             started = time.perf_counter()
-            paused_s += started - now
+            paused_s += started - ended
 
-        begun = started
-        if not self._generated:
-            new = [greedy(self._decoder.prefill(self._prompt, written))]
-        else:
+        if done:
             new = [self._step(self._generated[-1], written)]
-        while len(new) < limit and new[-1] != eos:
+        else:
+            new = [greedy(self._decoder.prefill(self._prompt, written))]
+        while len(new) < limit and new[-1] != self._eos and started - begun < longest_s:
             new.append(self._step(new[-1], written))
         return new, time.perf_counter() - begun - paused_s
 
@@ -298,10 +310,12 @@ class VerifiedDecoder:
         self._rows.record(start, stop)
         self._between(0.0)
 
-    def _commit(self, new: list[int], draft: Words, kv_digest: bytes, cancelled: bool) -> Block:
+    def _commit(self, new: list[int], draft: Words, cancelled: bool) -> Block | None:
         state, arena = self._arena.state, self._arena
-        first, epoch = len(self._generated), state.blocks
+        at = len(self._prompt) + len(self._generated)
+        arena.tokens[at : at + len(new)] = new
         self._generated += new
+        self._rows.commit(draft)
         finish = None
         if new[-1] == self._eos:
             finish = "eos"
@@ -309,26 +323,34 @@ class VerifiedDecoder:
             finish = "length"
         elif cancelled:
             finish = "cancelled"
-        self._chain = chain_next(self._chain, epoch, first, new, kv_digest)
-        at = len(self._prompt) + first
-        arena.tokens[at : at + len(new)] = new
-        arena.blocks[epoch]["first"] = first
-        arena.blocks[epoch]["count"] = len(new)
-        arena.blocks[epoch]["kv"] = np.frombuffer(kv_digest, np.uint8)
-        arena.blocks[epoch]["chain"] = np.frombuffer(self._chain, np.uint8)
-        self._rows.commit(draft)
+        first = state.blocks * self._block_tokens
+        whole = finish is not None or len(self._generated) - first == self._block_tokens
+        if whole:
+            self._seal(state.blocks, first)
         arena.commit(
             msgspec.structs.replace(
                 state,
                 generated=len(self._generated),
                 positions=self._rows.proven,
-                blocks=epoch + 1,
+                blocks=state.blocks + whole,
                 finish=finish,
             )
         )
         self.counters.tokens_committed += len(new)
         self.counters.epochs_clean += 1
-        return self._block(epoch)
+        return self._block(state.blocks) if whole else None
+
+    def _seal(self, epoch: int, first: int) -> None:
+        """Write the record of the block that begins at token `first`: everything in it is proven."""
+        tokens = self._generated[first:]
+        # The row of a block's last token is written when the next block feeds it.
+        rows_from = len(self._prompt) + first - 1 if first else 0
+        kv_digest = self._rows.digest(rows_from, self._rows.proven)
+        self._chain = chain_next(self._chain, epoch, first, tokens, kv_digest)
+        record = self._arena.blocks[epoch]
+        record["first"], record["count"] = first, len(tokens)
+        record["kv"] = np.frombuffer(kv_digest, np.uint8)
+        record["chain"] = np.frombuffer(self._chain, np.uint8)
 
     def _block(self, epoch: int) -> Block:
         state, record = self._arena.state, self._arena.blocks[epoch]

@@ -113,7 +113,8 @@ class Worker:
             self._arena,
             self._weights,
             image_id=image_id(manifest),
-            epoch_tokens=args.epoch_tokens,
+            block_tokens=args.epoch_tokens,
+            epoch_s=args.epoch_seconds,
             retries=args.retries,
             eos=manifest.eos,
             text=self._tokenizer.token_bytes,
@@ -162,11 +163,11 @@ class Worker:
 
     def _epoch(self) -> bool:
         block = self._decoder.run_epoch(lambda: self._decoder.job in self._cancelled)
-        if block.first >= self._known:
+        if block is not None and block.first >= self._known:
             self._channel.send(block)
         self._between(self._decoder.counters.scan_ms / 1e3)
         self._send_status()
-        return block.finish is None
+        return self._decoder.finish is None
 
     def _idle(self) -> None:
         self._decoder.check_idle()
@@ -240,8 +241,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--arena", type=Path, required=True, help="file of the KV arena")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--epoch-tokens", type=int, default=32)
+    parser.add_argument("--epoch-seconds", type=float, default=1.0)
     parser.add_argument("--positions", type=int, default=1024)
-    parser.add_argument("--retries", type=int, default=3)
+    parser.add_argument("--retries", type=int, default=6)
     return parser.parse_args(argv)
 
 

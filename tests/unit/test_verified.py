@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -28,8 +29,8 @@ PROMPT = [2, *range(20, 45)]
 class Bench:
     """One image, one arena; decoders come and go as workers do."""
 
-    def __init__(self, image: Path, folder: Path, retries: int = 3) -> None:
-        self.image, self.folder, self.retries = image, folder, retries
+    def __init__(self, image: Path, folder: Path, retries: int = 3, epoch_s: float = 60.0) -> None:
+        self.image, self.folder, self.retries, self.epoch_s = image, folder, retries, epoch_s
         self.manifest = load_manifest(image)
         self.shape = self.manifest.shape
         self.strikes: list[Strike] = []
@@ -50,8 +51,9 @@ class Bench:
         return VerifiedDecoder(
             Decoder(self.session, self.shape, self.arena.kv), self.arena,
             self.weights if weights is None else weights,  # type: ignore[arg-type]
-            image_id=image_id(self.manifest), epoch_tokens=EPOCH, retries=self.retries, eos=-1,
-            text=lambda ids: bytes(i % 256 for i in ids), report=self.strikes.append, between=self._between,
+            image_id=image_id(self.manifest), block_tokens=EPOCH, epoch_s=self.epoch_s, retries=self.retries,
+            eos=-1, text=lambda ids: bytes(i % 256 for i in ids), report=self.strikes.append,
+            between=self._between,
         )  # fmt: skip
 
     def _between(self, seconds: float) -> None:
@@ -82,7 +84,9 @@ class Bench:
 def _finish(decoder: VerifiedDecoder) -> list[Block]:
     blocks = []
     while decoder.finish is None:
-        blocks.append(decoder.run_epoch())
+        block = decoder.run_epoch()
+        if block is not None:
+            blocks.append(block)
     return blocks
 
 
@@ -91,8 +95,11 @@ def _tokens(blocks: Sequence[Block]) -> list[int]:
 
 
 @pytest.fixture
-def bench(tiny_image: Path, tmp_path: Path) -> Bench:
-    return Bench(tiny_image, tmp_path)
+def bench(tiny_image: Path, tmp_path: Path) -> Iterator[Bench]:
+    bench = Bench(tiny_image, tmp_path)
+    yield bench
+    del bench.session, bench.weights  # weights can be watched only while one session maps them
+    gc.collect()
 
 
 def test_verified_text_is_the_plain_text_in_certified_blocks(bench: Bench) -> None:
@@ -109,8 +116,36 @@ def test_verified_text_is_the_plain_text_in_certified_blocks(bench: Bench) -> No
     assert decoder.counters.epochs_dirty == 0
 
 
+def test_how_long_epochs_take_does_not_change_the_blocks(bench: Bench) -> None:
+    runs = []
+    for number, epoch_s in enumerate((60.0, 0.0)):
+        bench.epoch_s = epoch_s
+        decoder = bench.decoder()
+        decoder.begin("job", PROMPT, TOKENS)
+        runs.append(_finish(decoder))
+        assert decoder.counters.epochs_clean == (TOKENS // EPOCH, TOKENS)[number]
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("stop_after", [10, 11, 12, 13])
+def test_a_successor_finishes_a_block_another_began(bench: Bench, stop_after: int) -> None:
+    decoder = bench.decoder()
+    decoder.begin("job", PROMPT, TOKENS)
+    expected = _finish(decoder)
+    bench.epoch_s = 0.0
+    first = bench.decoder()
+    first.begin("job", PROMPT, TOKENS)
+    sent = [block for _ in range(stop_after) if (block := first.run_epoch()) is not None]
+    second = bench.decoder()
+    assert second.resume()
+    assert second.generated == stop_after
+    assert second.blocks(0) == sent
+    assert [*sent, *_finish(second)] == expected
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_weight_strikes_at_any_moment_leave_the_text_alone(bench: Bench, seed: int) -> None:
+    bench.retries = 6
     expected, rng = bench.plain(), random.Random(seed)
     moments = {rng.randrange(1, TOKENS) for _ in range(4)}
     struck: list[int] = []
