@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from node.config import NodeConfig
+from telemetry.errors import PenumbraError
+
+EXAMPLE = Path(__file__).parents[2] / "docs" / "node-example.toml"
+
+
+def load(tmp_path: Path, old: str = "", new: str = "") -> NodeConfig:
+    text = EXAMPLE.read_text()
+    assert old in text
+    path = tmp_path / "node.toml"
+    path.write_text(text.replace(old, new, 1) if old else text)
+    return NodeConfig.load(path)
+
+
+def test_the_example_shows_every_key_with_its_default(tmp_path: Path) -> None:
+    config = load(tmp_path)
+    minimal = tmp_path / "minimal.toml"
+    minimal.write_text(
+        '[node]\nname = "penumbra-1"\nstate_dir = "state"\n[model]\nimages_dir = "images"\n'
+        '[bus]\nurl = "mqtt://127.0.0.1:1883"\n[link]\nurl = "mqtt://127.0.0.1:1884"\n'
+        '[keys]\nfile = "keys.toml"\n'
+    )
+    assert NodeConfig.load(minimal) == config
+    assert NodeConfig.load(minimal).sha256 == config.sha256
+    text = EXAMPLE.read_text()
+    for section in config.__struct_fields__:
+        assert f"[{section}]" in text
+        for key in getattr(config, section).__struct_fields__:
+            assert f"\n{key} = " in text, f"{section}.{key} is not in the example"
+
+
+def test_paths_are_taken_from_the_directory_of_the_file(tmp_path: Path) -> None:
+    config = load(tmp_path, 'state_dir = "state"', 'state_dir = "x/../state"')
+    assert config.state_dir == tmp_path / "state"
+    assert config.image_dir == tmp_path / "images" / "a"
+    assert config.keys.file == str(tmp_path / "keys.toml")
+    assert str(config.arena_path.parent) == "/dev/shm"  # noqa: S108
+    assert config.arena_path.name.startswith("penumbra-penumbra-1-")
+
+
+def test_nodes_with_other_state_directories_have_other_arenas_and_digests(tmp_path: Path) -> None:
+    one, two = load(tmp_path), load(tmp_path, 'state_dir = "state"', 'state_dir = "other"')
+    assert one.arena_path != two.arena_path
+    assert one.sha256 != two.sha256
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "names"),
+    [
+        ("threads = 2", 'threads = "x"', ["model.threads", "'x'", "int"]),
+        ("threads = 2", "thread = 2", ["thread", "model", "threads"]),
+        ("retries = 3", "retries = -1", ["worker.retries", "-1", ">= 0"]),
+        ("restart_limit = 5", "restart_limit = 0", ["worker.restart_limit", ">= 1"]),
+        ("hot_c = 85.0", "hot_c = nan", ["power.hot_c", "nan"]),
+        ("hot_c = 85.0", "hot_c = 60.0", ["power", "hot_c", "warm_c"]),
+        ("ping_warn_s = 1.0", "ping_warn_s = 9.0", ["worker", "ping_warn_s 9", "ping_fatal_s 2.5"]),
+        ("ping_period_s = 0.5", "ping_period_s = 2.0", ["worker", "ping_period_s 2"]),
+        ("spool_max_bytes = 67108864", "spool_max_bytes = 200000000", ["telemetry", "database_max_bytes"]),
+        ('slot = "a"', 'slot = "c"', ["model.slot", "'c'", "[ab]"]),
+        ('name = "penumbra-1"', 'name = "No Good"', ["No Good", "a-z"]),
+        ('"mqtt://127.0.0.1:1883"', '"http://x"', ["bus.url", "http://x", "mqtt"]),
+        ('"mqtt://127.0.0.1:1884"', '"mqtt://x:99999"', ["link.url", "port"]),
+        ('state_dir = "state"', f'state_dir = "{"s" * 120}"', ["node.state_dir", "107"]),
+        ("[keys]", "[key]", ["key"]),
+        ("[node]", "[node", ["TOML"]),
+    ],
+)
+def test_what_is_not_allowed_is_named(tmp_path: Path, old: str, new: str, names: list[str]) -> None:
+    with pytest.raises(PenumbraError) as caught:
+        load(tmp_path, old, new)
+    message = str(caught.value)
+    assert "node.toml" in message
+    assert "mend" in message
+    for name in names:
+        assert name in message
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(PenumbraError, match=r"absent\.toml"):
+        NodeConfig.load(tmp_path / "absent.toml")

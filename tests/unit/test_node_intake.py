@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from node.intake import BUS_CHANNELS, Intake
+from telemetry import bus, topics
+from telemetry.ack import Ack, encode_ack
+from telemetry.errors import PenumbraError
+from telemetry.keys import Key, KeyRing
+from telemetry.packets import Stream
+
+KEY = Key("g", b"k" * 32)
+OTHER = Key("g", b"x" * 32)
+
+
+class Events:
+    """Stands for the recorder."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def event(self, severity: object, name: str, text: str, evidence: object = None) -> None:
+        self.names.append(name)
+
+
+class Sink:
+    def __init__(self) -> None:
+        self.events = Events()
+        self.taken: list[Any] = []
+        self.error: Exception | None = None
+        recorder: Any = self.events
+        self.intake = Intake(
+            "n",
+            KeyRing([KEY]),
+            recorder,
+            on_command=self.taken.append,
+            on_ack=self.taken.append,
+            on_bus=self.on_bus,
+        )
+
+    def on_bus(self, message: bus.BusMessage) -> None:
+        if self.error is not None:
+            raise self.error
+        self.taken.append(message)
+
+
+def test_each_topic_goes_to_its_handler() -> None:
+    sink = Sink()
+    ack = Ack(node="n", boot=1, stream=Stream.EVENT, upto=3)
+    time = bus.BusTime(t_ns=1, rate=2.0)
+    sink.intake.on_message(topics.tc("n"), b"anything")
+    sink.intake.on_message(topics.ack("n"), encode_ack(ack, KEY))
+    sink.intake.on_message(topics.bus("n", "time"), bus.encode(time))
+    assert sink.taken == [b"anything", ack, time]
+    assert sink.intake.garbage == 0
+    assert set(sink.intake.link_topics) == {topics.tc("n"), topics.ack("n")}
+    assert set(sink.intake.bus_topics) == {topics.bus("n", c) for c in BUS_CHANNELS}
+    assert "load" not in BUS_CHANNELS
+
+
+def test_a_forged_acknowledgement_deletes_nothing_and_is_counted() -> None:
+    sink = Sink()
+    ack = Ack(node="n", boot=1, stream=Stream.EVENT, upto=3)
+    sink.intake.on_message(topics.ack("n"), encode_ack(ack, OTHER))
+    assert sink.taken == []
+    assert sink.intake.garbage == 1
+    assert sink.events.names == ["garbage.received"]
+
+
+@pytest.mark.parametrize("error", [ValueError("v"), PenumbraError("p")])
+def test_content_the_node_refuses_is_garbage(error: Exception) -> None:
+    sink = Sink()
+    sink.error = error
+    sink.intake.on_message(topics.bus("n", "time"), bus.encode(bus.BusTime(t_ns=1)))
+    assert sink.intake.garbage == 1
+
+
+def test_reports_are_throttled_by_topic_and_the_count_is_not() -> None:
+    sink = Sink()
+    for _ in range(50):
+        for topic in (topics.ack("n"), topics.bus("n", "eps"), topics.bus("other", "eps"), "x/y", "z"):
+            sink.intake.on_message(topic, b"\xc1")
+    assert sink.intake.garbage == 250
+    assert len(sink.events.names) == 3
+
+
+def test_a_closed_intake_drops_everything() -> None:
+    sink = Sink()
+    sink.intake.close()
+    sink.intake.on_message(topics.tc("n"), b"x")
+    sink.intake.on_message("x", b"x")
+    assert sink.taken == []
+    assert sink.intake.garbage == 0
+
+
+@given(
+    st.sampled_from([topics.ack("n"), *(topics.bus("n", c) for c in BUS_CHANNELS), "other"]),
+    st.binary(max_size=200),
+)
+def test_no_bytes_raise(topic: str, payload: bytes) -> None:
+    sink = Sink()
+    sink.intake.on_message(topic, payload)
+    assert sink.intake.garbage + len(sink.taken) == 1

@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import sqlite3
+
+from node import state
+from node.state import BootState
+
+
+def test_state_is_remembered_from_boot_to_boot() -> None:
+    connection = sqlite3.connect(":memory:")
+    state.create(connection)
+    assert state.begin_boot(connection) == BootState(1, True, False, (), None)
+    state.set_safe(connection, True)
+    state.set_restarts(connection, [1.5, 2.5])
+    state.set_cap(connection, 7.5)
+    assert state.begin_boot(connection) == BootState(2, False, True, (1.5, 2.5), 7.5)
+    state.set_safe(connection, False)
+    state.set_restarts(connection, [])
+    state.set_cap(connection, None)
+    state.end_boot(connection)
+    assert state.begin_boot(connection) == BootState(3, True, False, (), None)
+    connection.close()
+
+
+def test_after_a_lost_database_no_boot_number_is_used_twice_and_the_stop_was_not_clean() -> None:
+    connection = sqlite3.connect(":memory:")
+    state.create(connection)
+    assert state.begin_boot(connection, 1_800_000_000) == BootState(1_800_000_000, False, False, (), None)
+    state.end_boot(connection)
+    assert state.begin_boot(connection).boot == 1_800_000_001
+    connection.close()
