@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from node import commanding as module
+from node import state
+from node.commanding import Commanding
+from node.jobs import JobQueue
+from node.recorder import Recorder
+from telemetry import commands
+from telemetry.authenticator import Authenticator
+from telemetry.commands import Arguments, Command, encode_command, make_command
+from telemetry.database import Database, StoreFull
+from telemetry.frame import decode_frame
+from telemetry.keys import Key, KeyRing
+from telemetry.packets import Mode, Packet, SecurityReport, Stage, Verification
+from telemetry.spool import Spool
+
+RING = KeyRing([Key("g", b"k" * 32)])
+NOW_NS = 1_000
+
+
+class Ground:
+    """Commands for one node, and what it stores in answer."""
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+        self.spool = Spool("n", 1, 1 << 20)
+        self.jobs = JobQueue(self.spool)
+        self.authenticator = Authenticator("n", RING)
+        self.recorder = Recorder(database, self.spool, lambda: NOW_NS)
+        self.executed: list[Arguments] = []
+        self.commanding = Commanding(
+            database=database,
+            spool=self.spool,
+            jobs=self.jobs,
+            authenticator=self.authenticator,
+            recorder=self.recorder,
+            on_executed=self.executed.append,
+        )
+        self.seq = itertools.count()
+
+    def sign(self, arguments: Arguments) -> bytes:
+        return encode_command(
+            make_command(
+                arguments, key_id="g", seq=next(self.seq), t_issue_ns=0, t_expire_ns=2_000, node="n"
+            ),
+            RING,
+        )
+
+    async def send(self, *payloads: bytes) -> list[Packet]:
+        """Offer messages; return every packet stored once they are handled."""
+        for payload in payloads:
+            self.commanding.offer(payload)
+        while not self.commanding._inbox.empty():
+            await asyncio.sleep(0.01)
+        # The last one is out of the inbox, but perhaps not through the disk.
+        await self.database.run(lambda c: None)
+        await asyncio.sleep(0.02)
+        await self.recorder.flush()
+        records = await self.database.run(lambda c: self.spool.batch(c, 1000, set()))
+        frames = [decode_frame(r.frame) for r in records]
+        return [f.packet() for f in sorted(frames, key=lambda f: (f.stream, f.seq))]
+
+
+@contextlib.asynccontextmanager
+async def open_ground(tmp_path: Path) -> AsyncIterator[Ground]:
+    database = await Database.open(tmp_path / "node.db")
+    ground = Ground(database)
+    await database.run(state.create)
+    await database.run(ground.spool.create)
+    await database.run(ground.jobs.create)
+    await database.run(ground.authenticator.load)
+    async with asyncio.TaskGroup() as group:
+        tasks = [
+            group.create_task(ground.commanding.run(), name="test.commanding"),
+            group.create_task(ground.recorder.run(), name="test.recorder"),
+        ]
+        yield ground
+        for task in tasks:
+            task.cancel()
+    await database.close()
+
+
+def stages(packets: list[Packet]) -> list[tuple[Stage, bool, str]]:
+    return [(p.stage, p.ok, p.code) for p in packets if isinstance(p, Verification)]
+
+
+DONE = [(Stage.ACCEPTED, True, "ok"), (Stage.STARTED, True, "ok"), (Stage.COMPLETED, True, "ok")]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        commands.Infer(job="j", prompt="p", max_tokens=4),
+        commands.SetMode(mode=Mode.SAFE),
+        commands.SetMode(mode=Mode.NOMINAL),
+        commands.SetPowerCap(power_w=5.0),
+        commands.SetPowerCap(power_w=None),
+        commands.ReportLedger(),
+    ],
+)
+async def test_each_command_is_executed_after_it_is_durable(tmp_path: Path, arguments: Arguments) -> None:
+    async with open_ground(tmp_path) as ground:
+        assert stages(await ground.send(ground.sign(arguments))) == DONE
+        assert ground.executed == [arguments]
+        found = await ground.database.run(state.begin_boot)
+        job = await ground.database.run(lambda c: ground.jobs.get(c, "j"))
+    assert found.safe == (arguments == commands.SetMode(mode=Mode.SAFE))
+    assert found.cap_w == (5.0 if arguments == commands.SetPowerCap(power_w=5.0) else None)
+    assert (job is not None) == isinstance(arguments, commands.Infer)
+
+
+async def test_ping_reports_every_stage(tmp_path: Path) -> None:
+    async with open_ground(tmp_path) as ground:
+        assert [s[0] for s in stages(await ground.send(ground.sign(commands.Ping())))] == list(Stage)
+
+
+async def test_a_redelivered_command_is_answered_and_not_executed_again(tmp_path: Path) -> None:
+    async with open_ground(tmp_path) as ground:
+        payload = ground.sign(commands.Ping())
+        await ground.send(payload)
+        assert len(stages(await ground.send(payload))) == 8
+        assert len(ground.executed) == 1
+
+
+async def test_a_flood_of_repetitions_is_not_answered_without_bound(tmp_path: Path) -> None:
+    async with open_ground(tmp_path) as ground:
+        payload = ground.sign(commands.Ping())
+        packets = await ground.send(*[payload] * 50)
+        assert len(stages(packets)) <= 4 * (1 + 16 + 1)
+
+
+async def test_commands_outside_the_dictionary_fail_their_acceptance(tmp_path: Path) -> None:
+    async with open_ground(tmp_path) as ground:
+        unknown = Command(1, "g", next(ground.seq), 0, 2_000, "n", "reboot", {})
+        bad = Command(1, "g", next(ground.seq), 0, 2_000, "n", "infer", {"job": "j"})
+        packets = await ground.send(encode_command(unknown, RING), encode_command(bad, RING))
+        assert stages(packets) == [
+            (Stage.ACCEPTED, False, "unknown_command"),
+            (Stage.ACCEPTED, False, "bad_argument"),
+        ]
+        assert ground.executed == []
+
+
+async def test_rejections_are_counted_reported_and_throttled(tmp_path: Path) -> None:
+    async with open_ground(tmp_path) as ground:
+        forged = bytearray(ground.sign(commands.Ping()))
+        forged[-1] ^= 1
+        packets = await ground.send(*[bytes(forged)] * 30, b"", b"garbage")
+        reports = [p for p in packets if isinstance(p, SecurityReport)]
+        assert 1 <= len(reports) <= 6
+        assert stages(packets) == []
+        assert ground.authenticator.report().rejected == {"bad_mac": 30, "malformed": 2}
+        # Someone with the key is answered all the same.
+        late = make_command(commands.Ping(), key_id="g", seq=1, t_issue_ns=0, t_expire_ns=5, node="n")
+        assert stages(await ground.send(encode_command(late, RING))) == [(Stage.ACCEPTED, False, "expired")]
+
+
+async def test_what_cannot_be_made_durable_is_not_executed_and_may_be_sent_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_ground(tmp_path) as ground:
+        payload = ground.sign(commands.Infer(job="j", prompt="p", max_tokens=4))
+
+        def full(*_: object) -> None:
+            raise StoreFull("no room")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ground.jobs, "submit", full)
+            assert stages(await ground.send(payload)) == []
+            assert ground.executed == []
+        assert stages(await ground.send(payload)) == DONE
+        assert len(ground.executed) == 1
+
+
+async def test_commands_beyond_what_may_wait_are_counted(tmp_path: Path) -> None:
+    async with open_ground(tmp_path) as ground:
+        for _ in range(module.MAX_WAITING + 5):
+            ground.commanding.offer(b"x")
+        assert ground.commanding.dropped == 5

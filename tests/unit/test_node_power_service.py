@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+from memory_link import MemoryLink
+
+from node import power_service as module
+from node.boards import BoardReading
+from node.bus_view import THERMAL_STALE_S, BusView
+from node.clock import MissionClock
+from node.config import NodeConfig
+from node.inference import protocol
+from node.power_service import PowerService
+from telemetry import bus
+from telemetry.errors import PenumbraError
+from telemetry.packets import PowerPlan
+
+EXAMPLE = Path(__file__).parents[2] / "docs" / "node-example.toml"
+ISS = bus.BusOrbit(
+    line1="1 25544U 98067A   08264.51782528 -.00002182  00000-0 -11606-4 0  2927",
+    line2="2 25544  51.6416 247.4627 0006703 130.5360 325.0288 15.72125391563537",
+)
+EPOCH_NS = 1_221_913_540 * 1_000_000_000
+EPS = bus.BusEps(
+    t_ns=0,
+    battery_soc=0.9,
+    battery_v=14.0,
+    battery_a=0.0,
+    battery_wh=80.0,
+    array_w=60.0,
+    array_sun_w=60.0,
+    platform_w=10.0,
+    soc_floor=0.5,
+)
+
+
+class Posted:
+    """Stands for the recorder."""
+
+    def __init__(self) -> None:
+        self.packets: list[PowerPlan] = []
+
+    def now_ns(self) -> int:
+        return EPOCH_NS
+
+    def post(self, packet: PowerPlan) -> None:
+        self.packets.append(packet)
+
+
+class FixedBoard:
+    name = "fixed"
+    power_w = 6.0
+
+    def range_w(self) -> tuple[float, float]:
+        return 4.0, 12.0
+
+    def set_worker(self, pid: int | None) -> None:
+        return None
+
+    def read(self) -> BoardReading:
+        return BoardReading(power_w=self.power_w, board_c=None)
+
+
+class Rig:
+    def __init__(self) -> None:
+        self.view = BusView()
+        self.link = MemoryLink()
+        self.posted = Posted()
+        self.sent: list[protocol.Message] = []
+        self.sunlit: list[float] = []
+        self.blocked = False
+        self.config = NodeConfig.load(EXAMPLE)
+        recorder: Any = self.posted
+        self.service = PowerService(
+            self.config,
+            board=FixedBoard(),
+            view=self.view,
+            clock=MissionClock(EPOCH_NS, 0),
+            link=self.link,
+            recorder=recorder,
+            send=self.send,
+            busy=lambda: True,
+            blocked=lambda: self.blocked,
+            on_sunlit=self.sunlit.append,
+            cap_w=None,
+        )
+
+    def send(self, message: protocol.Message) -> bool:
+        self.sent.append(message)
+        return True
+
+    @property
+    def duty(self) -> float:
+        pace = self.sent[-1]
+        assert isinstance(pace, protocol.Pace)
+        return pace.duty
+
+
+def test_each_turn_paces_the_worker_and_a_plan_is_sent_on_change_only() -> None:
+    rig = Rig()
+    for turn in range(8):
+        rig.service._turn(turn * 0.25)
+    assert len(rig.sent) == 8
+    assert [p.reason for p in rig.posted.packets] == ["unknown_bus"]
+    assert rig.posted.packets[0].battery_soc is None
+    rig.view.handle(EPS, 2.0)
+    for turn in range(8, 16):
+        rig.service._turn(turn * 0.25)
+    assert rig.posted.packets[-1].reason == "board"
+    assert rig.posted.packets[-1].battery_soc == 0.9
+    assert len(rig.posted.packets) == 2
+
+
+def test_a_commanded_cap_binds_and_blocked_results_pace_to_the_minimum() -> None:
+    rig = Rig()
+    rig.view.handle(EPS, 0.0)
+    rig.service._turn(0.0)
+    rig.service.cap_w = 5.0
+    rig.service._turn(1.5)
+    assert rig.service.setpoint is not None
+    assert rig.service.setpoint.ceiling_w == 5.0
+    assert rig.posted.packets[-1].reason == "command"
+    rig.blocked = True
+    rig.service._turn(2.0)
+    assert rig.duty == rig.config.power.min_duty
+
+
+def test_the_forecast_is_reported_once_the_bus_gave_an_orbit() -> None:
+    rig = Rig()
+    rig.service._turn(0.0)
+    assert rig.sunlit == []
+    assert rig.service.umbra is None
+    rig.view.handle(ISS, 0.0)
+    rig.service._turn(0.25)
+    assert len(rig.sunlit) == 1
+    assert 0 <= rig.sunlit[0] <= 1
+    assert rig.service.umbra is not None
+    assert rig.service.umbra.exit_ns > EPOCH_NS
+
+
+async def test_the_draw_is_published_while_the_bus_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PERIOD_S", 0.01)
+    rig = Rig()
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(rig.service.run(), name="test.power")
+        async with asyncio.timeout(5):
+            while len(rig.link.published) < 2:
+                await asyncio.sleep(0.01)
+        rig.link.failing = True
+        await asyncio.sleep(0.05)
+        rig.link.failing = False
+        count = len(rig.link.published)
+        async with asyncio.timeout(5):
+            while len(rig.link.published) == count:
+                await asyncio.sleep(0.01)
+        task.cancel()
+    topic, payload = rig.link.published[-1]
+    assert topic == "penumbra/penumbra-1/bus/load"
+    assert bus.decode("load", payload) == bus.BusLoad(t_ns=EPOCH_NS, power_w=6.0)
+
+
+def test_bus_values_grow_old() -> None:
+    view = BusView()
+    assert view.eps_age_s(5.0) == 0.0
+    view.handle(EPS, 1.0)
+    assert view.eps_age_s(5.0) == 4.0
+    view.handle(bus.BusThermal(t_ns=0, board_c=30.0, radiator_c=10.0), 1.0)
+    assert view.board_c(1.0 + THERMAL_STALE_S) == 30.0
+    assert view.board_c(1.1 + THERMAL_STALE_S) is None
+    contact = bus.BusContact(t_ns=0, in_contact=True)
+    view.handle(contact, 1.0)
+    assert view.contact == contact
+
+
+def test_a_bad_orbit_keeps_the_good_one_and_a_far_time_is_unknown() -> None:
+    view = BusView()
+    assert view.sunlit(EPOCH_NS) is None
+    view.handle(ISS, 0.0)
+    forecast = view.forecast
+    with pytest.raises(PenumbraError, match="TLE"):
+        view.handle(bus.BusOrbit(line1="1" * 69, line2="2" * 69), 0.0)
+    assert view.forecast is forecast
+    view.handle(ISS, 1.0)
+    assert view.forecast is forecast
+    decayed_ns = EPOCH_NS + 70 * 365 * 86_400 * 1_000_000_000
+    assert view.sunlit(decayed_ns) is None
+    assert view.next_umbra(decayed_ns) is None
