@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from waiting import until
 
 from node import commanding as module
 from node import state
@@ -58,8 +59,7 @@ class Ground:
         """Offer messages; return every packet stored once they are handled."""
         for payload in payloads:
             self.commanding.offer(payload)
-        while not self.commanding._inbox.empty():
-            await asyncio.sleep(0.01)
+        await until(self.commanding._inbox.empty)
         # The last one is out of the inbox, but perhaps not through the disk.
         await self.database.run(lambda c: None)
         await asyncio.sleep(0.02)

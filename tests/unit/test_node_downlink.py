@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from memory_link import MemoryLink
+from waiting import until
 
 from node.downlink import MAX_BACKOFF, Downlink, DownlinkWindow
 from telemetry import topics
@@ -93,16 +94,16 @@ def sequences(link: MemoryLink) -> list[int]:
 async def test_records_go_down_in_order_and_stay_until_the_archive_has_them(tmp_path: Path) -> None:
     link = MemoryLink()
     async with open_downlink(tmp_path, link, DownlinkWindow(10, 60.0), 4) as (downlink, database, spool):
-        async with asyncio.timeout(5):
-            while len(link.published) < 4:
-                await asyncio.sleep(0.01)
+        await until(lambda: len(link.published) >= 4)
         assert sequences(link) == [0, 1, 2, 3]
         assert {topic for topic, _ in link.published} == {topics.tm("n", "event")}
         assert (await database.run(spool.size))[0] == 4
         downlink.on_ack(Ack(node="n", boot=1, stream=Stream.EVENT, upto=3, gaps=[(1, 1)]))
-        async with asyncio.timeout(5):
-            while (await database.run(spool.size))[0] > 2:
-                await asyncio.sleep(0.01)
+
+        async def two_left() -> bool:
+            return (await database.run(spool.size))[0] == 2
+
+        await until(two_left)
         left = await database.run(lambda c: spool.batch(c, 10, set()))
         assert [r.seq for r in left] == [1, 3]
 
@@ -113,9 +114,7 @@ async def test_nothing_is_published_while_the_link_is_down_and_all_after(tmp_pat
         await asyncio.sleep(0.2)
         assert link.published == []
         link.connected.set()
-        async with asyncio.timeout(5):
-            while len(link.published) < 3:
-                await asyncio.sleep(0.01)
+        await until(lambda: len(link.published) >= 3)
 
 
 async def test_what_the_link_did_not_take_is_sent_again(tmp_path: Path) -> None:
@@ -124,16 +123,12 @@ async def test_what_the_link_did_not_take_is_sent_again(tmp_path: Path) -> None:
     async with open_downlink(tmp_path, link, DownlinkWindow(2, 60.0), 3):
         await asyncio.sleep(0.2)
         link.failing = False
-        async with asyncio.timeout(5):
-            while len(link.published) < 2:
-                await asyncio.sleep(0.01)
+        await until(lambda: len(link.published) >= 2)
         assert sequences(link)[:2] == [0, 1]
 
 
 async def test_what_is_not_acknowledged_is_sent_again(tmp_path: Path) -> None:
     link = MemoryLink()
     async with open_downlink(tmp_path, link, DownlinkWindow(10, 0.1), 1):
-        async with asyncio.timeout(5):
-            while len(link.published) < 3:
-                await asyncio.sleep(0.01)
+        await until(lambda: len(link.published) >= 3)
     assert set(sequences(link)) == {0}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from scripted_worker import blocks
+from waiting import until
 
 from node import job_runner as module
 from node.inference import protocol
@@ -46,8 +47,7 @@ class Desk:
         self.runner.look()
 
     async def settle(self) -> None:
-        while not self.runner._inbox.empty():
-            await asyncio.sleep(0.01)
+        await until(self.runner._inbox.empty)
         for _ in range(3):
             await self.database.run(lambda c: None)
             await asyncio.sleep(0.01)
@@ -130,15 +130,13 @@ async def test_a_refusing_spool_holds_blocks_back_until_there_is_room(
         await desk.settle()
         for block in blocks("a", "p", 80, 4):
             desk.runner.offer(block)
-        while not desk.runner.blocked:
-            await asyncio.sleep(0.01)
+        await until(lambda: desk.runner.blocked)
         before = (await desk.job("a")).tokens
         assert 0 < before < 80
         assert "spool.refused" in await desk.events()
         desk.spool.capacity_bytes = 1 << 20
         await desk.settle()
-        while desk.runner.blocked:
-            await asyncio.sleep(0.01)
+        await until(lambda: not desk.runner.blocked)
         await desk.settle()
         assert (await desk.job("a")).finish == "length"
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from memory_link import MemoryLink
+from waiting import until
 
 from node import power_service as module
 from node.boards import BoardReading
@@ -146,16 +147,12 @@ async def test_the_draw_is_published_while_the_bus_is_there(monkeypatch: pytest.
     rig = Rig()
     async with asyncio.TaskGroup() as group:
         task = group.create_task(rig.service.run(), name="test.power")
-        async with asyncio.timeout(5):
-            while len(rig.link.published) < 2:
-                await asyncio.sleep(0.01)
+        await until(lambda: len(rig.link.published) >= 2)
         rig.link.failing = True
         await asyncio.sleep(0.05)
         rig.link.failing = False
         count = len(rig.link.published)
-        async with asyncio.timeout(5):
-            while len(rig.link.published) == count:
-                await asyncio.sleep(0.01)
+        await until(lambda: len(rig.link.published) > count)
         task.cancel()
     topic, payload = rig.link.published[-1]
     assert topic == "penumbra/penumbra-1/bus/load"
