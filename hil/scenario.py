@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 from enum import StrEnum
+from functools import cached_property
 from importlib import resources
 from itertools import cycle, islice
 from pathlib import Path
@@ -238,7 +239,7 @@ class Fault(Table, frozen=True, kw_only=True):
     kind: FaultKind
 
 
-class Scenario(Table, frozen=True, kw_only=True):
+class Scenario(Table, frozen=True, kw_only=True, dict=True):
     """A whole scenario, checked."""
 
     scenario: Flight
@@ -257,7 +258,7 @@ class Scenario(Table, frozen=True, kw_only=True):
         """Mission time at the start, UTC ns."""
         return round(self.scenario.epoch.timestamp() * 1_000_000) * 1000
 
-    @property
+    @cached_property
     def period_s(self) -> float:
         """Period of the orbit, s."""
         return Ephemeris(*self.tle()).period_s
@@ -279,6 +280,10 @@ class Scenario(Table, frozen=True, kw_only=True):
 
     def tle(self) -> tuple[str, str]:
         """Return the orbit as TLE lines, made from the elements when none are given."""
+        return self._lines
+
+    @cached_property
+    def _lines(self) -> tuple[str, str]:
         o = self.orbit
         if o.line1 is not None and o.line2 is not None:
             return o.line1, o.line2

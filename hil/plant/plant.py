@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from itertools import pairwise
 from typing import Final
 
 import msgspec
@@ -17,8 +16,8 @@ import numpy as np
 
 from hil.plant.contact import ContactWindow, contact_windows
 from hil.plant.eps import EnergyAccount, EpsState, PowerSystem
-from hil.plant.orbit import Array, Geometry, TrueOrbit, geodetic
-from hil.plant.shadow import edges, sunlit_fraction
+from hil.plant.orbit import Array, Geometry, geodetic
+from hil.plant.path import UmbraEvent, flight_path
 from hil.plant.thermal import HeatModel, ThermalState
 from hil.scenario import Mount, Scenario
 from telemetry.bus import BusContact, BusEps, BusMessage, BusOrbit, BusThermal, BusTime
@@ -27,15 +26,6 @@ NS_PER_S: Final = 1_000_000_000
 ASTRONOMICAL_UNIT_KM: Final = 149_597_870.7
 TAIL_S: Final = 1800
 """Time beyond the flight's end the plant still knows: the bench's shutdown, and windows to announce."""
-
-
-class UmbraEvent(msgspec.Struct, frozen=True, kw_only=True):
-    """One true eclipse, UTC ns."""
-
-    penumbra_entry_ns: int
-    entry_ns: int
-    exit_ns: int
-    penumbra_exit_ns: int
 
 
 class PlantState(msgspec.Struct, frozen=True, kw_only=True):
@@ -97,7 +87,7 @@ class PlantState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Plant:
-    """The spacecraft of a scenario.
+    """The spacecraft of a scenario. Plants of one orbit share its geometry, which takes a second to compute.
 
     Parameters
     ----------
@@ -116,32 +106,26 @@ class Plant:
         line1, line2 = scenario.tle()
         self.orbit = BusOrbit(line1=line1, line2=line2)
         """Elements to publish on `bus/orbit`."""
-        true = TrueOrbit(line1, line2)
         seconds = math.ceil((self._end_ns - self._start_ns) / NS_PER_S) + TAIL_S
-        # Half a revolution before the start: an eclipse under way then has its beginning in the grid.
-        lead = round(true.period_s / 2)
-        grid = self._start_ns + np.arange(-lead, seconds + 1, dtype=np.int64) * NS_PER_S
-        geometry = true.geometry(grid)
-        sunlit = sunlit_fraction(geometry)
-        self._events = _pair(edges(true, grid, 0.0, sunlit), edges(true, grid, 1.0, sunlit))
-        self._events = tuple(e for e in self._events if e.penumbra_exit_ns > self._start_ns)
-        flight = Geometry(geometry.satellite[lead:], geometry.sun[lead:], geometry.normal[lead:])
-        distance = np.linalg.norm(flight.sun, axis=1)
-        cosine, zenith = _incidence(flight, craft.array.mount)
+        path = flight_path(line1, line2, self._start_ns, seconds)
+        self._events = path.events
+        distance = np.linalg.norm(path.geometry.sun, axis=1)
+        cosine, zenith = _incidence(path.geometry, craft.array.mount)
         # Plain lists: reading single numbers from them is several times faster than from arrays.
-        self._sunlit: list[float] = sunlit[lead:].tolist()
-        self._irradiance: list[float] = (sunlit[lead:] * (ASTRONOMICAL_UNIT_KM / distance) ** 2).tolist()
+        self._sunlit: list[float] = path.sunlit.tolist()
+        self._irradiance: list[float] = (path.sunlit * (ASTRONOMICAL_UNIT_KM / distance) ** 2).tolist()
         self._cosine: list[float] = cosine.tolist()
         self._zenith: list[float] = zenith.tolist()
-        self._position = flight.satellite
-        self._windows = contact_windows(scenario.stations, grid[lead:], flight.satellite)
+        self._position = path.geometry.satellite
+        self._windows = contact_windows(scenario.stations, path.t_ns, path.geometry.satellite)
         self._starts = [w.start_ns for w in self._windows]
         self._eps = PowerSystem(craft.array, craft.battery, craft.platform_w)
         self._heat = HeatModel(craft.thermal)
         self._platform_w = craft.platform_w
         self._battery_wh, self._soc_floor = craft.battery.capacity_wh, craft.battery.soc_floor
-        lit = np.maximum(0.0, cosine[sunlit[lead:] > 0.5]) if np.any(sunlit[lead:] > 0.5) else np.zeros(1)
-        self._array_sun_w = self._eps.full_sun_w(float(lit.mean()), craft.array.hot_c)
+        lit = path.sunlit > 0.5
+        mean_cosine = float(np.maximum(0.0, cosine[lit]).mean()) if np.any(lit) else 0.0
+        self._array_sun_w = self._eps.full_sun_w(mean_cosine, craft.array.hot_c)
         self._t_ns = self._start_ns
         self.state = self._look(0.0)
 
@@ -245,20 +229,3 @@ def _incidence(geometry: Geometry, mount: Mount) -> tuple[Array, Array]:
         across = np.sum(sun * geometry.normal, axis=1)
         return np.sqrt(np.maximum(0.0, 1.0 - across * across)), zenith
     return zenith, zenith
-
-
-def _pair(umbra: list[tuple[int, bool]], penumbra: list[tuple[int, bool]]) -> tuple[UmbraEvent, ...]:
-    """Return whole eclipses from edges of umbra and penumbra, each (time, begins), in order of time."""
-    events = []
-    for (entry, begins), (leave, _) in pairwise(umbra):
-        if not begins:
-            continue
-        before = [t for t, starts in penumbra if starts and t <= entry]
-        after = [t for t, starts in penumbra if not starts and t >= leave]
-        if before and after:
-            events.append(
-                UmbraEvent(
-                    penumbra_entry_ns=before[-1], entry_ns=entry, exit_ns=leave, penumbra_exit_ns=after[0]
-                )
-            )
-    return tuple(events)
