@@ -14,7 +14,9 @@ When the store is full (`capacity_bytes`, or the disk itself):
 - event, FDIR, verification, security, boot and ledger records give way only when no housekeeping or plan is
   left, and only to a record of the same or a higher priority: lowest priority first, oldest first.
 
-Each drop is counted under its reason, with its sequence numbers.
+Each drop is counted under its reason, with its sequence numbers. The node bounds its database below the free
+space of the disk (`Database.open(max_bytes=...)`): a disk that others filled shows only at commit, where
+nothing can give way any more and every caller gets `StoreFull`.
 """
 
 from __future__ import annotations
@@ -234,9 +236,11 @@ class Spool:
         values = (PRIORITY[stream], self.boot, stream.value, seq, len(frame), frame)
         for _ in range(DISK_FULL_EVICTIONS):
             try:
+                # SELECT, not VALUES: only a statement that may write several rows has a journal of its own,
+                # without which SQLite gives up the whole transaction when the database is full.
                 connection.execute(
                     "INSERT INTO spool_record (priority, boot, stream, seq, size, frame) "
-                    "VALUES (?, ?, ?, ?, ?, ?)",
+                    "SELECT ?, ?, ?, ?, ?, ?",
                     values,
                 )
             except sqlite3.OperationalError as error:
