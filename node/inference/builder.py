@@ -38,15 +38,15 @@ from fdir.pages import PAGE_SIZE, MappedTensor, PageTable
 from node.inference import manifest as m
 from node.inference.gguf_source import GgufSource
 from node.inference.graph import build_graph
-from node.inference.image import open_session, verify_image
+from node.inference.image import load_session, verify_image
 from node.inference.layout import lay_out
-from node.inference.probe import is_read, mapped_addresses, run_probes, same
+from node.inference.probe import is_read, known_answer, mapped_addresses, run_probes, same
 from node.inference.tokenizer import sentencepiece_model
 from telemetry.errors import PenumbraError
 
 Progress: TypeAlias = Callable[[str, float], object]
 
-BUILDER_VERSION: Final = 2
+BUILDER_VERSION: Final = 3
 """Raised whenever a step changes what it writes."""
 DEFAULT_CONTEXT: Final = 4096
 """Positions an image can address: rotary tables for 4,096 are 8 MB of every scan, for 32,768 they are 64."""
@@ -181,12 +181,12 @@ class _Build:
         )
         shutil.rmtree(raw)
         progress("probe", 0.65)
-        mapped, originals = self._probe(work, tensors, expected)
+        mapped, originals, answer = self._probe(work, tensors, expected)
         (work / m.TOKENIZER).write_bytes(sentencepiece_model(self.source))
         progress("parity", 0.75)
         table = _protect(work, mapped, lambda part: progress("parity", 0.75 + 0.2 * part))
         progress("write", 0.95)
-        self._write_manifest(work, mapped, originals, table)
+        self._write_manifest(work, mapped, originals, answer, table)
         _flush(work)
 
     def _pack(self, raw: Path) -> list[NDArray[np.float32]]:
@@ -206,13 +206,13 @@ class _Build:
 
     def _probe(
         self, work: Path, tensors: list[MappedTensor], expected: list[NDArray[np.float32]]
-    ) -> tuple[list[MappedTensor], list[MappedTensor]]:
-        """Load the image as the worker will; return what it maps, and what it read while loading only.
+    ) -> tuple[list[MappedTensor], list[MappedTensor], str]:
+        """Load the image as the worker will; return what it maps, what it only loaded, and its known answer.
 
         Scales are packed along with the weights, so a step should not read the separate ones; whether that
         is so is tried, not assumed.
         """
-        session = open_session(work, 1)
+        session = load_session(work, 1)
         if not same(run_probes(session, self.shape), expected):
             raise PenumbraError(
                 f"{work}: the finished image does not compute what the model it was packed from does",
@@ -221,16 +221,23 @@ class _Build:
         addresses = mapped_addresses(work / m.WEIGHTS, tensors)
         mapped = [tensor for tensor in tensors if tensor.name in addresses]
         scales = [tensor for tensor in mapped if tensor.role == "scale"]
+        answer = known_answer(session, self.shape)
         read = is_read(session, self.shape, [(addresses[t.name], t.length) for t in scales], expected)
         del session
         gc.collect()
         return (
             [msgspec.structs.replace(t, read=read if t.role == "scale" else True) for t in mapped],
             [msgspec.structs.replace(t, read=False) for t in tensors if t.name not in addresses],
+            answer,
         )
 
     def _write_manifest(
-        self, work: Path, mapped: list[MappedTensor], originals: list[MappedTensor], table: PageTable
+        self,
+        work: Path,
+        mapped: list[MappedTensor],
+        originals: list[MappedTensor],
+        answer: str,
+        table: PageTable,
     ) -> None:
         files = [name for name in m.FILES if name != m.MANIFEST]
         manifest = m.Manifest(
@@ -253,6 +260,7 @@ class _Build:
             parity_pages=len(table.parity),
             parity_data=parity.DATA_PAGES,
             parity_extra=parity.PARITY_PAGES,
+            known_answer=answer,
             tensors=tuple(mapped),
             originals=tuple(originals),
         )

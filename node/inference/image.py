@@ -17,9 +17,11 @@ from numpy.typing import NDArray
 
 from fdir.pages import PAGE_SIZE, page_digests
 from node.inference import manifest as m
+from node.inference.probe import prove_session
 from telemetry.errors import PenumbraError
 
 _REBUILD = "build the image again: `penumbra model build --force`"
+_AGAIN = "check the files with `penumbra model verify`; if they are whole, load again"
 
 
 class RoleInfo(msgspec.Struct, frozen=True):
@@ -58,7 +60,46 @@ class ImageInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def open_session(image_dir: Path, threads: int) -> ort.InferenceSession:
-    """Load a model image.
+    """Load a model image, and prove that it computes on the mapped weights what it did when it was built.
+
+    ONNX Runtime packs the original weights again while loading, and takes the packed ones of the image only
+    if the two are equal. From an original struck in the page cache it would thus, without a word, compute
+    on packed weights in memory of its own, which no page digest covers. So the mapped pages are dropped, a
+    known answer is asked for, and all packed weights must have come back from the mapping.
+
+    Parameters
+    ----------
+    image_dir
+        Directory of the slot.
+    threads
+        Threads that compute, 1 or more. The result does not depend on it, to the bit.
+
+    Raises
+    ------
+    PenumbraError
+        The manifest is missing or damaged, the image is for another machine, ONNX Runtime cannot load it,
+        or the session fails the proof.
+    """
+    manifest = m.load_manifest(image_dir)
+    m.check_machine(manifest, image_dir, ort.__version__)
+    session = load_session(image_dir, threads)
+    answer, unused = prove_session(session, manifest.shape, image_dir / m.WEIGHTS, manifest.tensors)
+    if answer != manifest.known_answer:
+        raise PenumbraError(
+            f"{image_dir}: the loaded model computes {answer}, not the known answer {manifest.known_answer}",
+            _AGAIN,
+        )
+    if unused:
+        raise PenumbraError(
+            f"{image_dir}: ONNX Runtime does not compute on the image's {unused[0]} but packed its own: "
+            "what it read while loading was damaged",
+            _AGAIN,
+        )
+    return session
+
+
+def load_session(image_dir: Path, threads: int) -> ort.InferenceSession:
+    """Load the graph and the weights of an image, without a look at its manifest.
 
     The graph in the image is already optimised and its weights are packed: the session maps the packed
     weights from ``weights.bin``, private and writable, and computes on that mapping. Threads do not spin
@@ -67,9 +108,9 @@ def open_session(image_dir: Path, threads: int) -> ort.InferenceSession:
     Parameters
     ----------
     image_dir
-        Directory of the slot; prove it with `verify_image` first, or check that it fits with `check_machine`.
+        Directory of the slot.
     threads
-        Threads that compute, 1 or more. The result does not depend on it, to the bit.
+        Threads that compute, 1 or more.
 
     Raises
     ------

@@ -26,6 +26,7 @@ import onnx
 from onnx import TensorProto
 
 from fdir.pages import PAGE_SIZE, MappedTensor
+from node.inference.manifest import PACKED
 
 _PACKED_KEY: Final = "prepacked_"
 _PACKING_OPERATOR: Final = "MatMulNBits"
@@ -124,7 +125,7 @@ def _placed(piece: _Piece, offset: int) -> MappedTensor:
     role, layer = role_of(piece.name, piece.packed)
     length = len(piece.content)
     return MappedTensor(
-        name=f"{piece.name}.packed" if piece.packed else piece.name,
+        name=piece.name + PACKED if piece.packed else piece.name,
         role=role,
         layer=layer,
         offset=offset,

@@ -37,6 +37,8 @@ GRAPH, WEIGHTS, PARITY = "model.onnx", "weights.bin", "parity.bin"
 DIGESTS, TOKENIZER, MANIFEST = "digests.bin", "tokenizer.model", "manifest.json"
 FILES = (GRAPH, WEIGHTS, PARITY, DIGESTS, TOKENIZER, MANIFEST)
 """Every file of an image."""
+PACKED = ".packed"
+"""End of the name of a tensor in the form ONNX Runtime computes on."""
 SLOTS = ("a", "b")
 Slot: TypeAlias = Literal["a", "b"]
 
@@ -105,12 +107,13 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """Data pages in a parity group."""
     parity_extra: int
     """Parity pages of a group: the number of bad pages it can restore."""
+    known_answer: str
+    """xxh3_128 of what a sound session computes for a fixed input: `node.inference.probe.known_answer`."""
     tensors: tuple[MappedTensor, ...]
     """What a loaded session maps from the weights file, in file order."""
     originals: tuple[MappedTensor, ...]
-    """What it reads from the weights file while loading, then drops, in file order. A session whose
-    originals are damaged packs them anew into memory no digest covers: prove the file before loading it
-    (`verify_image`)."""
+    """What it reads from the weights file while loading, then drops, in file order. From a damaged original
+    it packs anew, into memory no digest covers; that is what the known answer guards against."""
 
 
 class _Envelope(msgspec.Struct, forbid_unknown_fields=True):

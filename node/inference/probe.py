@@ -8,18 +8,27 @@ from typing import Final
 
 import numpy as np
 import onnxruntime as ort
+import xxhash
 from numpy.typing import NDArray
 
 from fdir.pages import PAGE_SIZE, MappedTensor, Span, live_mappings, memory_view
-from node.inference.manifest import GemmaShape
+from fdir.residency import can_observe, drop_pages, present_pages
+from node.inference.manifest import PACKED, GemmaShape
 
 _PROBES: Final = ((1, (40, 1, 7)), (4, (8, 1)))
 """Batch size and tokens of each run in turn: kernels differ for one row, a few rows and many."""
+_KNOWN: Final = ((1, (8, 1)),)
 _ROOM: Final = 64
 _STRIKE: Final = 0xA5
+_SLACK_PAGES: Final = 1
+"""Packed weights end in up to 126 bytes of slack that are not read; these may have a page of their own."""
 
 
-def run_probes(session: ort.InferenceSession, shape: GemmaShape) -> list[NDArray[np.float32]]:
+def run_probes(
+    session: ort.InferenceSession,
+    shape: GemmaShape,
+    probes: Sequence[tuple[int, Sequence[int]]] = _PROBES,
+) -> list[NDArray[np.float32]]:
     """Run a fixed set of prefills and steps.
 
     Parameters
@@ -28,6 +37,8 @@ def run_probes(session: ort.InferenceSession, shape: GemmaShape) -> list[NDArray
         A session of the graph, see `node.inference.graph`.
     shape
         Its dimensions; ``context`` must be 64 or more.
+    probes
+        Batch size and tokens of each run in turn, for each probe.
 
     Returns
     -------
@@ -36,7 +47,7 @@ def run_probes(session: ort.InferenceSession, shape: GemmaShape) -> list[NDArray
     names = [output.name for output in session.get_outputs()]
     tokens = np.random.default_rng(0)
     results: list[NDArray[np.float32]] = []
-    for batch, lengths in _PROBES:
+    for batch, lengths in probes:
         room = np.zeros((batch, shape.kv_heads, _ROOM, shape.head_dim), np.float32)
         caches = {f"{part}.{layer}": room for layer in range(shape.layers) for part in ("key", "value")}
         total = 0
@@ -54,15 +65,76 @@ def run_probes(session: ort.InferenceSession, shape: GemmaShape) -> list[NDArray
     return results
 
 
+def known_answer(session: ort.InferenceSession, shape: GemmaShape) -> str:
+    """Digest what a session computes for a fixed input: a prefill of eight tokens and one step.
+
+    Logits and caches depend on every weight; they are the same to the bit for any number of threads.
+
+    Parameters
+    ----------
+    session
+        The session.
+    shape
+        Its dimensions.
+
+    Returns
+    -------
+    xxh3_128 of all results, 32 hexadecimal digits.
+    """
+    digest = xxhash.xxh3_128()
+    for result in run_probes(session, shape, _KNOWN):
+        digest.update(np.ascontiguousarray(result).data)
+    return digest.hexdigest()
+
+
 def same(left: Sequence[NDArray[np.float32]], right: Sequence[NDArray[np.float32]]) -> bool:
     """Tell whether two sets of results are equal to the bit."""
     return all(a.tobytes() == b.tobytes() for a, b in zip(left, right, strict=True))
 
 
+def prove_session(
+    session: ort.InferenceSession, shape: GemmaShape, weights: Path, tensors: Sequence[MappedTensor]
+) -> tuple[str, list[str]]:
+    """Ask for the known answer, and see which packed weights were not read from the mapped file for it.
+
+    Parameters
+    ----------
+    session
+        A session that was just loaded: its mapped pages are dropped, and changes to them are lost.
+    shape
+        Its dimensions.
+    weights
+        The weights file.
+    tensors
+        What the session should have mapped from it.
+
+    Returns
+    -------
+    The answer, and the names of the unused tensors; none where the kernel does not tell.
+    """
+    packed = [tensor for tensor in tensors if tensor.name.endswith(PACKED)]
+    spans = live_mappings(weights)
+    places = {tensor.name: _addresses(spans, tensor) for tensor in packed}
+    for tensor in packed:
+        for address in places[tensor.name]:
+            drop_pages(address, tensor.page_count * PAGE_SIZE)
+    answer = known_answer(session, shape)
+    if not can_observe():
+        return answer, []
+
+    def was_read(tensor: MappedTensor) -> bool:
+        return any(
+            present_pages(address, tensor.page_count).sum() >= tensor.page_count - _SLACK_PAGES
+            for address in places[tensor.name]
+        )
+
+    return answer, [tensor.name for tensor in packed if not was_read(tensor)]
+
+
 def mapped_addresses(weights: Path, tensors: Sequence[MappedTensor]) -> dict[str, int]:
     """Return where this process has mapped tensors of a weights file; what is not mapped is absent."""
     spans = live_mappings(weights)
-    return {tensor.name: address for tensor in tensors if (address := _address(spans, tensor)) is not None}
+    return {tensor.name: found[0] for tensor in tensors if (found := _addresses(spans, tensor))}
 
 
 def is_read(
@@ -90,9 +162,11 @@ def is_read(
     return not same(run_probes(session, shape), expected)
 
 
-def _address(spans: Sequence[Span], tensor: MappedTensor) -> int | None:
+def _addresses(spans: Sequence[Span], tensor: MappedTensor) -> list[int]:
+    """Return where a tensor is mapped: once for each session of this process."""
     end = tensor.offset + tensor.page_count * PAGE_SIZE
-    for span in spans:
-        if span.file_offset <= tensor.offset and end <= span.file_offset + span.length:
-            return span.address + tensor.offset - span.file_offset
-    return None
+    return [
+        span.address + tensor.offset - span.file_offset
+        for span in spans
+        if span.file_offset <= tensor.offset and end <= span.file_offset + span.length
+    ]

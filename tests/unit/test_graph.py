@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from reference_gemma import ReferenceGemma
 
 from node.inference.image import open_session
-from node.inference.manifest import GemmaShape, load_manifest
+from node.inference.manifest import TOKENIZER, GemmaShape, load_manifest
+from node.inference.tokenizer import Tokenizer
 
 ROOM = 64
 IDS = [int(number) for number in np.random.default_rng(3).integers(4, 300, 40)]
@@ -114,6 +115,18 @@ def test_a_batch_is_the_same_as_each_row_alone_to_the_bit(session, shape):
 def test_threads_do_not_change_a_bit(session, shape, tiny_image):
     two = Cache(open_session(tiny_image, 2), shape)
     assert np.array_equal(two.feed(ids(*IDS)), Cache(session, shape).feed(ids(*IDS)))
+
+
+@pytest.mark.gemma
+def test_gemma_goes_on_sensibly(gemma_image):
+    cache = Cache(open_session(gemma_image, 2), load_manifest(gemma_image).shape)
+    tokenizer = Tokenizer(gemma_image / TOKENIZER)
+    logits = cache.feed(ids(*tokenizer.encode("Water boils at a temperature of")))
+    text: list[int] = []
+    while len(text) < 5:
+        text.append(int(logits[0].argmax()))
+        logits = cache.feed(ids(text[-1]))
+    assert tokenizer.decode(text) == " 100 degrees"
 
 
 def test_caches_are_written_in_place_and_only_where_new(session, shape):

@@ -12,7 +12,7 @@ import tiny_gemma
 import xxhash
 
 from fdir.pages import PAGE_SIZE
-from node.inference import builder
+from node.inference import builder, probe
 from node.inference import manifest as m
 from node.inference.builder import build_image, copy_image
 from node.inference.image import image_info, open_session, verify_image
@@ -241,6 +241,39 @@ def test_an_image_for_another_machine_is_refused(image, field, value):
 def test_a_graph_that_does_not_load_is_refused(image):
     (image / m.GRAPH).write_bytes(b"not a graph")
     with pytest.raises(PenumbraError, match=r"model\.onnx: ONNX Runtime cannot load it"):
+        open_session(image, 1)
+
+
+@pytest.mark.parametrize("kind", ["weight", "scale"])
+@pytest.mark.parametrize("offset", [2, 700, 1003])
+def test_an_image_that_would_be_packed_anew_is_refused(image, kind, offset):
+    """ONNX Runtime loads it without a word, and computes on memory of its own."""
+    manifest = m.load_manifest(image)
+    for tensor in (*manifest.originals, *manifest.tensors):
+        if tensor.name == f"blk.1.ffn_up.{kind}":
+            flip(image / m.WEIGHTS, tensor.offset + offset)
+    with pytest.raises(
+        PenumbraError, match=r"not the known answer|does not compute on the image's blk\.1\.ffn_up"
+    ):
+        open_session(image, 1)
+
+
+def test_an_image_that_computes_something_else_is_refused(image):
+    norm = next(tensor for tensor in m.load_manifest(image).tensors if tensor.name == "blk.1.ffn_norm.weight")
+    flip(image / m.WEIGHTS, norm.offset + 3)
+    with pytest.raises(PenumbraError, match="not the known answer"):
+        open_session(image, 1)
+
+
+def test_where_the_kernel_hides_pages_the_known_answer_must_do(tiny_image, monkeypatch):
+    monkeypatch.setattr(probe, "can_observe", lambda: False)
+    open_session(tiny_image, 1)
+
+
+def test_a_struck_packed_weight_does_not_load(image):
+    packed = next(tensor for tensor in m.load_manifest(image).tensors if tensor.name.endswith(".packed"))
+    flip(image / m.WEIGHTS, packed.offset + 100)
+    with pytest.raises(PenumbraError, match="ONNX Runtime cannot load it"):
         open_session(image, 1)
 
 
