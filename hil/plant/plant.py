@@ -22,6 +22,8 @@ from hil.plant.thermal import HeatModel, ThermalState
 from hil.scenario import Mount, Scenario
 from telemetry.bus import BusContact, BusEps, BusMessage, BusOrbit, BusThermal, BusTime
 
+__all__ = ["TAIL_S", "Plant", "PlantState", "UmbraEvent"]
+
 NS_PER_S: Final = 1_000_000_000
 ASTRONOMICAL_UNIT_KM: Final = 149_597_870.7
 TAIL_S: Final = 1800

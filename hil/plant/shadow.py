@@ -22,7 +22,7 @@ DISC_POINTS: Final = 721
 RIM_POINTS: Final = 180
 """Their chords leave 0.015 % of the Sun's radius: 1 ms of an orbit."""
 BISECTIONS: Final = 11
-"""Halvings of a 1 s bracket: 0.5 ms."""
+"""Halvings of a bracket: 0.5 ms on a grid of one second."""
 
 _SPIRAL = np.arange(DISC_POINTS)
 _RADIUS = np.sqrt((_SPIRAL + 0.5) / DISC_POINTS)
@@ -72,14 +72,14 @@ def _fraction(satellite: Array, sun: Array) -> Array:
 
 
 def edges(orbit: TrueOrbit, t_ns: NDArray[np.int64], below: float, fraction: Array) -> list[tuple[int, bool]]:
-    """Return when the Sun's disc begins or ceases to be covered so far, to about a millisecond.
+    """Return when the Sun's disc begins or ceases to be covered so far, to 1/2048 of the grid's step.
 
     Parameters
     ----------
     orbit
         The satellite.
     t_ns
-        Times of a grid, ascending, no more than a second or so apart.
+        Times of a grid, ascending, closer together than the events sought.
     below
         0 for the edges of the umbra (nothing visible), 1 for those of the penumbra (not all visible).
     fraction

@@ -4,7 +4,8 @@ SGP4 from a TLE, an analytic Sun, and a conical shadow of the oblate Earth. All 
 
 Frames: SGP4 gives TEME (true equator, mean equinox of date); the Sun comes in the mean equator and
 equinox of date. The two differ by nutation only, at most 17 arcseconds or 0.07 s of a low orbit, which
-is neglected. A J2000 Sun in its place would move an eclipse by about 5 s today, and 0.2 s more each year.
+is neglected. A J2000 Sun in its place is 0.37 deg off in 2026: 6 s of a low orbit, twice that where the
+Sun stands high over the orbit (reference/fsw.md section 5 measured 12 s).
 
 Accuracy: Sun direction 0.01 deg (Meeus, Astronomical Algorithms, chapter 25), which is 0.15 s at a low
 orbit's rate. Neglected: refraction and absorption in the atmosphere, light time across the orbit (40 us),
