@@ -4,8 +4,8 @@ SGP4 from a TLE, an analytic Sun, and a conical shadow of the oblate Earth. All 
 
 Frames: SGP4 gives TEME (true equator, mean equinox of date); the Sun comes in the mean equator and
 equinox of date. The two differ by nutation only, at most 17 arcseconds or 0.07 s of a low orbit, which
-is neglected. A J2000 Sun in its place is 0.37 deg off in 2026: 6 s of a low orbit, twice that where the
-Sun stands high over the orbit (reference/fsw.md section 5 measured 12 s).
+is neglected. A J2000 Sun in its place is 0.37 deg off in 2026: 6 s of a low orbit's motion
+(reference/fsw.md section 5 measured 12 s on its orbit).
 
 Accuracy: Sun direction 0.01 deg (Meeus, Astronomical Algorithms, chapter 25), which is 0.15 s at a low
 orbit's rate. Neglected: refraction and absorption in the atmosphere, light time across the orbit (40 us),
