@@ -1,0 +1,283 @@
+"""The real worker process on the tiny model, driven over its socket as the supervisor does."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from node.inference import protocol
+from node.inference.protocol import Block, Cancel, Pace, Ping, Pong, Ready, Shutdown, Start, Strike
+from node.inference.worker import EXIT_ORPHAN
+
+PROMPT, TOKENS = "abc abd abe", 200
+
+
+class Supervisor:
+    """Start workers on one arena, one after another."""
+
+    def __init__(self, image: Path, folder: Path) -> None:
+        self.image, self.folder = image, folder
+        self.generation = 0
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(folder / "socket"))
+        self._listener.listen()
+        self._listener.settimeout(30)
+        self.process: subprocess.Popen[bytes] | None = None
+        self.connection: socket.socket | None = None
+
+    def start(self, *extra: str) -> Ready:
+        self.generation += 1
+        self.process = subprocess.Popen(
+            [
+                sys.executable, "-m", "node.inference.worker", "--socket", str(self.folder / "socket"),
+                "--generation", str(self.generation), "--image", str(self.image),
+                "--arena", str(self.folder / "arena"), "--threads", "1", "--epoch-tokens", "8",
+                "--positions", "256", *extra,
+            ],
+            stderr=subprocess.PIPE,
+        )  # fmt: skip
+        self.connection, _ = self._listener.accept()
+        self.connection.settimeout(30)
+        self._reader: protocol.Reader[protocol.FromWorker] = protocol.Reader(protocol.FromWorker)
+        self._messages = self._read()
+        ready = self.expect(Ready)
+        assert ready.generation == self.generation
+        assert ready.pid == self.process.pid
+        return ready
+
+    def send(self, message: protocol.FromSupervisor) -> None:
+        assert self.connection is not None
+        self.connection.sendall(protocol.encode(message))
+
+    def _read(self) -> Iterator[protocol.FromWorker]:
+        assert self.connection is not None
+        while data := self.connection.recv(65536):
+            yield from self._reader.feed(data)
+
+    def expect(self, kind: type) -> protocol.FromWorker:
+        for message in self._messages:
+            if isinstance(message, kind):
+                return message
+            assert not isinstance(message, protocol.JobError | protocol.Fatal), message
+        raise EOFError
+
+    def blocks(self, count: int | None = None) -> list[Block]:
+        found: list[Block] = []
+        while (count is None or len(found) < count) and not (found and found[-1].finish):
+            found.append(self.expect(Block))
+        return found
+
+    def end(self) -> tuple[int, str]:
+        assert self.process is not None
+        code = self.process.wait(20)
+        assert self.process.stderr is not None
+        with self.process.stderr as stream:
+            return code, stream.read().decode()
+
+    def kill(self) -> None:
+        assert self.process is not None
+        self.process.kill()
+        self.end()
+        self.connection.close()
+
+    def close(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.kill()
+            self.end()
+        if self.connection is not None:
+            self.connection.close()
+        self._listener.close()
+
+
+@pytest.fixture
+def supervisor(tiny_image: Path, tmp_path: Path) -> Iterator[Supervisor]:
+    supervisor = Supervisor(tiny_image, tmp_path)
+    yield supervisor
+    supervisor.close()
+
+
+def _tokens(blocks: list[Block]) -> list[int]:
+    return [token for block in blocks for token in block.tokens]
+
+
+def test_a_job_runs_and_the_worker_stops_in_order(supervisor: Supervisor) -> None:
+    ready = supervisor.start()
+    assert ready.resumed_job is None
+    supervisor.send(Start(job="a", prompt=PROMPT, max_tokens=40))
+    blocks = supervisor.blocks()
+    assert len(_tokens(blocks)) == 40
+    assert [block.first for block in blocks] == [0, 8, 16, 24, 32]
+    assert blocks[-1].finish == "length"
+    supervisor.send(Shutdown())
+    assert supervisor.end() == (0, "")
+
+
+def test_pings_are_answered_while_decoding_and_while_pacing(supervisor: Supervisor) -> None:
+    supervisor.start()
+    supervisor.send(Pace(duty=0.02))
+    supervisor.send(Start(job="a", prompt=PROMPT, max_tokens=TOKENS))
+    for key in (1, 2**50, 3):
+        supervisor.send(Ping(key=key))
+        assert supervisor.expect(Pong) == Pong(key=key)
+
+
+def test_a_killed_worker_is_succeeded_with_the_same_text(supervisor: Supervisor) -> None:
+    supervisor.start()
+    supervisor.send(Start(job="whole", prompt=PROMPT, max_tokens=TOKENS))
+    expected = _tokens(supervisor.blocks())
+    supervisor.send(Pace(duty=0.1))
+    supervisor.send(Start(job="cut", prompt=PROMPT, max_tokens=TOKENS))
+    got = supervisor.blocks(3)
+    for _ in range(3):
+        supervisor.kill()
+        ready = supervisor.start()
+        supervisor.send(Pace(duty=0.1))
+        assert ready.resumed_job == "cut"
+        assert ready.resumed_tokens >= len(_tokens(got))
+        supervisor.send(Start(job="cut", prompt=PROMPT, max_tokens=TOKENS, known_tokens=len(_tokens(got))))
+        got += supervisor.blocks(4)
+    supervisor.send(Pace(duty=1.0))
+    got += supervisor.blocks()
+    assert _tokens(got) == expected
+    assert [block.first for block in got] == list(range(0, TOKENS, 8))
+
+
+def test_a_lost_arena_starts_the_job_again_and_sends_only_what_is_new(supervisor: Supervisor) -> None:
+    supervisor.start()
+    supervisor.send(Start(job="a", prompt=PROMPT, max_tokens=80))
+    expected = supervisor.blocks()
+    supervisor.kill()
+    (supervisor.folder / "arena").unlink()
+    assert supervisor.start().resumed_job is None
+    supervisor.send(Start(job="a", prompt=PROMPT, max_tokens=80, known_tokens=32))
+    assert supervisor.blocks() == expected[4:]
+
+
+def test_pace_lowers_the_cpu_time(supervisor: Supervisor) -> None:
+    supervisor.start()
+    assert supervisor.process is not None
+    hz = os.sysconf("SC_CLK_TCK")
+
+    def share(seconds: float) -> float:
+        def used() -> float:
+            fields = Path(f"/proc/{supervisor.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
+            return (int(fields[11]) + int(fields[12])) / hz
+
+        start, begun = used(), time.monotonic()
+        while time.monotonic() - begun < seconds:
+            supervisor.expect(Block)
+        return (used() - start) / (time.monotonic() - begun)
+
+    supervisor.send(Start(job="a", prompt=PROMPT, max_tokens=TOKENS))
+    supervisor.send(Pace(duty=0.1))
+    supervisor.blocks(1)
+    assert share(1.5) < 0.35
+
+
+def test_cancel_ends_the_job_between_epochs(supervisor: Supervisor) -> None:
+    supervisor.start()
+    supervisor.send(Pace(duty=0.05))
+    supervisor.send(Start(job="a", prompt=PROMPT, max_tokens=TOKENS))
+    supervisor.blocks(1)
+    supervisor.send(Cancel(job="a"))
+    supervisor.send(Pace(duty=1.0))
+    assert supervisor.blocks()[-1].finish == "cancelled"
+
+
+def test_a_prompt_too_long_is_the_jobs_fault_not_the_workers(supervisor: Supervisor) -> None:
+    supervisor.start()
+    supervisor.send(Start(job="long", prompt=PROMPT * 300, max_tokens=10))
+    error = supervisor.expect(protocol.JobError)
+    assert error.job == "long"
+    assert "256" in error.reason
+    supervisor.send(Start(job="a", prompt=PROMPT, max_tokens=8))
+    assert supervisor.blocks()[-1].finish == "length"
+
+
+def test_a_strike_from_outside_is_repaired_and_reported(supervisor: Supervisor) -> None:
+    from fdir.pages import PAGE_SIZE, live_mappings
+    from node.inference.manifest import WEIGHTS, load_manifest
+
+    ready = supervisor.start()
+    tensor = next(t for t in load_manifest(supervisor.image).tensors if t.role == "ffn_down")
+    (address,) = (
+        span.address + tensor.offset - span.file_offset
+        for span in live_mappings(supervisor.image / WEIGHTS, ready.pid)
+        if span.file_offset <= tensor.offset < span.file_offset + span.length
+    )
+    with open(f"/proc/{ready.pid}/mem", "r+b", buffering=0) as memory:
+        memory.seek(address + 5)
+        (byte,) = memory.read(1)
+        memory.seek(address + 5)
+        memory.write(bytes([byte ^ 0x40]))
+        strike = supervisor.expect(Strike)
+        assert (strike.region, strike.role, strike.method) == ("weights", "ffn_down", "parity")
+        assert strike.page == tensor.offset // PAGE_SIZE
+        memory.seek(address + 5)
+        assert memory.read(1) == bytes([byte])
+
+
+def test_an_orphan_exits_by_itself(supervisor: Supervisor) -> None:
+    supervisor.start()
+    supervisor.send(Start(job="a", prompt=PROMPT, max_tokens=TOKENS))
+    supervisor.blocks(1)
+    supervisor.connection.close()
+    code, message = supervisor.end()
+    assert code == EXIT_ORPHAN
+    assert "Traceback" not in message
+
+
+def test_garbage_on_the_socket_ends_the_worker_with_a_sentence(supervisor: Supervisor) -> None:
+    supervisor.start()
+    supervisor.connection.sendall(b"\x00\x00\x00\x02\xc1\xc1")
+    code, message = supervisor.end()
+    assert code == EXIT_ORPHAN
+    assert "unreadable message" in message
+    assert "Traceback" not in message
+
+
+def test_a_missing_image_is_one_sentence_and_exit_code_2(supervisor: Supervisor, tmp_path: Path) -> None:
+    supervisor.image = tmp_path / "nowhere"
+    with pytest.raises(EOFError):
+        supervisor.start()
+    code, message = supervisor.end()
+    assert code == 2
+    assert "nowhere" in message
+    assert "penumbra model build" in message
+    assert "Traceback" not in message
+
+
+def test_a_killed_supervisor_takes_the_worker_with_it(tiny_image: Path, tmp_path: Path) -> None:
+    program = (
+        "import socket, subprocess, sys\n"
+        "listener = socket.socket(socket.AF_UNIX); listener.bind(sys.argv[1]); listener.listen()\n"
+        "worker = subprocess.Popen([sys.executable, '-m', 'node.inference.worker', '--generation', '1',"
+        " '--socket', sys.argv[1], '--image', sys.argv[2], '--arena', sys.argv[3], '--threads', '1'])\n"
+        "connection, _ = listener.accept(); connection.recv(1)\n"
+        "print(worker.pid, flush=True); sys.stdin.read()"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path / "s"), str(tiny_image), str(tmp_path / "arena")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert parent.stdout is not None
+    worker = int(parent.stdout.readline())
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.communicate()
+    deadline = time.monotonic() + 5
+    while Path(f"/proc/{worker}").exists() and time.monotonic() < deadline:
+        state = Path(f"/proc/{worker}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        if state == "Z":
+            break
+        time.sleep(0.02)
+    else:
+        assert not Path(f"/proc/{worker}").exists()
