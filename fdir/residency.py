@@ -73,4 +73,5 @@ def present_pages(address: int, pages: int) -> NDArray[np.bool_]:
     with _PAGEMAP.open("rb", buffering=0) as file:
         file.seek(address // PAGE_SIZE * 8)
         entries = np.frombuffer(file.read(pages * 8), np.uint64)
-    return np.not_equal(entries & _PRESENT, 0)
+    present: NDArray[np.bool_] = (entries & _PRESENT) != 0
+    return present
