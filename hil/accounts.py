@@ -39,8 +39,8 @@ def stored_frames(database: Path) -> list[Frame]:
     return [decode_frame(frame) for (frame,) in rows]
 
 
-def newest_housekeeping(database: Path) -> tuple[int, Housekeeping] | None:
-    """Return the newest housekeeping in a node's spool with its mission time, ns; None if there is none now.
+def newest_housekeeping(database: Path) -> tuple[Frame, Housekeeping] | None:
+    """Return the newest housekeeping in a node's spool with its frame; None if there is none now.
 
     The bench's view into the node between contacts: it reads the node's disk, and the node does not notice.
     """
@@ -55,7 +55,7 @@ def newest_housekeeping(database: Path) -> tuple[int, Housekeeping] | None:
         return None
     frame = decode_frame(row[0])
     packet = frame.packet()
-    return (frame.t_ns, packet) if isinstance(packet, Housekeeping) else None
+    return (frame, packet) if isinstance(packet, Housekeeping) else None
 
 
 def ledger_fact(archive: Archive, node: str, database: Path) -> LedgerFact:

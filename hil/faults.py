@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from itertools import pairwise
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -143,6 +144,11 @@ def draw_faults(
         )
         for i in range(count)
     ]
+
+
+def save_faults(faults: Sequence[Fault], path: Path) -> None:
+    """Write a fault list as JSON, so that the same faults can be told, and struck, again."""
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(faults), indent=1) + b"\n")
 
 
 def attribute(

@@ -11,7 +11,7 @@ import os
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 
 from hil.faults import Commit, Fault, Strike, Target
@@ -37,6 +37,9 @@ class Injector:
         In order of time.
     worker_pid
         Tells the worker's pid, None while there is none; asked every `FIND_S` at most.
+    computing
+        Names the worker that has loaded and proven its memory, e.g. by boot and generation; None while there
+        is none. Memory is protected from then on: before, ONNX Runtime refuses what was struck.
     elapsed_s
         Mission time since the start of the flight, s.
     on_strike
@@ -56,6 +59,7 @@ class Injector:
         faults: Sequence[Fault],
         *,
         worker_pid: Callable[[], int | None],
+        computing: Callable[[], Hashable | None],
         elapsed_s: Callable[[], float],
         on_strike: Callable[[Strike], None] = lambda strike: None,
     ) -> None:
@@ -67,9 +71,12 @@ class Injector:
         self._coming = deque(faults)
         self._due: list[tuple[Fault, float]] = []
         self._worker_pid = worker_pid
+        self._computing = computing
         self._elapsed_s = elapsed_s
         self._on_strike = on_strike
         self._pid: int | None = None
+        self._name: Hashable | None = None
+        self._name_before: Hashable | None = None
         self._next_find_s = 0.0
 
     @property
@@ -99,7 +106,7 @@ class Injector:
         self._watch(now_s)
         while self._coming and self._coming[0].at_s <= self._elapsed_s():
             self._due.append((self._coming.popleft(), now_s))
-        if self._pid is None or not self.injecting:
+        if self._pid is None or self._name is None or not self.injecting:
             return
         still_due = []
         for fault, due_s in self._due:
@@ -116,9 +123,15 @@ class Injector:
         if self._pid is not None and read_process(self._pid) is None:
             self.worker_deaths[self._pid] = time.time_ns()
             self._pid = None
+            # What tells of the worker may be old: the dead one's name proves nothing about the next.
+            self._name_before = self._name or self._name_before
+            self._name = None
         if self._pid is None and now_s >= self._next_find_s:
             self._next_find_s = now_s + FIND_S
             self._pid = self._worker_pid()
+        if self._pid is not None and self._name is None:
+            name = self._computing()
+            self._name = name if name != self._name_before else None
         commit = self._memory.arena.commit()
         if commit is not None and (not self.commits or commit.serial != self.commits[-1].serial):
             self.commits.append(commit)

@@ -136,6 +136,7 @@ class Constant(Fact, frozen=True, kw_only=True):
     value: str
     tag: str
     """`measured`, `estimated` or `assumed`."""
+    note: str = ""
 
 
 class Limits(Fact, frozen=True, kw_only=True):

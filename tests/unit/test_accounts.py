@@ -152,7 +152,7 @@ def test_spool_is_read_without_being_changed(store: Store) -> None:
     assert [f.stream for f in stored_frames(store.path)] == [Stream.EVENT] + [Stream.HOUSEKEEPING] * 3
     newest = newest_housekeeping(store.path)
     assert newest is not None
-    assert (newest[0], newest[1].tokens_released) == (102, 12)
+    assert (newest[0].t_ns, newest[1].tokens_released) == (102, 12)
     with pytest.raises(sqlite3.OperationalError, match="readonly"):
         read_only(store.path).execute("DELETE FROM spool_record")
     assert len(stored_frames(store.path)) == 4

@@ -21,7 +21,7 @@ from hil.injector import Injector, find_worker_of, inject_once
 from hil.memory import ArenaView, NotThere, ProcessMemory, WeightSites, WorkerMemory
 from node.config import NodeConfig
 from node.inference.arena import ARENA_VERSION, ArenaShape, ArenaState, KvArena
-from node.inference.manifest import WEIGHTS, GemmaShape, Manifest, encode_manifest
+from node.inference.manifest import MANIFEST, WEIGHTS, encode_manifest, load_manifest
 from telemetry.errors import PenumbraError
 
 PAGE = 4096
@@ -84,53 +84,18 @@ class Bench:
         return WorkerMemory(self.image, self.arena.path)
 
 
-def write_image(image: Path) -> bytes:
+def write_image(image: Path, like: Path) -> None:
+    """An image of six pages whose manifest is that of the tiny model but for its tensors."""
     image.mkdir(parents=True)
     weights = np.random.default_rng(5).integers(0, 256, 6 * PAGE, np.uint8).tobytes()
     (image / WEIGHTS).write_bytes(weights)
-    gemma = GemmaShape(
-        layers=2,
-        width=8,
-        heads=1,
-        kv_heads=1,
-        head_dim=8,
-        ffn=8,
-        vocab=8,
-        rms_eps=1e-6,
-        context=64,
-        window=8,
-        global_every=6,
-        rope_base_local=1e4,
-        rope_base_global=1e6,
-        rope_scale_global=1.0,
-        attention_scale=1.0,
-    )
-    manifest = Manifest(
-        format=1,
-        builder=1,
-        model="fake",
-        gguf_sha256="",
-        onnxruntime="",
-        cpu="",
-        page_size=PAGE,
-        shape=gemma,
-        bos=0,
-        eos=0,
-        sizes={},
-        sha256={},
-        weight_pages=6,
-        parity_pages=0,
-        parity_data=1,
-        parity_extra=0,
-        tensors=TENSORS,
-    )
-    (image / "manifest.json").write_bytes(encode_manifest(manifest))
-    return weights
+    manifest = msgspec.structs.replace(load_manifest(like), tensors=TENSORS, weight_pages=6)
+    (image / MANIFEST).write_bytes(encode_manifest(manifest))
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Iterator[Bench]:
-    write_image(tmp_path / "images" / "a")
+def bench(tmp_path: Path, tiny_image: Path) -> Iterator[Bench]:
+    write_image(tmp_path / "images" / "a", tiny_image)
     config = tmp_path / "node.toml"
     config.write_text(
         '[node]\nname = "t"\nstate_dir = "s"\n[model]\nimages_dir = "images"\n[bus]\nurl = "mqtt://h:1"\n'
@@ -279,7 +244,9 @@ def test_mappings_that_may_not_be_read(bench: Bench, monkeypatch: pytest.MonkeyP
 
 
 def make(bench: Bench, faults: list[Fault], clock: Callable[[], float]) -> Injector:
-    return Injector(bench.memory(), faults, worker_pid=lambda: bench.pid, elapsed_s=clock)
+    return Injector(
+        bench.memory(), faults, worker_pid=lambda: bench.pid, computing=lambda: (1, 1), elapsed_s=clock
+    )
 
 
 def test_faults_land_when_due_and_in_the_same_places_again(bench: Bench) -> None:
@@ -308,6 +275,7 @@ def test_kv_fault_waits_for_a_row_in_use(bench: Bench) -> None:
         bench.memory(),
         [fault(target=Target.KV)],
         worker_pid=lambda: bench.pid,
+        computing=lambda: (1, 1),
         elapsed_s=lambda: 1.0,
         on_strike=heard.append,
     )
@@ -325,6 +293,41 @@ def test_nothing_lands_once_injecting_is_off(bench: Bench) -> None:
     injector.step(0.0)
     assert injector.strikes == []
     assert injector.not_injected == 1
+
+
+def test_a_worker_that_loads_is_not_struck(bench: Bench) -> None:
+    names: list[tuple[int, int] | None] = [None]
+    pids: list[int | None] = [bench.pid]
+    injector = Injector(
+        bench.memory(),
+        [fault(index=0), fault(0.4, index=1, at_s=50.0)],
+        worker_pid=lambda: pids[0],
+        computing=lambda: names[0],
+        elapsed_s=lambda: elapsed[0],
+    )
+    elapsed = [1.0]
+    injector.step(0.0)
+    assert injector.strikes == []
+    names[0] = (1, 1)
+    injector.step(1.0)
+    assert len(injector.strikes) == 1
+    # The worker dies, and the next one loads while the news is still of the first.
+    other = subprocess.Popen([*bench.process.args], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # type: ignore[misc]
+    bench.process.kill()
+    bench.process.wait()
+    assert other.stdout is not None
+    other.stdout.readline()
+    elapsed[0], pids[0] = 60.0, other.pid
+    injector.step(2.0)
+    injector.step(3.0)
+    assert len(injector.strikes) == 1
+    names[0] = None
+    injector.step(4.0)
+    names[0] = (1, 2)
+    injector.step(5.0)
+    assert [s.pid for s in injector.strikes] == [bench.pid, other.pid]
+    other.kill()
+    other.communicate()
 
 
 def test_watch_notes_commits_once_and_the_death_of_a_worker(bench: Bench) -> None:

@@ -1,0 +1,220 @@
+"""`penumbra fly`: fly a scenario, compare with a fault-free run, judge, report."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from hil.debrief import debrief
+from hil.flight import Flight, Flown
+from hil.plant.plant import Plant
+from hil.record import FlightRecord, JobFact, OverheadFact
+from hil.reference import measure_overhead, run_reference
+from hil.report import write_report
+from hil.run_dir import SLOT, RunDir, make_run_dir, scenario_text
+from hil.scenario import Scenario, load_scenario
+from hil.verdict import exit_code, summarize
+from node.inference.manifest import TOKENIZER, default_images_dir, load_manifest
+from node.inference.tokenizer import Tokenizer
+from telemetry.errors import PenumbraError
+from telemetry.summary import Summary, write_json
+
+MAX_SPEED = 1000.0
+
+
+@dataclass(frozen=True)
+class FlyOptions:
+    """Options of `penumbra fly`."""
+
+    scenario: str = "default"
+    """Name of a packaged scenario, or path of a TOML file."""
+    speed: float | None = None
+    """Mission seconds a physical second; None takes the scenario's."""
+    seed: int | None = None
+    """None takes the scenario's."""
+    board: str | None = None
+    """Board driver; None takes the scenario's."""
+    live: bool = True
+    """False for log lines instead of the live view."""
+    json_path: Path | None = None
+    """A second place for `summary.json`."""
+    out_dir: Path = Path("runs")
+    """Where the run directory is made."""
+    images_dir: Path | None = None
+    """Holds the model image; None for the default cache."""
+    port: int = 0
+    """Of the embedded broker; 0 takes a free one."""
+    reference: bool = True
+    """False leaves out the fault-free run and the measurement of the overhead."""
+
+
+def fly(options: FlyOptions, console: Console | None = None) -> int:
+    """Fly; return the exit code: 0 no check failed, 1 a check failed, 130 interrupted.
+
+    Raises
+    ------
+    PenumbraError
+        Something the user must mend before this can fly.
+    """
+    console = console or Console()
+    scenario = with_options(load_scenario(options.scenario), options)
+    source = scenario_text(options.scenario)
+    images_dir = options.images_dir or default_images_dir()
+    manifest = load_manifest(images_dir / SLOT)
+    if options.json_path is not None and not options.json_path.absolute().parent.is_dir():
+        raise PenumbraError(f"--json {options.json_path}: no such directory", "make it first")
+    run = make_run_dir(options.out_dir, scenario.scenario.name)
+    with _logging_to(run.bench_log):
+        plant = Plant(scenario)
+        umbrae = plant.umbra_events()
+        flight = Flight(scenario, source, run, images_dir=images_dir, plant=plant, port=options.port)
+        console.print(
+            f"[bold]penumbra fly[/] {scenario.scenario.name}: {scenario.scenario.description}\n"
+            f"{scenario.duration_s:.0f} s of mission time at x{scenario.scenario.speed:g}, "
+            f"about {scenario.wall_s:.0f} s; everything goes to {run.path}"
+        )
+        flown = asyncio.run(_fly(flight, console, live=options.live))
+        record = debrief(
+            scenario, source, run, flown, umbrae=umbrae, contacts=flight.contacts, manifest=manifest
+        )
+        if options.reference and not flown.interrupted:
+            record = with_reference(record, scenario, images_dir / SLOT, console)
+        summary = summarize(record)
+        write_outputs(run, record, summary, options.json_path)
+    show(summary, run, console)
+    return exit_code(summary, record.interrupted)
+
+
+def with_options(scenario: Scenario, options: FlyOptions) -> Scenario:
+    """Return the scenario with what the command line overrides.
+
+    Raises
+    ------
+    PenumbraError
+        A value out of range, or a board this version has no driver for.
+    """
+    flight = scenario.scenario
+    if options.speed is not None:
+        if not 0 < options.speed <= MAX_SPEED:
+            raise PenumbraError(
+                f"--speed {options.speed:g}: above 0 up to {MAX_SPEED:g} is allowed",
+                "60 flies an orbit in 93 s",
+            )
+        flight = msgspec.structs.replace(flight, speed=options.speed)
+    if options.seed is not None:
+        if not 0 <= options.seed < 2**63:
+            raise PenumbraError(f"--seed {options.seed}: 0 to {2**63 - 1} is allowed")
+        flight = msgspec.structs.replace(flight, seed=options.seed)
+    if options.board not in {None, "sim"}:
+        raise PenumbraError(
+            f"--board {options.board}: this version has no driver for it, sim is allowed",
+            "fly with --board sim",
+        )
+    return msgspec.structs.replace(scenario, scenario=flight)
+
+
+async def _fly(flight: Flight, console: Console, *, live: bool) -> Flown:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, flight.stop)
+    try:
+        return await flight.fly(console, live=live)
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+
+
+def with_reference(
+    record: FlightRecord, scenario: Scenario, image_dir: Path, console: Console
+) -> FlightRecord:
+    """Return the record with the fault-free run of its jobs and the cost of protection.
+
+    Ctrl-C leaves out what is not done yet: its checks are inconclusive then.
+    """
+    jobs = [(job.job, job.prompt, len(job.tokens)) for job in record.jobs if job.tokens and job.prompt]
+    node = scenario.node
+    try:
+        with _progress(console, "fault-free run of the same jobs") as advance:
+            texts = run_reference(
+                image_dir, jobs, positions=node.positions, threads=node.threads, progress=advance
+            )
+        tokenizer = Tokenizer(image_dir / TOKENIZER)
+        referred = [_referred(job, texts, tokenizer) for job in record.jobs]
+        record = msgspec.structs.replace(record, jobs=referred)
+        with console.status("measuring the cost of protection in paired runs"):
+            cost = measure_overhead(image_dir, epoch_tokens=node.epoch_tokens, threads=node.threads)
+    except KeyboardInterrupt:
+        return record
+    return msgspec.structs.replace(
+        record,
+        overhead=OverheadFact(
+            median_pct=cost.median_pct,
+            min_pct=cost.min_pct,
+            max_pct=cost.max_pct,
+            pairs=cost.pairs,
+            tokens=cost.tokens,
+        ),
+    )
+
+
+def _referred(job: JobFact, texts: dict[str, list[int]], tokenizer: Tokenizer) -> JobFact:
+    if job.job not in texts:
+        return job
+    tokens = texts[job.job]
+    return msgspec.structs.replace(job, reference=tokens, reference_text=tokenizer.token_bytes(tokens))
+
+
+def write_outputs(run: RunDir, record: FlightRecord, summary: Summary, json_path: Path | None) -> None:
+    """Write `summary.json`, the report and the record; and the summary to `json_path`."""
+    write_json(run.summary, summary)
+    if json_path is not None:
+        write_json(json_path, summary)
+    write_json(run.record, record)
+    write_report(run.report, record, summary)
+
+
+def show(summary: Summary, run: RunDir, console: Console) -> None:
+    """Print the verdict."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    words = {True: "[green]PASS[/]", False: "[bold red]FAIL[/]", None: "[yellow]OPEN[/]"}
+    for check in summary.verdict:
+        measured = "" if check.measured is None else f"{check.measured}"
+        limit = "" if check.limit is None else f"{check.limit}"
+        table.add_row(words[check.ok], check.name, measured, limit, check.text)
+    console.print(table)
+    passed = summary.passed()
+    overall = {True: "[green]PASS[/]", False: "[bold red]FAIL[/]", None: "[yellow]INCONCLUSIVE[/]"}[passed]
+    console.print(f"{overall}  report: {run.report}", soft_wrap=True)
+
+
+@contextmanager
+def _progress(console: Console, text: str) -> Iterator[Callable[[float], None]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(text, total=1.0)
+        yield lambda fraction: progress.update(task, completed=fraction)
+
+
+@contextmanager
+def _logging_to(path: Path) -> Iterator[None]:
+    """Send the bench's log to a file: the terminal shows the flight."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    before, level = root.handlers[:], root.level
+    root.handlers[:], root.level = [handler], logging.INFO
+    try:
+        yield
+    finally:
+        root.handlers[:], root.level = before, level
+        handler.close()

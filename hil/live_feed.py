@@ -1,0 +1,144 @@
+"""Feeds the live view: from what came down, from the node's own disk between contacts, from the bench.
+
+Between contacts the ground knows nothing new. The bench does: it reads the newest housekeeping and results
+from the spool on the node's disk, which costs the node nothing and changes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+from hil.accounts import newest_housekeeping, read_only
+from hil.faults import Strike
+from hil.live import LiveState
+from hil.spacecraft import FlightClock
+from telemetry.frame import Frame, decode_frame
+from telemetry.packets import Event, FdirReport, Housekeeping, Packet, Result, Severity
+
+RUNNING = "running"
+"""State of a worker that has proven its memory and computes."""
+PERIOD_S = 0.5
+"""Interval of looking at the node's disk, s."""
+
+
+class LiveFeed:
+    """Keeps a `LiveState` up to date.
+
+    Parameters
+    ----------
+    state
+        What the view shows.
+    clock
+        Mission time.
+    database
+        The node's `node.db`; it need not exist yet.
+    """
+
+    def __init__(self, state: LiveState, clock: FlightClock, database: Path) -> None:
+        self._state = state
+        self._clock = clock
+        self._database = database
+        self.computing: tuple[int, int] | None = None
+        """(boot, worker generation) of the worker that computes; None while none does, as far as is known."""
+        self._newest_ns = 0
+        self._detected = _Sum()
+        self._repaired = _Sum()
+        self._texts: dict[str, dict[int, bytes]] = {}
+        self._strikes: dict[tuple[str, int], int] = {}
+
+    async def run(self, archived: Callable[[], int]) -> None:
+        """Look at clock, disk and ground until cancelled. `archived` counts the records on the ground."""
+        while True:
+            self._state.t_s = max(0.0, self._clock.elapsed_s)
+            self._state.archived = archived()
+            found = await asyncio.to_thread(newest_housekeeping, self._database)
+            if found is not None:
+                self._on_housekeeping(*found)
+            result = await asyncio.to_thread(_newest_result, self._database)
+            if result is not None:
+                self._on_result(result)
+            rate = self._state.token_rate_hz
+            if rate is not None and self._clock.start_host_ns is not None:
+                self._state.rates.append(rate)
+            await asyncio.sleep(PERIOD_S)
+
+    def on_packet(self, frame: Frame, packet: Packet) -> None:
+        """Take a packet that came down."""
+        match packet:
+            case Housekeeping():
+                self._on_housekeeping(frame, packet)
+            case Result():
+                self._on_result(packet)
+            case Event() if packet.severity >= Severity.LOW:
+                self._state.note(f"node: {packet.text}", int(packet.severity))
+            case FdirReport() if packet.page is not None:
+                self._on_answer(packet)
+
+    def on_strike(self, strike: Strike) -> None:
+        """Take a flip that landed."""
+        self._state.flips_injected += 1
+        self._strikes[strike.target.value, strike.page] = strike.t_ns
+        self._state.last_strike = f"last in {strike.role}, page {strike.page}"
+
+    def _on_housekeeping(self, frame: Frame, packet: Housekeeping) -> None:
+        if frame.t_ns < self._newest_ns or not packet.clock_locked:
+            return  # from before a contact: the disk has told more since; or stamped by no mission clock
+        self._newest_ns = frame.t_ns
+        running = packet.worker_state == RUNNING
+        self.computing = (frame.boot, packet.worker_generation) if running else None
+        state = self._state
+        if state.mode and packet.mode != state.mode:
+            state.note(f"mode {state.mode} to {packet.mode.value}", 2)
+        state.mode = packet.mode.value
+        state.ceiling_w, state.duty = packet.ceiling_w, packet.duty
+        state.token_rate_hz = packet.token_rate_hz
+        state.tokens_released = packet.tokens_released
+        state.jobs_done, state.jobs_queued = packet.jobs_done, packet.jobs_queued
+        state.backlog = packet.spool_records
+        state.worker, state.restarts = packet.worker_state, packet.worker_restarts
+        state.flips_detected = self._detected.add(packet.strikes_detected)
+        state.flips_repaired = self._repaired.add(packet.strikes_repaired)
+
+    def _on_result(self, packet: Result) -> None:
+        blocks = self._texts.setdefault(packet.job, {})
+        blocks[packet.first] = packet.text
+        text = b"".join(blocks[first] for first in sorted(blocks))
+        self._state.text = text.decode(errors="replace")
+
+    def _on_answer(self, packet: FdirReport) -> None:
+        struck_ns = self._strikes.get((packet.region, packet.page or 0))
+        if struck_ns is not None and packet.recovered_ns is not None and packet.recovered_ns >= struck_ns:
+            took_ms = (packet.recovered_ns - struck_ns) / 1e6
+            self._state.last_strike = f"{packet.role} page {packet.page}: {took_ms:.0f} ms"
+
+
+class _Sum:
+    """A count that begins at 0 again with every boot, carried on."""
+
+    def __init__(self) -> None:
+        self._before = 0
+        self._last = 0
+
+    def add(self, count: int) -> int:
+        if count < self._last:
+            self._before += self._last
+        self._last = count
+        return self._before + count
+
+
+def _newest_result(database: Path) -> Result | None:
+    try:
+        with closing(read_only(database)) as connection:
+            row = connection.execute(
+                "SELECT frame FROM spool_record WHERE stream = 'result' ORDER BY boot DESC, seq DESC LIMIT 1"
+            ).fetchone()
+    except sqlite3.Error:
+        return None
+    if row is None:
+        return None
+    packet = decode_frame(row[0]).packet()
+    return packet if isinstance(packet, Result) else None
