@@ -6,8 +6,8 @@ from node.power.ephemeris import PropagationError
 from node.power.forecast import EclipseForecast, UmbraPass
 from telemetry.bus import BusContact, BusEps, BusMessage, BusOrbit, BusThermal
 
-THERMAL_STALE_S = 10.0
-"""Age after which a temperature of the bus is unknown, s of physical time (assumed)."""
+STALE_S = 10.0
+"""Age after which a value of the bus counts as unknown in telemetry, s of physical time (assumed)."""
 
 
 class BusView:
@@ -45,9 +45,13 @@ class BusView:
         """Return the age of `eps`, s of physical time; 0 while there is none."""
         return 0.0 if self.eps is None else now_s - self._eps_s
 
+    def fresh_eps(self, now_s: float) -> BusEps | None:
+        """Return `eps`, None when it is old or unknown."""
+        return self.eps if self.eps_age_s(now_s) <= STALE_S else None
+
     def board_c(self, now_s: float) -> float | None:
         """Return the board's temperature as the bus sees it, None when that is old or unknown."""
-        if self._thermal is None or now_s - self._thermal[1] > THERMAL_STALE_S:
+        if self._thermal is None or now_s - self._thermal[1] > STALE_S:
             return None
         return self._thermal[0].board_c
 

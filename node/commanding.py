@@ -131,17 +131,28 @@ class Commanding:
     def _transact(self, connection: sqlite3.Connection, accepted: Accepted, now_ns: int) -> Arguments | None:
         """Do all that must be durable; return the arguments if the command was executed."""
         command = accepted.command
-        self._authenticator.commit(connection, accepted)
+        reports: list[Verification] = []
 
         def report(stage: Stage, code: str = OK, reason: str = "") -> None:
-            verification = _verification(command, stage, code, reason)
-            self._spool.append(connection, verification, now_ns)
-            self._authenticator.record(connection, verification)
+            reports.append(_verification(command, stage, code, reason))
 
+        executed = self._execute_in(connection, command, report)
+        for verification in reports:
+            self._spool.append(connection, verification, now_ns)
+        # Last, since it moves the counters: what fails before undoes the whole command.
+        self._authenticator.commit(connection, accepted)
+        for verification in reports:
+            self._authenticator.record(connection, verification)
+        return executed
+
+    def _execute_in(
+        self, connection: sqlite3.Connection, command: Command, report: Callable[..., None]
+    ) -> Arguments | None:
+        """Check the arguments and take the durable effect, reporting each stage."""
         try:
             arguments = commands.parse_arguments(command)
         except CommandError as error:
-            report(Stage.ACCEPTED, error.code or "bad_argument", str(error))
+            report(Stage.ACCEPTED, error.code or commands.ArgumentCode.BAD_ARGUMENT, str(error))
             return None
         report(Stage.ACCEPTED)
         report(Stage.STARTED)

@@ -142,7 +142,7 @@ class HousekeepingService:
     def _packet(self, counts: tuple[int, int, int], size: tuple[int, int]) -> Housekeeping:
         now_s = time.monotonic()
         s = self._sources
-        counters, power, eps = s.worker.counters, s.power, s.view.eps
+        counters, power, eps = s.worker.counters, s.power, s.view.fresh_eps(now_s)
         umbra, setpoint = power.umbra, power.setpoint
         security = s.authenticator.report()
         return Housekeeping(

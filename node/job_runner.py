@@ -177,7 +177,7 @@ class JobRunner:
         self.look()
 
     async def _look_for_work(self) -> None:
-        for cancelled in await self._database.run(self._queue.cancelled):
+        for cancelled in await self._patiently(self._queue.cancelled):
             if cancelled == self.running:
                 self._send(protocol.Cancel(job=cancelled))
             else:

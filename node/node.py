@@ -8,7 +8,7 @@ import logging
 import platform
 import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,7 +74,9 @@ class Node:
     board
         Driver of this board.
     command
-        Worker command line, see `worker_command`.
+        Worker command line, see `runtime.worker_command`.
+    on_overrun
+        Called when tasks do not end although cancelled: the process is then to be ended.
     """
 
     def __init__(
@@ -88,9 +90,11 @@ class Node:
         ring: KeyRing,
         board: Board,
         command: Sequence[str],
+        on_overrun: Callable[[], None],
     ) -> None:
         config, name = identity.config, identity.config.node.name
         self._identity = identity
+        self._on_overrun = on_overrun
         self._database = database
         self._spool = spool
         self._jobs = jobs
@@ -193,11 +197,15 @@ class Node:
                     ("node.link.space", self._space_link.run()),
                 )
             ]
-            self._change_mode(modes.Restored(self._identity.boot.safe))
-            await stop.wait()
-            await self._shut_down(services)
+            try:
+                self._change_mode(modes.Restored(self._identity.boot.safe))
+                await stop.wait()
+                await self._shut_down()
+            finally:
+                # Also after a defect, when the group has cancelled them already.
+                await self._end(services)
 
-    async def _shut_down(self, services: list[asyncio.Task[None]]) -> None:
+    async def _shut_down(self) -> None:
         self.recorder.event(Severity.INFO, "node.stopping", "ordered stop")
         self._intake.close()
         await self._worker.stop()
@@ -209,11 +217,21 @@ class Node:
                 await self._database.run(state.end_boot)
         except (TimeoutError, StoreFull, sqlite3.Error) as error:
             _log.error("final write not complete: %s", error or "timeout")
-        for service in services:
-            service.cancel()
-        _, late = await asyncio.wait(services, timeout=CANCEL_S)
-        if late:
-            _log.error("still running: %s", ", ".join(sorted(t.get_name() for t in late)))
+
+    async def _end(self, services: list[asyncio.Task[None]]) -> None:
+        """Cancel the services until they are gone; give up after `CANCEL_S`.
+
+        Once is not enough: Python 3.11's `asyncio.wait_for`, which aiomqtt connects with, loses a cancel that
+        comes together with its result.
+        """
+        deadline_s = time.monotonic() + CANCEL_S
+        left = {service for service in services if not service.done()}
+        while left and time.monotonic() < deadline_s:
+            for service in left:
+                service.cancel()
+            _, left = await asyncio.wait(left, timeout=CANCEL_S / 4)
+        if left:
+            self._on_overrun()
 
     async def _report_boot(self) -> None:
         config, boot = self._identity.config, self._identity.boot

@@ -138,7 +138,7 @@ class PowerService:
             if now_s - at_s < PLAN_PERIOD_S or not (moved or setpoint.reason is not before.reason):
                 return
         self._planned = (setpoint, now_s)
-        eps = self._view.eps
+        eps = self._view.fresh_eps(now_s)
         self._recorder.post(
             PowerPlan(
                 ceiling_w=setpoint.ceiling_w,

@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from node import state
 from node.boards import open_board
@@ -70,6 +71,8 @@ async def run_node(config: NodeConfig, stop: asyncio.Event, command: Sequence[st
         Keys, board, or the state directory are at fault.
     Exception
         A defect: whatever a component raised. An event was stored if the database still worked.
+
+    Tasks that do not end although cancelled end the process with `EXIT_OVERRUN`.
     """
     ring = KeyRing.load(Path(config.keys.file))
     board = open_board(config.board.kind, config.board)
@@ -93,7 +96,13 @@ async def run_node(config: NodeConfig, stop: asyncio.Event, command: Sequence[st
             authenticator.load(connection)
             return boot, spool, jobs, authenticator
 
-        boot, spool, jobs, authenticator = await database.run(begin)
+        try:
+            boot, spool, jobs, authenticator = await database.run(begin)
+        except StoreFull:
+            # A boot that is not counted would use sequence numbers twice.
+            raise PenumbraError(
+                f"{database.path}: no room to count this boot", "free space on its disk"
+            ) from None
         node = Node(
             Identity(config, boot, lost),
             database=database,
@@ -103,6 +112,7 @@ async def run_node(config: NodeConfig, stop: asyncio.Event, command: Sequence[st
             ring=ring,
             board=board,
             command=worker_command(config) if command is None else command,
+            on_overrun=_exit_at_once,
         )
         try:
             await node.run(stop)
@@ -141,20 +151,30 @@ async def _store_crash(database: Database, spool: Spool, t_ns: int, error: Excep
             await database.run(lambda c: spool.append(c, event, t_ns))
 
 
+def _exit_at_once() -> None:
+    """End the process although tasks hang: what is committed is safe, and the bus starts the node again."""
+    names = sorted(task.get_name() for task in asyncio.all_tasks())
+    _log.critical("the stop overran its bound; still running: %s", ", ".join(names))
+    os._exit(EXIT_OVERRUN)
+
+
+def _log_stray(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Log in one line what a callback of a library raised into the event loop."""
+    error = context.get("exception")
+    told = describe(error) if isinstance(error, BaseException) else "no exception"
+    _log.warning("event loop: %s: %s", context.get("message", ""), told)
+
+
 async def _run_until_signal(config: NodeConfig, command: Sequence[str] | None) -> None:
     loop = asyncio.get_running_loop()
+    loop.set_exception_handler(_log_stray)
     stop = asyncio.Event()
     bound_s = config.worker.stop_timeout_s + REAP_S + FLUSH_S + CANCEL_S + CLOSE_S + 1
-
-    def overrun() -> None:
-        names = sorted(t.get_name() for t in asyncio.all_tasks())
-        _log.error("stop overran %.0f s; still running: %s", bound_s, ", ".join(names))
-        os._exit(EXIT_OVERRUN)
 
     def on_signal() -> None:
         if not stop.is_set():
             stop.set()
-            loop.call_later(bound_s, overrun)
+            loop.call_later(bound_s, _exit_at_once)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)

@@ -168,10 +168,17 @@ class WorkerProcess:
             self.kill()
         try:
             async with asyncio.TaskGroup() as group:
-                reader = group.create_task(self._read(process, connection), name="node.worker.read")
-                returncode = await process.wait()
+                exited = group.create_task(process.wait(), name="node.worker.wait")
+                reader = group.create_task(self._read(connection), name="node.worker.read")
+                await asyncio.wait({exited, reader}, return_when=asyncio.FIRST_COMPLETED)
+                if reader.done() and reader.result():
+                    await asyncio.wait({exited}, timeout=EOF_GRACE_S)
+                    if not exited.done():
+                        self._on_fault("worker.socket", "closed its socket but goes on running")
+                returncode = await exited
                 if self._writer is not None:
-                    await asyncio.wait({reader}, timeout=EOF_GRACE_S / 2)
+                    # What it sent before its end is still to be read.
+                    await asyncio.wait({reader}, timeout=EOF_GRACE_S)
                 reader.cancel()
             return WorkerExit(returncode, describe_exit(returncode))
         finally:
@@ -179,8 +186,8 @@ class WorkerProcess:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(process.wait(), REAP_S)
 
-    async def _read(self, process: asyncio.subprocess.Process, connection: asyncio.Future[Streams]) -> None:
-        """Deliver messages; return at the end of the stream when the process is gone as well."""
+    async def _read(self, connection: asyncio.Future[Streams]) -> bool:
+        """Deliver messages; return True at the end of the stream, False after one that cannot be used."""
         stream, self._writer = await connection
         reader: protocol.Reader[protocol.FromWorker] = protocol.Reader(protocol.FromWorker)
         ready = False
@@ -195,10 +202,8 @@ class WorkerProcess:
             _log.debug("worker socket: %s", error)
         except ValueError as error:
             self._on_fault("worker.protocol", str(error))
-            return
-        if process.returncode is None:
-            await asyncio.sleep(EOF_GRACE_S)
-            self._on_fault("worker.socket", "closed its socket but goes on running")
+            return False
+        return True
 
     def _check_ready(self, message: protocol.FromWorker) -> None:
         if not isinstance(message, protocol.Ready):

@@ -26,7 +26,7 @@ STARTER = """
 import sys
 from pathlib import Path
 from node.runtime import main
-sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))
+sys.exit(main(Path(sys.argv[1]), sys.argv[2:] or None))
 """
 
 
@@ -76,6 +76,7 @@ class Bench:
         self.ack = True
         self.seq = 0
         self.worker_arguments: list[str] = []
+        self.real_worker = False
         filters = [topics.tm(NODE, "+"), topics.bus(NODE, "load")]
         self.loads: list[bus.BusLoad] = []
         self._frames: asyncio.Queue[bytes] = asyncio.Queue()
@@ -110,17 +111,16 @@ class Bench:
         await self.start_process()
         await self.until(lambda: self.boot > boots and bool(self.new_housekeeping()), "housekeeping")
 
-    async def start_process(self) -> None:
+    async def start_process(self, starter: str = STARTER) -> None:
+        """Start the process alone, with other code around `node.runtime.main` if a test needs it."""
         await self.link.connected.wait()
         with (self.directory / "node.log").open("ab") as log:
             self.process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-c",
-                STARTER,
+                starter,
                 str(self.config),
-                sys.executable,
-                str(WORKER),
-                *self.worker_arguments,
+                *([] if self.real_worker else [sys.executable, str(WORKER), *self.worker_arguments]),
                 stdout=log,
                 stderr=log,
             )

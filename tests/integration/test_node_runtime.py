@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
-from node_bench import NODE, Bench, open_bench
+from node_bench import NODE, STARTER, Bench, open_bench
 from scripted_worker import IMAGE_ID, text_of
 
+from node.runtime import EXIT_CRASH, EXIT_OVERRUN
 from telemetry import bus, commands, topics
 from telemetry.certificate import check_chain
 from telemetry.packets import (
@@ -340,3 +341,112 @@ async def test_a_corrupt_database_is_moved_aside_and_no_boot_number_used_twice(t
         assert boots[-1] >= began
         with sqlite3.connect(path) as connection:
             assert connection.execute("SELECT COUNT(*) FROM spool_stream").fetchone()[0] > 0
+
+
+async def test_the_real_worker_gives_the_same_text_through_kills_of_worker_and_node(
+    tmp_path: Path, tiny_images: Path
+) -> None:
+    limits = {
+        "model__images_dir": f'"{tiny_images}"',
+        "worker__positions": "256",
+        "worker__start_timeout_s": "20.0",
+        "worker__ping_fatal_s": "2.5",
+    }
+    async with open_bench(tmp_path, **limits) as bench:
+        bench.real_worker = True
+        await bench.start()
+        # Slow enough to be struck in the middle: without a bus the governor allows little.
+        texts = []
+        for job, struck in (("calm", False), ("struck", True)):
+            await bench.execute(commands.Infer(job=job, prompt="abc abd abe", max_tokens=200))
+            if struck:
+                await bench.until(lambda: len(bench.archive.results(NODE)["struck"]) > 10, "blocks", 30)
+                bench.signal_worker(signal.SIGKILL)
+                await bench.until(lambda: bool(bench.fdir("worker.exit")), "report of the loss", 30)
+                await bench.until(lambda: len(bench.archive.results(NODE)["struck"]) > 30, "blocks", 30)
+                await bench.kill()
+                await bench.start()
+            await bench.until(lambda j=job: bench.finished(j) is not None, f"end of job {job}", 60)
+            results = bench.archive.results(NODE)[job]
+            tokens = [token for result in results for token in result.tokens]
+            assert check_chain(results[0].certificate.image_id, job, results) == len(tokens) > 100
+            texts.append((bench.finished(job), tokens))
+        assert texts[0] == texts[1]
+        assert await bench.stop() == 0
+        report = bench.archive.packets(NODE, BootReport)[-1][1]
+        assert report.image_id == bench.archive.results(NODE)["calm"][0].certificate.image_id
+        assert report.resumed_job == "struck"
+
+
+async def test_any_number_of_interrupts_is_one_ordered_stop(tmp_path: Path) -> None:
+    async with open_bench(tmp_path) as bench:
+        await bench.start()
+        assert bench.process is not None
+        for _ in range(3):
+            bench.process.send_signal(signal.SIGINT)
+        assert await asyncio.wait_for(bench.process.wait(), 20) == 0
+        assert bench.log().count("ordered stop") == 1
+        assert "Traceback" not in bench.log()
+
+
+CRASHING = """
+from node.power_service import PowerService
+def crash(self, now_s):
+    raise RuntimeError("struck by a test")
+PowerService._turn = crash
+"""
+HANGING = """
+import asyncio
+import node.runtime as runtime
+from node.worker_service import WorkerService
+runtime.REAP_S = runtime.FLUSH_S = runtime.CANCEL_S = runtime.CLOSE_S = 0.1
+async def hang(self):
+    await asyncio.sleep(600)
+WorkerService.stop = hang
+"""
+
+
+async def test_a_defect_is_an_event_a_log_line_and_an_exit_code(tmp_path: Path) -> None:
+    async with open_bench(tmp_path) as bench:
+        await bench.start_process(CRASHING + STARTER)
+        assert bench.process is not None
+        assert await asyncio.wait_for(bench.process.wait(), 20) == EXIT_CRASH
+        assert "RuntimeError: struck by a test" in bench.log()
+        assert "Traceback" not in bench.log()
+        await bench.start()
+        await bench.until(lambda: bool(bench.events("node.crash")), "report of the crash")
+        assert "struck by a test" in bench.events("node.crash")[0].text
+        report = bench.archive.packets(NODE, BootReport)[-1][1]
+        assert not report.clean_shutdown
+
+
+async def test_a_stop_that_overruns_names_its_tasks_and_ends(tmp_path: Path) -> None:
+    async with open_bench(tmp_path, worker__stop_timeout_s="0.5") as bench:
+        await bench.start_process(HANGING + STARTER)
+        await bench.until(lambda: bool(bench.new_housekeeping()), "housekeeping")
+        worker = bench.worker_pid()
+        assert await bench.stop() == EXIT_OVERRUN
+        assert "node.worker.run" in bench.log()
+        assert worker is not None
+        await bench.until(lambda: not running(worker), "end of the orphaned worker")
+
+
+async def test_a_full_disk_refuses_commands_and_telemetry_goes_on(tmp_path: Path) -> None:
+    sizes = {"telemetry__spool_max_bytes": "65536", "telemetry__database_max_bytes": str(1 << 20)}
+    async with open_bench(tmp_path, **sizes) as bench:
+        await bench.start()
+        await bench.execute(commands.SetMode(mode=Mode.SAFE))
+        for number in range(60):
+            prompt = f"{number:04d}" * 4000
+            await bench.command(commands.Infer(job=f"j{number}", prompt=prompt, max_tokens=4))
+        await bench.until(lambda: "not executed" in bench.log(), "a refused command")
+        before = bench.new_housekeeping()[-1].uptime_s
+        await bench.until(lambda: bench.new_housekeeping()[-1].uptime_s > before + 1, "more housekeeping")
+        last = bench.new_housekeeping()[-1]
+        assert 1 < last.commands_accepted < 60
+        assert last.jobs_queued == last.commands_accepted - 1
+        # What was refused was not executed, so it may be sent again once there is room.
+        await bench.execute(commands.Cancel(job="j0"))
+        await bench.until(lambda: bench.finished("j0") == "cancelled", "end of a cancelled job")
+        assert "Traceback" not in bench.log()
+        assert await bench.stop() == 0

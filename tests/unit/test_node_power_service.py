@@ -10,7 +10,7 @@ from waiting import until
 
 from node import power_service as module
 from node.boards import BoardReading
-from node.bus_view import THERMAL_STALE_S, BusView
+from node.bus_view import STALE_S, BusView
 from node.clock import MissionClock
 from node.config import NodeConfig
 from node.inference import protocol
@@ -162,11 +162,14 @@ async def test_the_draw_is_published_while_the_bus_is_there(monkeypatch: pytest.
 def test_bus_values_grow_old() -> None:
     view = BusView()
     assert view.eps_age_s(5.0) == 0.0
+    assert view.fresh_eps(5.0) is None
     view.handle(EPS, 1.0)
     assert view.eps_age_s(5.0) == 4.0
+    assert view.fresh_eps(1.0 + STALE_S) == EPS
+    assert view.fresh_eps(1.1 + STALE_S) is None
     view.handle(bus.BusThermal(t_ns=0, board_c=30.0, radiator_c=10.0), 1.0)
-    assert view.board_c(1.0 + THERMAL_STALE_S) == 30.0
-    assert view.board_c(1.1 + THERMAL_STALE_S) is None
+    assert view.board_c(1.0 + STALE_S) == 30.0
+    assert view.board_c(1.1 + STALE_S) is None
     contact = bus.BusContact(t_ns=0, in_contact=True)
     view.handle(contact, 1.0)
     assert view.contact == contact
