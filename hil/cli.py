@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -35,6 +36,69 @@ def _root(
     ] = False,
 ) -> None:
     pass
+
+
+@app.command()
+def fly(
+    scenario: Annotated[str, typer.Argument(help="Packaged scenario, or path of a TOML file.")] = "default",
+    speed: Annotated[
+        float | None, typer.Option(help="Mission seconds a second; the scenario's if not given.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of faults; the scenario's if not given.")] = None,
+    board: Annotated[str | None, typer.Option(help="Board driver: sim (x86 and jetson are to come).")] = None,
+    live: Annotated[bool, typer.Option(help="Live view, or one log line every few seconds.")] = True,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write summary.json here as well.")] = None,
+    out: Annotated[Path, typer.Option(help="Where the directory of the run is made.")] = Path("runs"),
+    images: Annotated[Path | None, typer.Option(help="Directory of model images.")] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the broker; 0 takes a free one.")] = 0,
+    reference: Annotated[
+        bool, typer.Option(help="Compare with a fault-free run, and measure what protection costs.")
+    ] = True,
+) -> None:
+    """Fly a scenario with the real model, and judge it. Exit code 0: no check failed."""
+    from hil.fly import FlyOptions
+    from hil.fly import fly as run_flight
+
+    raise typer.Exit(
+        run_flight(
+            FlyOptions(
+                scenario=scenario,
+                speed=speed,
+                seed=seed,
+                board=board,
+                live=live,
+                json_path=json_path,
+                out_dir=out,
+                images_dir=images,
+                port=port,
+                reference=reference,
+            )
+        )
+    )
+
+
+class Memory(StrEnum):
+    """What `penumbra inject` can strike."""
+
+    WEIGHTS = "weights"
+    KV = "kv"
+
+
+@app.command()
+def inject(
+    target: Annotated[Memory, typer.Argument(help="Memory to strike.")],
+    config: Annotated[Path, typer.Argument(help="Configuration of the running node.")],
+    seed: Annotated[int | None, typer.Option(help="Chooses the bit; a new choice if not given.")] = None,
+) -> None:
+    """Flip one random bit in the worker of a running node, from outside."""
+    from hil.faults import Target
+    from hil.injector import inject_once
+
+    strike = inject_once(config, Target(target.value), seed)
+    typer.echo(
+        f"flipped bit {strike.bit} of byte {strike.byte} in page {strike.page} "
+        f"({strike.role}, {strike.tensor}): {strike.before:#04x} -> {strike.after:#04x}"
+    )
 
 
 @app.command()
