@@ -24,7 +24,7 @@ from hil.scenario import Scenario
 from node.inference.manifest import Manifest, image_id
 from telemetry.archive import Archive
 from telemetry.frame import Frame, FrameError
-from telemetry.packets import Event, FdirReport, Housekeeping, Level, Packet, Severity
+from telemetry.packets import Event, FdirReport, Housekeeping, Level, Outcome, Packet, Severity
 
 P = TypeVar("P", bound=Packet)
 NS = 1_000_000_000
@@ -109,7 +109,7 @@ def debrief(
         ),
         flips_not_injected=flown.not_injected,
         process_faults=list(flown.process_faults),
-        worker_restarts=sum(report.level is Level.WORKER_RESTART for report in reports),
+        worker_restarts=worker_restarts(reports),
         node_restarts=flown.node_restarts,
         stopped_how=flown.stopped_how,
         orphans_killed=flown.orphans_killed,
@@ -164,6 +164,11 @@ def all_packets(archive: Archive, node: str, stored: Iterable[Frame], kind: type
 
 def _window(event: UmbraEvent, start_ns: int) -> Window:
     return Window(start_s=(event.entry_ns - start_ns) / NS, end_s=(event.exit_ns - start_ns) / NS)
+
+
+def worker_restarts(reports: Iterable[FdirReport]) -> int:
+    """Count the losses of a worker that were answered with a restart: one report each says it began."""
+    return sum(r.level is Level.WORKER_RESTART and r.outcome is Outcome.STARTED for r in reports)
 
 
 def _discarded(housekeeping: Iterable[tuple[Frame, Housekeeping]]) -> int:

@@ -14,6 +14,7 @@ import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from hil.debrief import debrief
 from hil.flight import Flight, Flown
@@ -185,16 +186,25 @@ def write_outputs(run: RunDir, record: FlightRecord, summary: Summary, json_path
 
 def show(summary: Summary, run: RunDir, console: Console) -> None:
     """Print the verdict."""
-    table = Table(box=None, pad_edge=False, show_header=False)
+    table = Table(box=None, pad_edge=False, header_style="bright_black")
+    for name in ("", "check", "measured", "limit"):
+        table.add_column(name, no_wrap=True, justify="right" if name in {"measured", "limit"} else "left")
+    table.add_column("")
     words = {True: "[green]PASS[/]", False: "[bold red]FAIL[/]", None: "[yellow]OPEN[/]"}
     for check in summary.verdict:
-        measured = "" if check.measured is None else f"{check.measured}"
-        limit = "" if check.limit is None else f"{check.limit}"
-        table.add_row(words[check.ok], check.name, measured, limit, check.text)
+        # What passed needs one line; what did not is told in full.
+        text = Text(check.text, no_wrap=check.ok is True, overflow="ellipsis" if check.ok else "fold")
+        table.add_row(words[check.ok], check.name, _short(check.measured), _short(check.limit), text)
     console.print(table)
     passed = summary.passed()
     overall = {True: "[green]PASS[/]", False: "[bold red]FAIL[/]", None: "[yellow]INCONCLUSIVE[/]"}[passed]
     console.print(f"{overall}  report: {run.report}", soft_wrap=True)
+
+
+def _short(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else f"{value}"
 
 
 @contextmanager

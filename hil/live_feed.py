@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -23,6 +25,8 @@ RUNNING = "running"
 """State of a worker that has proven its memory and computes."""
 PERIOD_S = 0.5
 """Interval of looking at the node's disk, s."""
+RATE_OVER_S = 4.0
+"""Time over which the shown rate is taken, s: a few blocks of tokens."""
 
 
 class LiveFeed:
@@ -49,6 +53,7 @@ class LiveFeed:
         self._repaired = _Sum()
         self._texts: dict[str, dict[int, bytes]] = {}
         self._strikes: dict[tuple[str, int], int] = {}
+        self._counts: deque[tuple[float, int]] = deque()
 
     async def run(self, archived: Callable[[], int]) -> None:
         """Look at clock, disk and ground until cancelled. `archived` counts the records on the ground."""
@@ -61,10 +66,20 @@ class LiveFeed:
             result = await asyncio.to_thread(_newest_result, self._database)
             if result is not None:
                 self._on_result(result)
-            rate = self._state.token_rate_hz
-            if rate is not None and self._clock.start_host_ns is not None:
-                self._state.rates.append(rate)
+            if self._clock.start_host_ns is not None:
+                self._rate(time.monotonic())
             await asyncio.sleep(PERIOD_S)
+
+    def _rate(self, now_s: float) -> None:
+        """Tokens come a block at a time: the rate shown is a mean over some blocks."""
+        self._counts.append((now_s, self._state.tokens_released))
+        while len(self._counts) > 2 and now_s - self._counts[0][0] > RATE_OVER_S:
+            self._counts.popleft()
+        since_s, tokens = self._counts[0]
+        if now_s > since_s:
+            rate = max(0.0, (self._state.tokens_released - tokens) / (now_s - since_s))
+            self._state.token_rate_hz = rate
+            self._state.rates.append(rate)
 
     def on_packet(self, frame: Frame, packet: Packet) -> None:
         """Take a packet that came down."""
@@ -95,7 +110,6 @@ class LiveFeed:
             state.note(f"mode {state.mode} to {packet.mode.value}", 2)
         state.mode = packet.mode.value
         state.ceiling_w, state.duty = packet.ceiling_w, packet.duty
-        state.token_rate_hz = packet.token_rate_hz
         state.tokens_released = packet.tokens_released
         state.jobs_done, state.jobs_queued = packet.jobs_done, packet.jobs_queued
         state.backlog = packet.spool_records
