@@ -144,6 +144,19 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}{where}"
 
 
+class OneLine(logging.Formatter):
+    """Log format of one line a record: an exception is told by its type, message and place."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record as one line."""
+        line = super().format(
+            logging.makeLogRecord({**record.__dict__, "exc_info": None, "exc_text": None, "stack_info": None})
+        )
+        if record.exc_info and record.exc_info[1] is not None:
+            line += f" ({describe(record.exc_info[1])})"
+        return line.replace("\n", " | ")
+
+
 async def _store_crash(database: Database, spool: Spool, t_ns: int, error: Exception) -> None:
     event = Event(severity=Severity.HIGH, name="node.crash", text=describe(error)[:500])
     with suppress(StoreFull, sqlite3.Error, TimeoutError):
@@ -201,9 +214,9 @@ def main(config_path: Path, command: Sequence[str] | None = None) -> int:
         0 ordered stop, 2 something the user has to mend, `EXIT_CRASH` a defect, `EXIT_OVERRUN` a stop that
         overran its bound.
     """
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(OneLine("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.INFO)
     try:
         asyncio.run(_run_until_signal(NodeConfig.load(config_path), command))
     except PenumbraError as error:

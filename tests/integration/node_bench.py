@@ -77,6 +77,8 @@ class Bench:
         self.seq = 0
         self.worker_arguments: list[str] = []
         self.real_worker = False
+        self.mission_offset_ns = 0
+        """Mission time less host time, once a test has set the mission clock."""
         filters = [topics.tm(NODE, "+"), topics.bus(NODE, "load")]
         self.loads: list[bus.BusLoad] = []
         self._frames: asyncio.Queue[bytes] = asyncio.Queue()
@@ -104,6 +106,11 @@ class Bench:
     async def publish(self, topic: str, payload: bytes) -> None:
         with contextlib.suppress(ConnectionError):
             await self.link.publish(topic, payload)
+
+    async def set_mission_time(self, t_ns: int, rate: float = 1.0) -> None:
+        """Steer the node's mission clock as the bus does."""
+        self.mission_offset_ns = t_ns - time.time_ns()
+        await self.publish(topics.bus(NODE, "time"), bus.encode(bus.BusTime(t_ns=t_ns, rate=rate)))
 
     async def start(self) -> None:
         """Start the node and wait for its first housekeeping."""
@@ -160,7 +167,7 @@ class Bench:
 
     async def command(self, arguments: Arguments, lifetime_s: float = 60.0) -> bytes:
         """Send a command; return its bytes."""
-        now_ns = time.time_ns()
+        now_ns = time.time_ns() + self.mission_offset_ns
         command = make_command(
             arguments,
             key_id=self.ring.signing_key().id,
