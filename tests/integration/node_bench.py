@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 from hil.broker import EmbeddedBroker
+from node.config import NodeConfig
 from telemetry import bus, topics
 from telemetry.ack import encode_ack
 from telemetry.archive import Archive
@@ -245,3 +246,4 @@ async def open_bench(directory: Path, **overrides: str) -> AsyncIterator[Bench]:
                 for task in tasks:
                     task.cancel()
         bench.archive.close()
+        NodeConfig.load(bench.config).arena_path.unlink(missing_ok=True)
