@@ -153,7 +153,9 @@ def with_reference(
         referred = [_referred(job, texts, tokenizer) for job in record.jobs]
         record = msgspec.structs.replace(record, jobs=referred)
         with console.status("measuring the cost of protection in paired runs"):
-            cost = measure_overhead(image_dir, epoch_tokens=node.epoch_tokens, threads=node.threads)
+            cost = measure_overhead(
+                image_dir, epoch_tokens=node.epoch_tokens, epoch_s=node.epoch_s, threads=node.threads
+            )
     except KeyboardInterrupt:
         return record
     return msgspec.structs.replace(

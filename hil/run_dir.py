@@ -138,6 +138,7 @@ def write_inputs(
         "worker": {
             "epoch_tokens": node.epoch_tokens,
             "positions": node.positions,
+            "epoch_s": node.epoch_s,
             "retries": node.retries,
         },
         "power": msgspec.to_builtins(node.governor),

@@ -216,7 +216,8 @@ class NodeOverrides(Table, frozen=True, kw_only=True):
     threads: Annotated[int, Meta(ge=1, le=64)] = 2
     epoch_tokens: Annotated[int, Meta(ge=1, le=512)] = 32
     positions: Annotated[int, Meta(ge=64, le=32_768)] = 1024
-    retries: Annotated[int, Meta(ge=0, le=100)] = 3
+    epoch_s: Annotated[float, Meta(ge=0.05, le=60)] = 1.0
+    retries: Annotated[int, Meta(ge=0, le=100)] = 6
     housekeeping_s: Annotated[float, Meta(ge=0.05, le=60)] = 0.5
     """Period of housekeeping, physical time."""
     spool_bytes: Annotated[int, Meta(ge=65_536)] = 16_777_216

@@ -85,7 +85,9 @@ class WorkerSection(Section, frozen=True, kw_only=True):
     """Tokens decoded between two proofs of memory."""
     positions: Annotated[int, Meta(ge=16, le=32_768)] = 1024
     """Positions of the KV arena: prompt and answer of a job together."""
-    retries: Annotated[int, Meta(ge=0, le=100)] = 3
+    epoch_s: Annotated[float, Meta(ge=0.05, le=60)] = 1.0
+    """Longest time between two proofs of memory, s."""
+    retries: Annotated[int, Meta(ge=0, le=100)] = 6
     """Times a dirty epoch is decoded again before the worker gives up."""
     ping_period_s: Seconds = 0.5
     ping_warn_s: Seconds = 1.0

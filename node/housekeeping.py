@@ -150,7 +150,7 @@ class HousekeepingService:
             uptime_s=now_s - self._started_s,
             clock_locked=s.clock.locked,
             # The packet knows no "unknown" here; without a forecast the eclipse times are None too.
-            sunlit=1.0 if power.sunlit is None else power.sunlit,
+            sunlit=power.sunlit,
             eclipse_entry_ns=None if umbra is None else umbra.entry_ns,
             eclipse_exit_ns=None if umbra is None else umbra.exit_ns,
             battery_soc=None if eps is None else eps.battery_soc,

@@ -49,7 +49,7 @@ def worker_command(config: NodeConfig) -> list[str]:
         *(sys.executable, "-m", "node.inference.worker"),
         *("--image", str(config.image_dir), "--arena", str(config.arena_path)),
         *("--threads", str(config.model.threads), "--epoch-tokens", str(w.epoch_tokens)),
-        *("--positions", str(w.positions), "--retries", str(w.retries)),
+        *("--epoch-seconds", str(w.epoch_s), "--positions", str(w.positions), "--retries", str(w.retries)),
     ]
 
 

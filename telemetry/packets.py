@@ -103,8 +103,8 @@ class Housekeeping(Packet, frozen=True, kw_only=True):
     uptime_s: Seconds
     clock_locked: bool
     """True while mission time is steered by the bus."""
-    sunlit: Fraction
-    """Forecast sunlit fraction of the solar disc now."""
+    sunlit: Fraction | None
+    """Forecast sunlit fraction of the solar disc now; None without orbital elements."""
     eclipse_entry_ns: Nanoseconds | None
     """Mission time (UTC) of the next forecast umbra entry."""
     eclipse_exit_ns: Nanoseconds | None
