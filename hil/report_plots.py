@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,8 @@ SUN, SHADOW, CONTACT = "#e0a100", "#dfe6f2", "#d9f0df"
 BLUE, RED, GREEN, VIOLET, TEAL = "#2f6fb3", "#c8402f", "#2f8f5b", "#7a55a8", "#16858a"
 REGION = {Target.WEIGHTS: BLUE, Target.KV: VIOLET}
 WIDTH_IN = 10.6
+RATE_OVER_S = 5.0
+"""Physical time over which tokens/s are averaged, s: several blocks."""
 _STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 9.0,
@@ -72,9 +75,9 @@ def orbit_figure(record: FlightRecord) -> str:
         return to_svg(figure, "orbit")
 
 
-def _shade(axes: Axes, windows: Sequence[Window], colour: str) -> None:
+def _shade(axes: Axes, windows: Sequence[Window], colour: str, zorder: float = 0.0) -> None:
     for window in windows:
-        axes.axvspan(window.start_s / 60, window.end_s / 60, color=colour, lw=0, zorder=0)
+        axes.axvspan(window.start_s / 60, window.end_s / 60, color=colour, lw=0, zorder=zorder)
 
 
 def _battery(axes: Axes, record: FlightRecord) -> None:
@@ -105,23 +108,36 @@ def _power(axes: Axes, record: FlightRecord) -> None:
 
 
 def _tokens(axes: Axes, record: FlightRecord) -> None:
-    hk = [h.t_s / 60 for h in record.housekeeping]
-    rate = [h.packet.token_rate_hz for h in record.housekeeping]
-    # Blocks come an epoch at a time: the thin line is each sample, the thick one a mean over nine.
-    axes.plot(hk, rate, color=TEAL, lw=0.5, alpha=0.45)
-    if len(rate) >= 9:
-        axes.plot(hk, np.convolve(np.pad(rate, 4, mode="edge"), np.ones(9) / 9, "valid"), color=TEAL, lw=1.6)
-    top = max([*rate, 1.0]) * 1.12
+    t, rate = token_rate(record)
+    axes.plot([at / 60 for at in t], rate, color=TEAL, lw=1.5)
+    top = max([*rate, 1.0]) * 1.18
     for fate in record.fates:
         at = record.host_to_s(fate.strike.t_ns) / 60
         axes.plot([at, at], [top * 0.94, top], color=REGION[fate.strike.target], lw=1.0)
-    axes.annotate("flips", (0.003, 0.97), xycoords="axes fraction", va="top", color=FAINT, fontsize=8)
+    axes.annotate("flips", (0.003, 0.93), xycoords="axes fraction", va="top", color=FAINT, fontsize=8)
     axes.set_ylabel("tokens/s")
     axes.set_ylim(0, top)
 
 
+def token_rate(record: FlightRecord) -> tuple[list[float], list[float]]:
+    """Return tokens released a second of physical time, over `RATE_OVER_S`, against mission time.
+
+    Tokens are released a block at a time, so a rate from one housekeeping packet to the next is all spikes.
+    """
+    half_s = RATE_OVER_S / 2 * record.speed
+    times = [h.t_s for h in record.housekeeping]
+    counts = [h.packet.tokens_released for h in record.housekeeping]
+    rates = []
+    for at in times:
+        first = bisect_left(times, at - half_s)
+        last = bisect_right(times, at + half_s) - 1
+        span_s = (times[last] - times[first]) / record.speed
+        rates.append((counts[last] - counts[first]) / span_s if span_s > 0 else 0.0)
+    return times, rates
+
+
 def _backlog(axes: Axes, record: FlightRecord) -> None:
-    _shade(axes, record.contacts, CONTACT)
+    _shade(axes, record.contacts, CONTACT, zorder=0.1)
     axes.plot([h.t_s / 60 for h in record.housekeeping],
               [h.packet.spool_records for h in record.housekeeping], color=INK, lw=1.1)  # fmt: skip
     axes.set_ylabel("records waiting")

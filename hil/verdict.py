@@ -293,6 +293,8 @@ def _overhead(record: FlightRecord) -> Check:
             f"; {overhead.pairs} pairs of {overhead.tokens} tokens: "
             f"{overhead.min_pct:.1f} to {overhead.max_pct:.1f}"
         )
+        if overhead.min_pct < 0 < overhead.max_pct:
+            text += ": less than the noise of this machine"
     return Check(
         name="protection_overhead",
         ok=None if overhead is None else True,

@@ -10,7 +10,7 @@ import pytest
 from hil.faults import Fate, Target
 from hil.record import FlightRecord, Happening
 from hil.report import render, write_report
-from hil.report_plots import fault_figure, orbit_figure
+from hil.report_plots import fault_figure, orbit_figure, token_rate
 from hil.verdict import summarize
 from telemetry.errors import PenumbraError
 from tests.flight_records import fate, fates, job, ledger, record
@@ -121,6 +121,14 @@ def test_text_of_the_model_cannot_break_out() -> None:
 def test_numbers_keep_their_zeros() -> None:
     text, _ = page(record(fates=[fate(0, repair_ms=970.0), fate(1, repair_ms=100.0)]))
     assert "100 / 970 ms" in text
+
+
+def test_token_rate_is_of_physical_time_and_smooth() -> None:
+    # 12 tokens every 12 s of mission time at x60: 60 tokens a physical second, at the ends as well.
+    times, rates = token_rate(record())
+    assert len(times) == len(rates) == len(record().housekeeping)
+    assert all(rate == pytest.approx(60.0) for rate in rates)
+    assert token_rate(record(housekeeping=record().housekeeping[:1])) == ([0.0], [0.0])
 
 
 def test_figures_stand_alone() -> None:

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from hil.faults import Fate
-from hil.record import FlightRecord, ForecastError, Happening, Limits
+from hil.record import FlightRecord, ForecastError, Happening, Limits, OverheadFact
 from hil.verdict import exit_code, floor_violation_s, matches, summarize
 from telemetry.summary import Check, Summary
 from tests.flight_records import ORBIT_S, fate, fates, housekeeping, job, ledger, plant_sample, record
@@ -192,6 +192,12 @@ def test_floor_violation_counts_time_not_samples() -> None:
     ]
     assert floor_violation_s(samples, 0.55) == 30.0
     assert floor_violation_s([], 0.55) == 0.0
+
+
+def test_overhead_within_the_noise_says_so() -> None:
+    noisy = OverheadFact(median_pct=-1.0, min_pct=-9.0, max_pct=4.0, pairs=5, tokens=96)
+    assert "noise" in check(summarize(record(overhead=noisy)), "protection_overhead").text
+    assert "noise" not in check(summarize(record()), "protection_overhead").text
 
 
 def test_job_without_tokens_matches_nothing() -> None:
