@@ -122,16 +122,16 @@ def orbit_bar(state: LiveState, width: int) -> tuple[Text, Text]:
             glyph, style = "◆", "bold white"
         light.append(glyph, style)
     marks = [" "] * width
+    ends = []
     for contact in state.contacts:
-        first = int(contact.start_s / state.duration_s * width)
-        last = max(first, int(contact.end_s / state.duration_s * width) - 1)
-        label = contact.name[: max(0, width - first - 1)]
-        for column in range(max(first, 0), min(last + 1, width)):
-            marks[column] = "▔"
-        free = range(last + 2, min(last + 2 + len(label), width))
-        if len(free) == len(label) and all(marks[column] == " " for column in free):
-            for column, letter in zip(free, label, strict=True):
-                marks[column] = letter
+        first = min(max(int(contact.start_s / state.duration_s * width), 0), width - 1)
+        last = min(max(first, int(contact.end_s / state.duration_s * width) - 1), width - 1)
+        marks[first : last + 1] = "▔" * (last + 1 - first)
+        ends.append((last, contact.name))
+    for last, name in ends:
+        room = range(last + 2, min(last + 3 + len(name), width))
+        if len(room) > len(name) and all(marks[column] == " " for column in room):
+            marks[last + 2 : last + 2 + len(name)] = name
     return light, Text("".join(marks), "green")
 
 

@@ -81,6 +81,14 @@ def test_orbit_bar_shows_shadow_place_and_contacts() -> None:
     assert light.plain[10] == "━"
     assert contacts.plain[3] == "▔"
     assert "Svalbard" in contacts.plain
+    crowded = state()
+    crowded.contacts = [
+        Window(start_s=0.0, end_s=1000.0, name="Santiago"),
+        Window(start_s=1100.0, end_s=2000.0, name="Kourou"),
+    ]
+    marks = orbit_bar(crowded, 100)[1].plain
+    assert "Kourou" in marks
+    assert "Sant" not in marks  # no room before the next contact
     at_the_end = state()
     at_the_end.t_s = at_the_end.duration_s * 2
     assert orbit_bar(at_the_end, 100)[0].plain[99] == "◆"
