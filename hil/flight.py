@@ -30,7 +30,7 @@ from hil.gate import Gate
 from hil.ground import GroundStation
 from hil.injector import Injector
 from hil.live import LiveState, LiveView
-from hil.live_feed import RUNNING, LiveFeed
+from hil.live_feed import GIVEN_UP, RUNNING, LiveFeed
 from hil.memory import WorkerMemory
 from hil.node_process import NodeProcess, log_tail
 from hil.plant.plant import Plant, PlantState, UmbraEvent
@@ -289,13 +289,14 @@ class Flight:
             found = await asyncio.to_thread(newest_housekeeping, self.run_dir.database)
             if found is not None and found[1].worker_state == RUNNING and found[1].clock_locked:
                 return True
-            if time.monotonic() > deadline:
+            gave_up = found is not None and found[1].worker_state == GIVEN_UP
+            if gave_up or time.monotonic() > deadline:
                 logs = "\n".join(
                     f"the end of {path}:\n{log_tail(path)}"
                     for path in (self.run_dir.node_log, self.run_dir.worker_log)
                 )
                 raise PenumbraError(
-                    f"the worker did not come up in {READY_BOUND_S:g} s; {logs}",
+                    f"the worker does not come up; {logs}",
                     "mend what the logs name; `penumbra model verify` checks the image",
                 )
             with contextlib.suppress(TimeoutError):

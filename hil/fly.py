@@ -57,6 +57,8 @@ class FlyOptions:
     """Of the embedded broker; 0 takes a free one."""
     reference: bool = True
     """False leaves out the fault-free run and the measurement of the overhead."""
+    overhead: bool = True
+    """False leaves out the measurement of the overhead alone."""
 
 
 def fly(options: FlyOptions, console: Console | None = None) -> int:
@@ -89,7 +91,7 @@ def fly(options: FlyOptions, console: Console | None = None) -> int:
             scenario, source, run, flown, umbrae=umbrae, contacts=flight.contacts, manifest=manifest
         )
         if options.reference and not flown.interrupted:
-            record = with_reference(record, scenario, images_dir / SLOT, console)
+            record = with_reference(record, scenario, images_dir / SLOT, console, overhead=options.overhead)
         summary = summarize(record)
         write_outputs(run, record, summary, options.json_path)
     show(summary, run, console)
@@ -136,7 +138,7 @@ async def _fly(flight: Flight, console: Console, *, live: bool) -> Flown:
 
 
 def with_reference(
-    record: FlightRecord, scenario: Scenario, image_dir: Path, console: Console
+    record: FlightRecord, scenario: Scenario, image_dir: Path, console: Console, *, overhead: bool = True
 ) -> FlightRecord:
     """Return the record with the fault-free run of its jobs and the cost of protection.
 
@@ -152,6 +154,8 @@ def with_reference(
         tokenizer = Tokenizer(image_dir / TOKENIZER)
         referred = [_referred(job, texts, tokenizer) for job in record.jobs]
         record = msgspec.structs.replace(record, jobs=referred)
+        if not overhead:
+            return record
         with console.status("measuring the cost of protection in paired runs"):
             cost = measure_overhead(
                 image_dir, epoch_tokens=node.epoch_tokens, epoch_s=node.epoch_s, threads=node.threads

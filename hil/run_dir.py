@@ -17,6 +17,7 @@ import msgspec
 
 from hil.record import Constant
 from hil.scenario import PACKAGED, Scenario
+from node.config import SOCKET_PATH_BYTES
 from telemetry.errors import PenumbraError
 from telemetry.keys import generate_key_file
 
@@ -100,9 +101,16 @@ def make_run_dir(parent: Path, scenario: str) -> RunDir:
     Raises
     ------
     PenumbraError
-        It cannot be made.
+        It cannot be made, or its path is too long for the node's socket.
     """
     stamp = time.strftime("%Y%m%d-%H%M%S")
+    socket = RunDir(parent.absolute() / f"{stamp}-{scenario}").state / "worker.sock"
+    over = len(bytes(socket)) - SOCKET_PATH_BYTES
+    if over > 0:
+        raise PenumbraError(
+            f"run directory {socket.parent.parent}: {over} bytes too long for a Unix socket in it",
+            "give a shorter one with --out",
+        )
     for number in range(100):
         path = parent / (f"{stamp}-{scenario}" + (f"-{number}" if number else ""))
         try:

@@ -28,6 +28,13 @@ def test_unwritable_place_is_an_error_the_user_can_mend(tmp_path: Path) -> None:
     assert "--out" in caught.value.mend
 
 
+def test_path_too_long_for_a_socket_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    deep = tmp_path / ("d" * 80)
+    with pytest.raises(PenumbraError, match="bytes too long for a Unix socket"):
+        make_run_dir(deep, "s")
+    assert not deep.exists()
+
+
 @pytest.mark.parametrize("name", packaged_scenarios())
 def test_node_takes_the_config(name: str, tmp_path: Path) -> None:
     scenario = load_scenario(name)
