@@ -12,12 +12,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import random
 import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
 
 import aiomqtt
@@ -123,9 +124,15 @@ class Backoff:
 
 
 class _Client(aiomqtt.Client):
-    """One connection, which can also be taken down at once and without leaving a task behind."""
+    """One connection, which can also be taken down at once and without leaving a task behind.
 
-    def __init__(self, address: BrokerAddress, client_id: str, **options: object) -> None:
+    Its calls have no timeout of their own: aiomqtt bounds them by `asyncio.wait_for`, which in Python 3.11
+    swallows a cancellation that meets the answer. Callers bound them by `asyncio.timeout`.
+    """
+
+    def __init__(
+        self, address: BrokerAddress, client_id: str, connect_timeout_s: float, **options: object
+    ) -> None:
         super().__init__(
             address.host,
             address.port,
@@ -133,9 +140,10 @@ class _Client(aiomqtt.Client):
             username=address.username,
             password=address.password,
             logger=_mqtt_log,
+            timeout=math.inf,
             **options,  # type: ignore[arg-type]
         )
-        self._client.connect_timeout = self.timeout
+        self._client.connect_timeout = connect_timeout_s
         self._thread_done = asyncio.Event()
 
     def _client_connect(self) -> None:
@@ -146,11 +154,16 @@ class _Client(aiomqtt.Client):
             with contextlib.suppress(RuntimeError):  # The loop may be gone by now.
                 self._loop.call_soon_threadsafe(self._thread_done.set)
 
+    def _on_disconnect(self, *args: Any, **kwargs: Any) -> None:
+        # A wait for CONNACK that was cut short leaves a cancelled future, which aiomqtt would trip over.
+        if not self._connected.cancelled():
+            super()._on_disconnect(*args, **kwargs)
+
     async def say_goodbye(self) -> None:
         """Disconnect in order if the broker answers soon."""
-        self.timeout = GOODBYE_S
-        with contextlib.suppress(aiomqtt.MqttError):
-            await self.__aexit__(None, None, None)
+        with contextlib.suppress(aiomqtt.MqttError, TimeoutError):
+            async with asyncio.timeout(GOODBYE_S):
+                await self.__aexit__(None, None, None)
 
     async def take_down(self) -> None:
         """Close the socket and wait for aiomqtt's own task; bounded by the connect timeout."""
@@ -246,9 +259,10 @@ class MqttLink:
                 async with self._slots:
                     client = self._client
                     if client is None:
+                        await asyncio.sleep(0)  # A caller that tries again at once must not starve the loop.
                         raise LinkDown("the link is down")
                     try:
-                        await client.publish(topic, payload, qos=QOS, timeout=2 * self._publish_timeout_s)
+                        await client.publish(topic, payload, qos=QOS)
                     except aiomqtt.MqttError as error:
                         self._lose(client, str(error))
                         raise LinkDown(str(error)) from None
@@ -261,7 +275,10 @@ class MqttLink:
 
     def _lose(self, client: _Client | None, why: str) -> None:
         if client is not None and client is self._client:
+            # At once, not when the session ends: whoever tries again must find the link down and wait.
             self.last_error = why
+            self._client = None
+            self.connected.clear()
             self._broken.set()
 
     async def run(self) -> None:
@@ -275,6 +292,8 @@ class MqttLink:
                 await self._session()
             except aiomqtt.MqttError as error:
                 self.last_error = str(error)
+            except TimeoutError:
+                self.last_error = f"no connection within {self._publish_timeout_s:g} s"
             log.info("link of %s is down: %s", self._client_id, self.last_error)
             if time.monotonic() - started > STEADY_S:
                 self._backoff.reset()
@@ -285,23 +304,22 @@ class MqttLink:
         client = _Client(
             self._address,
             self._client_id,
+            self._publish_timeout_s,
             protocol=version,
             # MQTT 5 spells the same choice `clean_start`, and a session that expires at once.
             clean_session=None if self._address.version5 else True,
             clean_start=True if self._address.version5 else paho.MQTT_CLEAN_START_FIRST_ONLY,
             keepalive=self._keepalive_s,
-            timeout=self._publish_timeout_s,
             max_queued_incoming_messages=MAX_QUEUED,
             max_inflight_messages=self._max_inflight,
         )
         client.pending_calls_threshold = self._max_inflight + 1
         self._broken.clear()
+        up = False
         try:
-            await client.__aenter__()
-            if self._topics:
-                granted = await client.subscribe([(topic, QOS) for topic in self._topics])
-                if any((code if isinstance(code, int) else code.value) >= FAILURE for code in granted):
-                    raise aiomqtt.MqttError(f"the broker refused to subscribe to {', '.join(self._topics)}")
+            async with asyncio.timeout(self._publish_timeout_s):
+                await self._open(client)
+            up = True
             self._client = client
             self._confirmed_s = time.monotonic()
             self.connections += 1
@@ -312,9 +330,18 @@ class MqttLink:
         finally:
             self.connected.clear()
             self._client = None
-            if not self._broken.is_set():
-                await client.say_goodbye()
-            await client.take_down()
+            try:
+                if up and not self._broken.is_set():
+                    await client.say_goodbye()
+            finally:
+                await client.take_down()
+
+    async def _open(self, client: _Client) -> None:
+        await client.__aenter__()
+        if self._topics:
+            granted = await client.subscribe([(topic, QOS) for topic in self._topics])
+            if any((code if isinstance(code, int) else code.value) >= FAILURE for code in granted):
+                raise aiomqtt.MqttError(f"the broker refused to subscribe to {', '.join(self._topics)}")
 
     async def _receive_until_broken(self, client: _Client) -> None:
         failure: aiomqtt.MqttError | None = None
