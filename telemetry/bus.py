@@ -1,7 +1,7 @@
 """Messages of the spacecraft bus, as the node sees them (topics `bus/*`, msgpack maps).
 
 On the bench the plant publishes them; in flight the bus gateway does. `load` goes the other way:
-the board reports what it draws, which is what the power unit would measure (ADR 0002).
+the board reports what it draws, which is what the power unit would measure (ADR 0001).
 """
 
 from __future__ import annotations

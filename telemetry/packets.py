@@ -41,9 +41,13 @@ class Mode(StrEnum):
     """Node modes. SAFE: beacon, commands and telemetry, no inference."""
 
     BOOT = "boot"
+    """Starting, until the first transition."""
     NOMINAL = "nominal"
+    """Inference in sunlight."""
     ECLIPSE = "eclipse"
+    """Inference in the Earth's shadow, on less power."""
     SAFE = "safe"
+    """Beacon, commands and telemetry, no inference."""
 
 
 class Severity(IntEnum):
@@ -68,11 +72,17 @@ class Level(IntEnum):
     """Recovery levels (design section 6)."""
 
     IN_WORKER_REPAIR = 0
+    """The worker repaired the damage in place."""
     EPOCH_REDO = 1
+    """The epoch was thrown away and decoded again."""
     WORKER_RESTART = 2
+    """The worker process was replaced."""
     IMAGE_REBUILD = 3
+    """The other image slot, or a rebuilt image."""
     NODE_RESTART = 4
+    """The node ended, to be started again by the watchdog."""
     SAFE_MODE = 5
+    """Beacon, commands and telemetry, no inference."""
 
 
 class Outcome(StrEnum):
@@ -101,6 +111,7 @@ class Housekeeping(Packet, frozen=True, kw_only=True):
 
     mode: Mode
     uptime_s: Seconds
+    """Physical time since this boot."""
     clock_locked: bool
     """True while mission time is steered by the bus."""
     sunlit: Fraction | None
@@ -110,8 +121,9 @@ class Housekeeping(Packet, frozen=True, kw_only=True):
     eclipse_exit_ns: Nanoseconds | None
     """Mission time (UTC) of the next forecast umbra exit."""
     battery_soc: Fraction | None
-    """State of charge as the bus reports it; None while unknown."""
+    """State of charge as the bus reports it; None while unknown or old."""
     array_w: Watts | None
+    """What the solar array delivers, as the bus reports it; None while unknown or old."""
     load_w: Watts
     """Draw of the payload computer as the board driver reads it."""
     ceiling_w: Watts
@@ -119,9 +131,13 @@ class Housekeeping(Packet, frozen=True, kw_only=True):
     duty: Fraction
     """Share of time the worker may decode (token pacing)."""
     board_c: Celsius | None
+    """Board temperature, from its own sensor or the bus; None when neither tells."""
     worker_state: str
+    """State of the inference worker as its supervisor sees it."""
     worker_generation: Count
+    """Number of the worker process, counted from the first of this boot."""
     worker_restarts: Count
+    """Worker processes that had to be replaced, since boot."""
     tokens_released: Count
     """Tokens released since the node was first started (durable)."""
     tokens_discarded: Count
@@ -129,18 +145,29 @@ class Housekeeping(Packet, frozen=True, kw_only=True):
     token_rate_hz: Annotated[float, Meta(ge=0, description="tokens/s")]
     """Released tokens a second of physical time, last period."""
     epochs_clean: Count
+    """Epochs whose memory was proven, since boot."""
     epochs_dirty: Count
+    """Epochs whose memory was not, and which were decoded again, since boot."""
     strikes_detected: Count
+    """Damaged pages and rows found, since boot."""
     strikes_repaired: Count
+    """Of these, repaired in place."""
     scan_ms: Annotated[float, Meta(ge=0, description="ms")]
     """Mean time of one proof of an epoch, last period."""
     jobs_queued: Count
+    """Jobs accepted and not finished."""
     jobs_done: Count
+    """Jobs finished since the node was first started (durable)."""
     spool_records: Count
+    """Records on the node's disk, not yet acknowledged."""
     spool_bytes: Annotated[int, Meta(ge=0, description="byte")]
+    """Frames on the node's disk, not yet acknowledged."""
     link_up: bool
+    """True while the space link is connected."""
     commands_accepted: Count
+    """Telecommands accepted, since boot."""
     commands_rejected: Count
+    """Telecommands rejected, since boot."""
     garbage_messages: Count
     """Messages on any topic that could not be read, counted and dropped."""
 
@@ -155,6 +182,7 @@ class Event(Packet, frozen=True, kw_only=True):
     name: str
     """Event identifier in dotted form, e.g. `worker.restarted`."""
     text: str
+    """What happened, in words."""
     evidence: dict[str, str | int | float | bool | None] = {}
 
 
@@ -178,9 +206,11 @@ class Result(Packet, frozen=True, kw_only=True):
     type_name: ClassVar[str] = "result"
 
     job: str
+    """Name of the job, from its command."""
     first: Count
     """Index of the block's first token within the generated text, from 0."""
     tokens: list[int]
+    """Token ids of the block."""
     text: bytes
     """UTF-8 bytes these tokens add to the text. May end inside a character: join before decoding."""
     certificate: Certificate
@@ -197,13 +227,18 @@ class Verification(Packet, frozen=True, kw_only=True):
     type_name: ClassVar[str] = "verification"
 
     key_id: str
+    """Key the telecommand was signed with."""
     command_seq: Count
+    """Sequence number of the telecommand."""
     name: str
+    """Name of the command."""
     stage: Stage
     ok: bool
+    """Whether this stage succeeded."""
     code: str
     """`ok`, or a short reason code such as `unknown_command` or `bad_argument`."""
     reason: str = ""
+    """What the code means here, in words."""
 
 
 class FdirReport(Packet, frozen=True, kw_only=True):
@@ -217,6 +252,7 @@ class FdirReport(Packet, frozen=True, kw_only=True):
     level: Level
     outcome: Outcome
     action: str
+    """What was done about it."""
     detected_ns: Nanoseconds
     """Host clock (CLOCK_REALTIME) of the detection: physical time, comparable with the bench's strikes."""
     recovered_ns: Nanoseconds | None
@@ -237,15 +273,23 @@ class BootReport(Packet, frozen=True, kw_only=True):
     type_name: ClassVar[str] = "boot"
 
     software: str
+    """Version of the flight software."""
     boot: Count
+    """Boot counter; part of the identity of every record of this boot."""
     clean_shutdown: bool
     """True when the boot before ended in an ordered stop."""
     config_sha256: str
+    """SHA-256 of the configuration file, hexadecimal."""
     image_id: str | None
+    """Model image the node is configured for; None when there is none."""
     board: str
+    """Board driver."""
     python: str
+    """Version of Python."""
     onnxruntime: str | None
+    """Version of ONNX Runtime; None when it is not known."""
     resumed_job: str | None
+    """Job that goes on where the boot before left it."""
 
 
 class PowerPlan(Packet, frozen=True, kw_only=True):
@@ -255,23 +299,33 @@ class PowerPlan(Packet, frozen=True, kw_only=True):
     type_name: ClassVar[str] = "plan"
 
     ceiling_w: Watts
+    """Ceiling the governor holds from now on."""
     duty: Fraction
+    """Share of time the worker may decode (token pacing)."""
     reason: str
     """What binds: `board`, `array`, `battery`, `thermal`, `command`, `floor`, `unknown_bus`."""
     battery_soc: Fraction | None
+    """State of charge it was decided on; None while unknown."""
     soc_floor: Fraction
+    """State of charge the plan must not go under."""
     eclipse_entry_ns: Nanoseconds | None
+    """Mission time (UTC) of the next forecast umbra entry."""
     eclipse_exit_ns: Nanoseconds | None
+    """Mission time (UTC) of the next forecast umbra exit."""
 
 
 class StreamLedger(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Account of one (boot, stream)."""
 
     boot: Count
+    """Boot counter of the records."""
     stream: Stream
     generated: Count
+    """Records ever stored durably, or dropped at once by policy."""
     acked: Count
+    """Records the ground's archive has acknowledged."""
     stored: Count
+    """Records on the node's disk."""
     dropped: dict[str, int]
     """Records dropped by policy, by reason."""
 
@@ -292,12 +346,17 @@ class SecurityReport(Packet, frozen=True, kw_only=True):
     type_name: ClassVar[str] = "security"
 
     accepted: Count
+    """Telecommands accepted, since boot."""
     redelivered: Count
+    """Telecommands that came again, and were answered with what was stored, since boot."""
     rejected: dict[str, int]
     """Rejections by reason (see the table of rejection codes)."""
     last_key_id: str | None
+    """Key of the telecommand last accepted (durable)."""
     last_seq: Count | None
+    """Sequence number last accepted with that key (durable): the next may be up to a window above it."""
     last_reason: str | None
+    """Reason of the last rejection, since boot."""
 
 
 PACKETS: tuple[type[Packet], ...] = (
