@@ -69,11 +69,11 @@ def build(
         Path | None, typer.Option(help="GGUF of a Gemma 3 text model; by default the packaged Gemma 3 270M.")
     ] = None,
     images: Images = None,
-    slot: SlotOption = Slots.BOTH,
+    slot: SlotOption = Slots.A,
     force: Annotated[bool, typer.Option(help="Build even if the slot is up to date.")] = False,
     json: Json = None,
 ) -> None:
-    """Build the image of a model, once for each slot."""
+    """Build the image of a model. A second slot is a proven copy of the first."""
     from node.inference.builder import build_image, copy_image  # noqa: PLC0415
     from node.inference.gguf_source import packaged_gguf  # noqa: PLC0415
 
@@ -96,7 +96,7 @@ def build(
 
 
 @model_app.command()
-def verify(images: Images = None, slot: SlotOption = Slots.BOTH, json: Json = None) -> None:
+def verify(images: Images = None, slot: SlotOption = Slots.A, json: Json = None) -> None:
     """Prove images whole: every byte on the disk, and that they were built for this machine."""
     from node.inference.image import verify_image  # noqa: PLC0415
 
@@ -109,7 +109,7 @@ def verify(images: Images = None, slot: SlotOption = Slots.BOTH, json: Json = No
 
 
 @model_app.command()
-def info(images: Images = None, slot: SlotOption = Slots.BOTH, json: Json = None) -> None:
+def info(images: Images = None, slot: SlotOption = Slots.A, json: Json = None) -> None:
     """Describe images: what they were built from, and what each kind of tensor takes."""
     from rich.console import Console  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415

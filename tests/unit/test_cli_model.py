@@ -19,13 +19,13 @@ def run(*arguments: object) -> str:
 
 def test_build_verify_and_info_of_both_slots(tiny_gguf, tmp_path):
     images, report = tmp_path / "images", tmp_path / "report.json"
-    output = run("build", "--gguf", tiny_gguf, "--images", images, "--json", report)
+    output = run("build", "--slot", "both", "--gguf", tiny_gguf, "--images", images, "--json", report)
     assert output.count("Tiny Gemma") == 2
     built = json.loads(report.read_bytes())
     assert {image["directory"] for image in built["images"]} == {str(images / "a"), str(images / "b")}
     assert {"quantise", "pack", "lay out", "probe", "parity"} <= set(built["stage_s"])
 
-    assert run("verify", "--images", images, "--json", report).count("whole") == 2
+    assert run("verify", "--slot", "both", "--images", images, "--json", report).count("whole") == 2
     assert len(json.loads(report.read_bytes())["images"]) == 2
 
     assert "ffn_down" in run("info", "--images", images, "--slot", "b", "--json", report)
@@ -43,8 +43,8 @@ def test_a_damaged_image_has_no_report(tiny_gguf, tmp_path):
 
 
 def test_force_mends_a_damaged_second_slot(tiny_gguf, tmp_path):
-    run("build", "--gguf", tiny_gguf, "--images", tmp_path)
+    run("build", "--slot", "both", "--gguf", tiny_gguf, "--images", tmp_path)
     with (tmp_path / "b" / "weights.bin").open("r+b") as file:
         file.write(b"struck")
-    run("build", "--gguf", tiny_gguf, "--images", tmp_path, "--force")
-    run("verify", "--images", tmp_path)
+    run("build", "--slot", "both", "--gguf", tiny_gguf, "--images", tmp_path, "--force")
+    run("verify", "--slot", "both", "--images", tmp_path)
