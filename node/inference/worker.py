@@ -92,6 +92,7 @@ class Worker:
         self._stop = False
         self._starts: deque[protocol.Start] = deque()
         self._cancelled: set[str] = set()
+        self._early: list[protocol.Strike] | None = []
         manifest = load_manifest(args.image)
         shape = manifest.shape
         self._arena = KvArena(
@@ -118,7 +119,7 @@ class Worker:
             retries=args.retries,
             eos=manifest.eos,
             text=self._tokenizer.token_bytes,
-            report=self._channel.send,
+            report=self._report,
             between=self._between,
         )
         self._decoder.check_idle()
@@ -134,6 +135,10 @@ class Worker:
                 load_s=time.monotonic() - started,
             )
         )
+        # Ready comes first; what was mended while loading is told right after it.
+        early, self._early = self._early, None
+        for strike in early:
+            self._channel.send(strike)
 
     def run(self) -> int:
         """Serve until told to stop; return the exit code."""
@@ -173,6 +178,12 @@ class Worker:
         self._decoder.check_idle()
         self._send_status()
         self._wait(IDLE_CHECK_S, lambda: bool(self._starts) or self._stop)
+
+    def _report(self, strike: protocol.Strike) -> None:
+        if self._early is None:
+            self._channel.send(strike)
+        else:
+            self._early.append(strike)
 
     def _between(self, seconds: float) -> None:
         """Answer what arrived, and rest so that computing takes the share of time that `Pace` allows."""

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from hil.memory import ArenaView
 from node.inference import protocol
 from node.inference.protocol import Block, Cancel, Pace, Ping, Pong, Ready, Shutdown, Start, Strike
 from node.inference.worker import EXIT_ORPHAN
@@ -48,7 +49,8 @@ class Supervisor:
         self.connection.settimeout(30)
         self._reader: protocol.Reader[protocol.FromWorker] = protocol.Reader(protocol.FromWorker)
         self._messages = self._read()
-        ready = self.expect(Ready)
+        ready = self.expect(object)  # whatever comes first
+        assert isinstance(ready, Ready)
         assert ready.generation == self.generation
         assert ready.pid == self.process.pid
         return ready
@@ -223,6 +225,27 @@ def test_a_strike_from_outside_is_repaired_and_reported(supervisor: Supervisor) 
         assert strike.page == tensor.offset // PAGE_SIZE
         memory.seek(address + 5)
         assert memory.read(1) == bytes([byte])
+
+
+def test_rows_mended_while_loading_are_reported_after_ready(supervisor: Supervisor) -> None:
+    supervisor.start()
+    supervisor.send(Start(job="a", prompt=PROMPT, max_tokens=TOKENS))
+    supervisor.blocks(3)
+    supervisor.kill()
+    path = supervisor.folder / "arena"
+    found = ArenaView(path).read()
+    assert found is not None
+    shape, state = found
+    assert state.positions > 0
+    with path.open("r+b") as arena:
+        arena.seek(ArenaView.kv_offset(shape) + 9)
+        (byte,) = arena.read(1)
+        arena.seek(-1, 1)
+        arena.write(bytes([byte ^ 0x10]))
+    ready = supervisor.start()
+    assert ready.resumed_job == "a"
+    strike = supervisor.expect(Strike)
+    assert (strike.region, strike.page, strike.role, strike.method) == ("kv", 0, "k", "parity")
 
 
 def test_an_orphan_exits_by_itself(supervisor: Supervisor) -> None:
