@@ -39,7 +39,6 @@ async def running(*links: MqttLink) -> AsyncIterator[list[asyncio.Task[None]]]:
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
-        await asyncio.sleep(0)
         ours = {
             t for t in asyncio.all_tasks() - before if ".link." in t.get_name() or "_misc_loop" in repr(t)
         }
