@@ -9,16 +9,19 @@ from __future__ import annotations
 import sqlite3
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from hil.record import JobFact, LedgerFact, StreamAccount
 from telemetry.archive import Archive
 from telemetry.certificate import check_chain
-from telemetry.frame import Frame, decode_frame
+from telemetry.frame import Frame, FrameError, decode_frame
 from telemetry.ledger import Key, Ranges, merge, reconcile, to_ranges
-from telemetry.packets import Housekeeping, Result
+from telemetry.packets import Packet, Result
 from telemetry.spool import Spool
+
+P = TypeVar("P", bound=Packet)
 
 
 def read_only(path: Path) -> sqlite3.Connection:
@@ -33,29 +36,37 @@ def read_only(path: Path) -> sqlite3.Connection:
 
 
 def stored_frames(database: Path) -> list[Frame]:
-    """Return the frames waiting in a node's spool, in order of (stream, boot, seq)."""
+    """Return the frames waiting in a node's spool, in order of (stream, boot, seq).
+
+    A damaged one is left out: the node drops it, counted, when it comes to send it.
+    """
     with closing(read_only(database)) as connection:
         rows = connection.execute("SELECT frame FROM spool_record ORDER BY stream, boot, seq").fetchall()
-    return [decode_frame(frame) for (frame,) in rows]
+    frames = []
+    for (data,) in rows:
+        with suppress(FrameError):
+            frames.append(decode_frame(data))
+    return frames
 
 
-def newest_housekeeping(database: Path) -> tuple[Frame, Housekeeping] | None:
-    """Return the newest housekeeping in a node's spool with its frame; None if there is none now.
+def newest_packet(database: Path, kind: type[P]) -> tuple[Frame, P] | None:
+    """Return the newest packet of a type in a node's spool with its frame; None if there is none now.
 
     The bench's view into the node between contacts: it reads the node's disk, and the node does not notice.
     """
     try:
         with closing(read_only(database)) as connection:
             row = connection.execute(
-                "SELECT frame FROM spool_record WHERE stream = 'hk' ORDER BY boot DESC, seq DESC LIMIT 1"
+                "SELECT frame FROM spool_record WHERE stream = ? ORDER BY boot DESC, seq DESC LIMIT 1",
+                (kind.stream.value,),
             ).fetchone()
-    except sqlite3.Error:
-        return None  # not made yet, or busy: there is a next time
-    if row is None:
-        return None
-    frame = decode_frame(row[0])
-    packet = frame.packet()
-    return (frame, packet) if isinstance(packet, Housekeeping) else None
+        if row is None:
+            return None
+        frame = decode_frame(row[0])
+        packet = frame.packet()
+    except (sqlite3.Error, FrameError):
+        return None  # not made yet, busy, or damaged: there is a next time
+    return (frame, packet) if isinstance(packet, kind) else None
 
 
 def ledger_fact(archive: Archive, node: str, database: Path) -> LedgerFact:

@@ -24,7 +24,7 @@ from pathlib import Path
 from rich.console import Console
 
 from hil import faults as fault_list
-from hil.accounts import newest_housekeeping
+from hil.accounts import newest_packet
 from hil.broker import EmbeddedBroker
 from hil.gate import Gate
 from hil.ground import GroundStation
@@ -44,6 +44,7 @@ from telemetry.archive import Archive
 from telemetry.commands import Infer
 from telemetry.errors import PenumbraError
 from telemetry.keys import KeyRing
+from telemetry.packets import Housekeeping
 
 _log = logging.getLogger(__name__)
 
@@ -286,7 +287,7 @@ class Flight:
         self.live.phase = "loading the model"
         deadline = time.monotonic() + READY_BOUND_S
         while not self._stop.is_set():
-            found = await asyncio.to_thread(newest_housekeeping, self.run_dir.database)
+            found = await asyncio.to_thread(newest_packet, self.run_dir.database, Housekeeping)
             if found is not None and found[1].worker_state == RUNNING and found[1].clock_locked:
                 return True
             gave_up = found is not None and found[1].worker_state == GIVEN_UP

@@ -7,18 +7,16 @@ from the spool on the node's disk, which costs the node nothing and changes noth
 from __future__ import annotations
 
 import asyncio
-import sqlite3
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 
-from hil.accounts import newest_housekeeping, read_only
+from hil.accounts import newest_packet
 from hil.faults import Strike
 from hil.live import LiveState
 from hil.spacecraft import FlightClock
-from telemetry.frame import Frame, decode_frame
+from telemetry.frame import Frame
 from telemetry.packets import Event, FdirReport, Housekeeping, Packet, Result, Severity
 
 RUNNING = "running"
@@ -62,12 +60,10 @@ class LiveFeed:
         while True:
             self._state.t_s = max(0.0, self._clock.elapsed_s)
             self._state.archived = archived()
-            found = await asyncio.to_thread(newest_housekeeping, self._database)
-            if found is not None:
-                self._on_housekeeping(*found)
-            result = await asyncio.to_thread(_newest_result, self._database)
-            if result is not None:
-                self._on_result(result)
+            for kind in (Housekeeping, Result):
+                found = await asyncio.to_thread(newest_packet, self._database, kind)
+                if found is not None:
+                    self.on_packet(*found)
             if self._clock.start_host_ns is not None:
                 self._rate(time.monotonic())
             await asyncio.sleep(PERIOD_S)
@@ -144,17 +140,3 @@ class _Sum:
             self._before += self._last
         self._last = count
         return self._before + count
-
-
-def _newest_result(database: Path) -> Result | None:
-    try:
-        with closing(read_only(database)) as connection:
-            row = connection.execute(
-                "SELECT frame FROM spool_record WHERE stream = 'result' ORDER BY boot DESC, seq DESC LIMIT 1"
-            ).fetchone()
-    except sqlite3.Error:
-        return None
-    if row is None:
-        return None
-    packet = decode_frame(row[0]).packet()
-    return packet if isinstance(packet, Result) else None

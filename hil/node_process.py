@@ -24,7 +24,7 @@ ORPHAN_GRACE_S = 3.0
 """Time the rest of a dead node's processes have to end by themselves, s."""
 KILL_BOUND_S = 2.0
 """Time a killed process has to disappear, s."""
-FAMILY_POLL_S = 0.5
+FAMILY_POLL_S = 1.0
 """Interval at which the processes below the node are noted, s."""
 QUICK_LIFE_S = 5.0
 """A node that lives shorter than this did not come up, s."""

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from hil.accounts import assemble, ledger_fact, newest_housekeeping, read_only, stored_frames
+from hil.accounts import assemble, ledger_fact, newest_packet, read_only, stored_frames
 from telemetry.archive import Archive
 from telemetry.certificate import chain_next, chain_start
-from telemetry.packets import Certificate, Event, Result, Severity, Stream
+from telemetry.packets import Certificate, Event, Housekeeping, Result, Severity, Stream
 from telemetry.spool import Spool
 from tests.flight_records import housekeeping
 
@@ -150,7 +150,7 @@ def test_spool_is_read_without_being_changed(store: Store) -> None:
     for n in range(3):
         store.spool.append(store.connection, housekeeping(float(n), 10 + n, 0).packet, 100 + n)
     assert [f.stream for f in stored_frames(store.path)] == [Stream.EVENT] + [Stream.HOUSEKEEPING] * 3
-    newest = newest_housekeeping(store.path)
+    newest = newest_packet(store.path, Housekeeping)
     assert newest is not None
     assert (newest[0].t_ns, newest[1].tokens_released) == (102, 12)
     with pytest.raises(sqlite3.OperationalError, match="readonly"):
@@ -158,6 +158,15 @@ def test_spool_is_read_without_being_changed(store: Store) -> None:
     assert len(stored_frames(store.path)) == 4
 
 
+def test_damaged_records_are_left_out_of_what_is_read(store: Store) -> None:
+    store.event("first")
+    store.spool.append(store.connection, housekeeping(0.0, 10, 0).packet, 100)
+    store.connection.execute("UPDATE spool_record SET frame = x'00' WHERE stream = 'hk'")
+    assert [f.stream for f in stored_frames(store.path)] == [Stream.EVENT]
+    assert newest_packet(store.path, Housekeeping) is None
+    assert store.ledger().lost == 0  # it is stored still: the node will drop it, and count it
+
+
 def test_no_database_or_no_housekeeping_yet(tmp_path: Path, store: Store) -> None:
-    assert newest_housekeeping(tmp_path / "none.db") is None
-    assert newest_housekeeping(store.path) is None
+    assert newest_packet(tmp_path / "none.db", Housekeeping) is None
+    assert newest_packet(store.path, Housekeeping) is None
