@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import sqlite3
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import closing, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,8 +18,8 @@ from telemetry.archive import Archive
 from telemetry.certificate import check_chain
 from telemetry.frame import Frame, FrameError, decode_frame
 from telemetry.ledger import Key, Ranges, merge, reconcile, to_ranges
-from telemetry.packets import Packet, Result
-from telemetry.spool import Spool
+from telemetry.packets import Packet, Result, StreamLedger
+from telemetry.spool import DroppedRange, Spool
 
 P = TypeVar("P", bound=Packet)
 
@@ -35,13 +35,27 @@ def read_only(path: Path) -> sqlite3.Connection:
     return sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=1.0)
 
 
+@contextmanager
+def _spool_of(database: Path) -> Iterator[sqlite3.Connection | None]:
+    """Open the spool of a node that has ended; None if it never made one."""
+    if not database.exists():
+        yield None
+        return
+    with closing(read_only(database)) as connection:
+        made = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'spool_record'").fetchone()
+        yield connection if made else None
+
+
 def stored_frames(database: Path) -> list[Frame]:
     """Return the frames waiting in a node's spool, in order of (stream, boot, seq).
 
-    A damaged one is left out: the node drops it, counted, when it comes to send it.
+    A damaged one is left out: the node drops it, counted, when it comes to send it. A node that ended before
+    it made its spool has none.
     """
-    with closing(read_only(database)) as connection:
-        rows = connection.execute("SELECT frame FROM spool_record ORDER BY stream, boot, seq").fetchall()
+    rows: list[tuple[bytes]] = []
+    with _spool_of(database) as connection:
+        if connection is not None:
+            rows = connection.execute("SELECT frame FROM spool_record ORDER BY stream, boot, seq").fetchall()
     frames = []
     for (data,) in rows:
         with suppress(FrameError):
@@ -81,13 +95,18 @@ def ledger_fact(archive: Archive, node: str, database: Path) -> LedgerFact:
     node
         Node name.
     database
-        The node's `node.db`.
+        The node's `node.db`. A node that ended before it made its spool accounts for nothing; whatever the
+        archive holds of it is then a problem.
     """
     spool = Spool(node, boot=0, capacity_bytes=1)
-    with closing(read_only(database)) as connection:
-        entries = spool.ledger(connection)
-        stored = {key: to_ranges(seqs) for key, seqs in spool.stored_sequences(connection).items()}
-        ranges = spool.dropped_ranges(connection)
+    entries: list[StreamLedger] = []
+    stored: dict[Key, Ranges] = {}
+    ranges: list[DroppedRange] = []
+    with _spool_of(database) as connection:
+        if connection is not None:
+            entries = spool.ledger(connection)
+            stored = {key: to_ranges(seqs) for key, seqs in spool.stored_sequences(connection).items()}
+            ranges = spool.dropped_ranges(connection)
     dropped: dict[Key, Ranges] = {}
     for each in ranges:
         key = (each.boot, each.stream)

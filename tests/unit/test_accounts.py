@@ -167,6 +167,20 @@ def test_damaged_records_are_left_out_of_what_is_read(store: Store) -> None:
     assert store.ledger().lost == 0  # it is stored still: the node will drop it, and count it
 
 
+def test_a_node_that_made_no_spool_accounts_for_nothing(tmp_path: Path, store: Store) -> None:
+    empty = tmp_path / "empty.db"
+    sqlite3.connect(empty).close()
+    for path in (tmp_path / "none.db", empty):
+        assert stored_frames(path) == []
+        fact = ledger_fact(store.archive, NODE, path)
+        assert (fact.generated, fact.lost, fact.consistent) == (0, 0, True)
+    store.event()
+    store.downlink(1)
+    fact = ledger_fact(store.archive, NODE, empty)
+    assert not fact.consistent
+    assert "unknown to the node" in fact.problems[0]
+
+
 def test_no_database_or_no_housekeeping_yet(tmp_path: Path, store: Store) -> None:
     assert newest_packet(tmp_path / "none.db", Housekeeping) is None
     assert newest_packet(store.path, Housekeeping) is None
