@@ -294,7 +294,7 @@ def _overhead(record: FlightRecord) -> Check:
             f"{overhead.min_pct:.1f} to {overhead.max_pct:.1f}"
         )
         if overhead.min_pct < 0 < overhead.max_pct:
-            text += ": less than the noise of this machine"
+            text += ": the pairs do not rule out 0"
     return Check(
         name="protection_overhead",
         ok=None if overhead is None else True,

@@ -194,10 +194,10 @@ def test_floor_violation_counts_time_not_samples() -> None:
     assert floor_violation_s([], 0.55) == 0.0
 
 
-def test_overhead_within_the_noise_says_so() -> None:
+def test_overhead_that_may_be_nothing_says_so() -> None:
     noisy = OverheadFact(median_pct=-1.0, min_pct=-9.0, max_pct=4.0, pairs=5, tokens=96)
-    assert "noise" in check(summarize(record(overhead=noisy)), "protection_overhead").text
-    assert "noise" not in check(summarize(record()), "protection_overhead").text
+    assert "rule out 0" in check(summarize(record(overhead=noisy)), "protection_overhead").text
+    assert "rule out 0" not in check(summarize(record()), "protection_overhead").text
 
 
 def test_job_without_tokens_matches_nothing() -> None:
