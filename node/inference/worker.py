@@ -38,6 +38,8 @@ EXIT_STOP: Final = 0
 EXIT_BEYOND_REPAIR: Final = 3
 EXIT_ORPHAN: Final = 4
 IDLE_CHECK_S: Final = 1.0
+START_DUTY: Final = 0.05
+"""Share of time a worker computes until the first `Pace`: a restart in eclipse must not draw full power."""
 _PR_SET_PDEATHSIG: Final = 1
 
 
@@ -88,7 +90,7 @@ class Worker:
     def __init__(self, args: argparse.Namespace) -> None:
         started = time.monotonic()
         self._channel = Channel(args.socket)
-        self._duty = 1.0
+        self._duty = START_DUTY
         self._stop = False
         self._starts: deque[protocol.Start] = deque()
         self._cancelled: set[str] = set()

@@ -54,7 +54,7 @@ def config_text(url: str, **overrides: str) -> str:
     }
     for name, value in overrides.items():
         section, key = name.split("__")
-        sections[section][key] = value
+        sections.setdefault(section, {})[key] = value
     return "\n".join(
         f"[{section}]\n" + "\n".join(f"{key} = {value}" for key, value in table.items())
         for section, table in sections.items()

@@ -16,7 +16,7 @@ import pytest
 from hil.memory import ArenaView
 from node.inference import protocol
 from node.inference.protocol import Block, Cancel, Pace, Ping, Pong, Ready, Shutdown, Start, Strike
-from node.inference.worker import EXIT_ORPHAN
+from node.inference.worker import EXIT_ORPHAN, START_DUTY
 
 PROMPT, TOKENS = "abc abd abe", 200
 
@@ -34,7 +34,7 @@ class Supervisor:
         self.process: subprocess.Popen[bytes] | None = None
         self.connection: socket.socket | None = None
 
-    def start(self, *extra: str) -> Ready:
+    def start(self, *extra: str, pace: bool = True) -> Ready:
         self.generation += 1
         self.process = subprocess.Popen(
             [
@@ -53,6 +53,8 @@ class Supervisor:
         assert isinstance(ready, Ready)
         assert ready.generation == self.generation
         assert ready.pid == self.process.pid
+        if pace:
+            self.send(Pace(duty=1.0))
         return ready
 
     def send(self, message: protocol.FromSupervisor) -> None:
@@ -175,6 +177,23 @@ def test_pace_spreads_the_same_work_over_more_time(supervisor: Supervisor) -> No
 
     seconds("warm-up", 1.0)
     assert seconds("paced", 0.1) > 4 * seconds("full", 1.0)
+
+
+def test_a_worker_rests_until_it_is_told_its_pace(supervisor: Supervisor) -> None:
+    supervisor.start()
+    supervisor.send(Pace(duty=START_DUTY))
+    supervisor.send(Start(job="paced", prompt=PROMPT, max_tokens=16))
+    supervisor.blocks()
+    started = time.monotonic()
+    supervisor.send(Start(job="told", prompt=PROMPT, max_tokens=64))
+    supervisor.blocks()
+    told_s = time.monotonic() - started
+    supervisor.kill()
+    supervisor.start(pace=False)
+    started = time.monotonic()
+    supervisor.send(Start(job="untold", prompt=PROMPT, max_tokens=64))
+    supervisor.blocks()
+    assert time.monotonic() - started > told_s / 2
 
 
 def test_cancel_ends_the_job_between_epochs(supervisor: Supervisor) -> None:

@@ -55,7 +55,7 @@ def test_nodes_with_other_state_directories_have_other_arenas_and_digests(tmp_pa
     [
         ("threads = 2", 'threads = "x"', ["model.threads", "'x'", "int"]),
         ("threads = 2", "thread = 2", ["thread", "model", "threads"]),
-        ("retries = 3", "retries = -1", ["worker.retries", "-1", ">= 0"]),
+        ("retries = 6", "retries = -1", ["worker.retries", "-1", ">= 0"]),
         ("restart_limit = 5", "restart_limit = 0", ["worker.restart_limit", ">= 1"]),
         ("hot_c = 85.0", "hot_c = nan", ["power.hot_c", "nan"]),
         ("hot_c = 85.0", "hot_c = 60.0", ["power", "hot_c", "warm_c"]),

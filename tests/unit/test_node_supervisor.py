@@ -29,7 +29,8 @@ def test_the_worker_command_carries_the_configuration() -> None:
         "--threads": "2",
         "--epoch-tokens": "32",
         "--positions": "1024",
-        "--retries": "3",
+        "--retries": "6",
+        "--epoch-seconds": "1.0",
     }
 
 
