@@ -103,8 +103,8 @@ def measure_overhead(
     *,
     epoch_tokens: int,
     epoch_s: float = 1.0,
-    tokens: int = 96,
-    pairs: int = 5,
+    tokens: int = 48,
+    pairs: int = 8,
     threads: int = 2,
 ) -> Overhead:
     """Time the same text decoded with and without verification, in interleaved pairs.
