@@ -134,6 +134,22 @@ def test_figures() -> None:
         ("protection_overhead", None, {"overhead": None}),
         ("ordered_stop", False, {"stopped_how": "killed by SIGKILL"}),
         ("ordered_stop", False, {"orphans_killed": 1}),
+        ("ordered_stop", False, {"stopped_how": "killed by SIGTERM", "interrupted": True}),
+        (
+            "ordered_stop",
+            None,
+            {"stopped_how": "killed by SIGTERM", "interrupted": True, "housekeeping": []},
+        ),
+        (
+            "ordered_stop",
+            False,
+            {
+                "stopped_how": "killed by SIGTERM",
+                "interrupted": True,
+                "housekeeping": [],
+                "orphans_killed": 1,
+            },
+        ),
     ],
 )
 def test_truth_table(name: str, ok: bool | None, changes: dict[str, object]) -> None:
