@@ -7,24 +7,18 @@ kernel says where the worker has them, and the arena (a file on shared memory) d
 from __future__ import annotations
 
 import os
-import struct
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import crc32c
-import msgspec
 import numpy as np
 
 from fdir.pages import MappedTensor, Span, live_mappings
-from fdir.rows import GROUP
 from hil.faults import Commit, Fault, Strike, Target
-from node.inference.arena import BLOCK, PAGE, ArenaShape, ArenaState
+from node.inference.arena import PAGE, ArenaShape, ArenaState, newest_state, read_record
 from node.inference.manifest import WEIGHTS, load_manifest
 from telemetry.errors import PenumbraError
-
-_FRAME = struct.Struct("<II")
 
 
 class NotThere(Exception):
@@ -153,16 +147,8 @@ class ArenaView:
                 head = file.read(3 * PAGE)
         except OSError:
             return None
-        shape_body = _framed(head, 0)
-        states = [body for body in (_framed(head, PAGE), _framed(head, 2 * PAGE)) if body is not None]
-        if shape_body is None or not states:
-            return None
-        try:
-            shape = msgspec.msgpack.decode(shape_body, type=ArenaShape)
-            decoded = [msgspec.msgpack.decode(body, type=ArenaState) for body in states]
-        except msgspec.DecodeError:
-            return None
-        return shape, max(decoded, key=lambda state: state.serial)
+        shape, state = read_record(head, 0, ArenaShape), newest_state(head)
+        return None if shape is None or state is None else (shape, state)
 
     def commit(self) -> Commit | None:
         """Return the committed state as a `Commit` seen now, None as in `read`."""
@@ -177,27 +163,6 @@ class ArenaView:
             generated=state.generated,
             finish=state.finish,
         )
-
-    @staticmethod
-    def kv_offset(shape: ArenaShape) -> int:
-        """Return where in the file the KV rows begin, bytes."""
-        planes, positions = shape.planes, shape.positions
-        groups = -(-positions // GROUP)
-        before = (
-            4 * positions,
-            BLOCK.itemsize * positions,
-            8 * positions * planes,
-            4 * groups * planes * shape.head_dim,
-        )
-        return 3 * PAGE + sum(-(-size // PAGE) * PAGE for size in before)
-
-
-def _framed(head: bytes, at: int) -> bytes | None:
-    if len(head) < at + PAGE:
-        return None
-    crc, length = _FRAME.unpack_from(head, at)
-    body = head[at + _FRAME.size : at + _FRAME.size + min(length, PAGE - _FRAME.size)]
-    return body if crc32c.crc32c(body) == crc else None
 
 
 class WorkerMemory:
@@ -272,7 +237,7 @@ class WorkerMemory:
         plane, position = divmod(row, state.positions)
         byte, bit = divmod(at, 8)
         page = plane * shape.positions + position
-        offset = ArenaView.kv_offset(shape) + page * shape.head_dim * 4 + byte
+        offset = shape.offsets()["kv"] + page * shape.head_dim * 4 + byte
         address = _address(memory.pid, self.arena.path, offset)
         t_ns = time.time_ns()
         before, after = memory.flip(address, bit)

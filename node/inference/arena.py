@@ -103,6 +103,27 @@ def arena_path(node: str, state_dir: Path) -> Path:
     return SHARED_MEMORY / f"penumbra-{node}-{tag}"
 
 
+def read_record(data: bytes | mmap.mmap, page: int, kind: type[Record]) -> Record | None:
+    """Return the framed record that begins at `page` of an arena, None when it is not whole."""
+    at = page * PAGE
+    if len(data) < at + PAGE:
+        return None
+    crc, length = _FRAME.unpack_from(data, at)
+    body = data[at + _FRAME.size : at + _FRAME.size + min(length, PAGE - _FRAME.size)]
+    if crc32c.crc32c(body) != crc:
+        return None
+    try:
+        return msgspec.msgpack.decode(body, type=kind)
+    except msgspec.DecodeError:
+        return None
+
+
+def newest_state(data: bytes | mmap.mmap) -> ArenaState | None:
+    """Return the newer whole copy of the state in the head of an arena, None when neither is whole."""
+    copies = [state for page in (1, 2) if (state := read_record(data, page, ArenaState)) is not None]
+    return max(copies, key=lambda state: state.serial, default=None)
+
+
 class KvArena:
     """Map the arena, alone.
 
@@ -147,12 +168,11 @@ class KvArena:
         self.digests = view("digests", "<u8", (positions, planes)).view(np.uint64)
         self.parity = view("parity", "<u4", (groups, planes, words)).view(np.uint32)
         self.kv = view("kv", "<f4", (planes, positions, words)).view(np.float32)
-        if self._read(0, ArenaShape) != shape:
+        if read_record(self._map, 0, ArenaShape) != shape:
             self._write(1, msgspec.msgpack.encode(ArenaState()))
             self._write(2, msgspec.msgpack.encode(ArenaState()))
             self._write(0, msgspec.msgpack.encode(shape))
-        copies = [s for s in (self._read(1, ArenaState), self._read(2, ArenaState)) if s is not None]
-        self.state = max(copies, key=lambda s: s.serial, default=ArenaState())
+        self.state = newest_state(self._map) or ArenaState()
 
     def commit(self, state: ArenaState) -> None:
         """Make `state` the committed one. Everything it counts must be in the arena already."""
@@ -168,17 +188,6 @@ class KvArena:
         """Let go of the lock; the mapping goes with the last view of it."""
         fcntl.flock(self._file, fcntl.LOCK_UN)  # the mapping holds a copy of the descriptor, and so the lock
         os.close(self._file)
-
-    def _read(self, page: int, kind: type[Record]) -> Record | None:
-        at = page * PAGE
-        crc, length = _FRAME.unpack_from(self._map, at)
-        body = self._map[at + _FRAME.size : at + _FRAME.size + min(length, PAGE - _FRAME.size)]
-        if crc32c.crc32c(body) != crc:
-            return None
-        try:
-            return msgspec.msgpack.decode(body, type=kind)
-        except msgspec.DecodeError:
-            return None
 
     def _write(self, page: int, body: bytes) -> None:
         at = page * PAGE

@@ -250,7 +250,7 @@ def test_rows_mended_while_loading_are_reported_after_ready(supervisor: Supervis
     shape, state = found
     assert state.positions > 0
     with path.open("r+b") as arena:
-        arena.seek(ArenaView.kv_offset(shape) + 9)
+        arena.seek(shape.offsets()["kv"] + 9)
         (byte,) = arena.read(1)
         arena.seek(-1, 1)
         arena.write(bytes([byte ^ 0x10]))

@@ -198,7 +198,7 @@ def test_arena_view_agrees_with_the_arena(bench: Bench) -> None:
     assert (commit.job, commit.generated, commit.serial) == ("j", 4, bench.arena.state.serial)
     bench.arena.kv[0, 0, 0] = 1.5
     raw = bench.arena.path.read_bytes()
-    assert np.frombuffer(raw, "<f4", 1, ArenaView.kv_offset(SHAPE))[0] == 1.5
+    assert np.frombuffer(raw, "<f4", 1, SHAPE.offsets()["kv"])[0] == 1.5
     assert len(raw) == bench.arena.size_bytes
 
 
