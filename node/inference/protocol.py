@@ -3,6 +3,10 @@
 Unix stream socket; the supervisor listens, the worker connects. Each message is a 4-byte big-endian
 length and a msgpack map tagged by `type`. The worker answers pings from the thread that decodes, between
 two steps, so an answer proves that decoding itself is alive.
+
+Several jobs run at once. A job is active from its `Start` to its last `Block`, its `Parked`, or its
+`JobError`; the supervisor keeps at most `Pace.batch` of them active. Which jobs those are, and in what
+order, is the supervisor's to decide; the worker takes them up in the order of their `Start`.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from telemetry.packets import Certificate
+from telemetry.sampling import Sampling
 
 MAX_MESSAGE = 1 << 20
 """Largest message either side accepts, bytes."""
@@ -28,25 +33,50 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", forbi
 
 
 class Start(Message, frozen=True, kw_only=True, tag="start"):
-    """Run a job, or go on with it when the KV arena still holds it."""
+    """Run a job, or go on with it when the KV arena still holds it.
+
+    A job that was active keeps its text to the byte, whether the arena still holds it or not: the choice of
+    a token depends on the prompt, the sampling, and the index of the token only.
+    """
 
     job: str
     prompt: str
     max_tokens: int
     known_tokens: int = 0
     """Tokens the supervisor has already stored: blocks before this index are not sent again."""
+    sampling: Sampling = Sampling()
+    """How tokens are chosen, when the text stops, and whether log-probabilities come with the blocks."""
 
 
-class Cancel(Message, frozen=True, kw_only=True, tag="cancel"):
-    """Finish the job at the end of the current epoch."""
+class Park(Message, frozen=True, kw_only=True, tag="park"):
+    """Stop decoding a job at the end of the current epoch; `Parked` answers. `Start` takes it up again."""
 
     job: str
 
 
+class Cancel(Message, frozen=True, kw_only=True, tag="cancel"):
+    """End the job at the end of the current epoch; its last block, which may have no token, carries `finish`.
+
+    A job that is not active is forgotten, without an answer.
+    """
+
+    job: str
+    finish: str = "cancelled"
+    """How it ended: `cancelled` or `deadline`."""
+
+
 class Pace(Message, frozen=True, kw_only=True, tag="pace"):
-    """Operating point: the share of time the worker may compute, 0.01 to 1."""
+    """Operating point, from the next run of the model on; None leaves a figure as it is."""
 
     duty: float
+    """The share of time the worker may compute, 0.01 to 1."""
+    threads: int | None = None
+    """Processor cores used, 1 to the threads the worker was started with (more counts as that many)."""
+    batch: int | None = None
+    """Most jobs decoded together, 1 to the worker's seats. Fewer: the last ones wait in their seats, active,
+    until there is room."""
+    redundant: bool | None = None
+    """Whether every epoch is computed twice and compared."""
 
 
 class Ping(Message, frozen=True, kw_only=True, tag="ping"):
@@ -62,6 +92,14 @@ class Shutdown(Message, frozen=True, kw_only=True, tag="shutdown"):
 # Worker to supervisor.
 
 
+class Resumed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A job found whole in the KV arena. It is not active before its `Start`."""
+
+    job: str
+    tokens: int
+    """Tokens committed."""
+
+
 class Ready(Message, frozen=True, kw_only=True, tag="ready"):
     """The session is loaded and its memory proven."""
 
@@ -70,9 +108,8 @@ class Ready(Message, frozen=True, kw_only=True, tag="ready"):
     pid: int
     image_id: str
     onnxruntime: str
-    resumed_job: str | None
-    """Job found whole in the KV arena, None if it was empty or could not be proven."""
-    resumed_tokens: int
+    resumed: list[Resumed]
+    """Jobs in the KV arena whose record is whole; one that could not be proven is missing."""
     load_s: float
 
 
@@ -92,6 +129,14 @@ class Block(Message, frozen=True, kw_only=True, tag="block"):
     certificate: Certificate
     prompt_tokens: list[int] | None
     finish: str | None
+    logprobs: list[float] | None = None
+    """Natural logarithm of each token's probability, where the job asked for it."""
+
+
+class Parked(Message, frozen=True, kw_only=True, tag="parked"):
+    """Answer to `Park`: the job is proven up to here, and not active. The arena keeps it while it can."""
+
+    job: str
 
 
 class JobError(Message, frozen=True, kw_only=True, tag="job_error"):
@@ -102,19 +147,20 @@ class JobError(Message, frozen=True, kw_only=True, tag="job_error"):
 
 
 class Strike(Message, frozen=True, kw_only=True, tag="strike"):
-    """Memory damage found, and what was done about it."""
+    """Damage found, and what was done about it."""
 
     region: str
-    """`weights` or `kv`."""
+    """`weights`, `kv`, or `compute`: a result no memory accounts for."""
     page: int
-    """Page number in weights.bin, or plane * positions + position."""
+    """Page number in weights.bin; position of a KV row; number of a matrix product, 0 for other checks."""
     role: str
+    """Role of the tensor; `global` or `window` rows; `matmul`, `hidden`, `logits` or `redundancy`."""
     detected_ns: int
     """CLOCK_REALTIME, ns."""
     recovered_ns: int | None
     """None when it could not be repaired in place."""
     method: str
-    """`parity`, `golden`, `recompute` or `none`."""
+    """`parity`, `golden`, `digest`, `redo`, `recompute` or `none`."""
     evidence: dict[str, str | int | float | bool | None] = {}
 
 
@@ -131,6 +177,16 @@ class Status(Message, frozen=True, kw_only=True, tag="status"):
     """Mean time of a decode step in the last epoch."""
     scrub_pass_s: float | None
     """Time the last full pass over pages outside the epoch's working set took."""
+    active: int
+    """Jobs active."""
+    batch: int
+    """Most jobs decoded together."""
+    threads: int
+    """Processor cores used."""
+    prefill_tokens: int
+    """Prompt tokens read since the worker started; those of a shared prefix are not read again."""
+    tokens_s: float
+    """Committed tokens of the last epoch by its time, pauses excluded, 1/s; 0 before the first."""
 
 
 class Fatal(Message, frozen=True, kw_only=True, tag="fatal"):
@@ -139,8 +195,8 @@ class Fatal(Message, frozen=True, kw_only=True, tag="fatal"):
     reason: str
 
 
-FromSupervisor = Start | Cancel | Pace | Ping | Shutdown
-FromWorker = Ready | Pong | Block | JobError | Strike | Status | Fatal
+FromSupervisor = Start | Park | Cancel | Pace | Ping | Shutdown
+FromWorker = Ready | Pong | Block | Parked | JobError | Strike | Status | Fatal
 
 _encoder = msgspec.msgpack.Encoder()
 

@@ -6,34 +6,46 @@ import struct
 from typing import get_args
 
 import msgpack
+import msgspec
 import pytest
 
 from node.inference import protocol
 from telemetry.packets import Certificate
+from telemetry.sampling import Sampling
 
 CERTIFICATE = Certificate(image_id="00" * 8, epoch=0, kv_digest=b"k" * 8, chain=b"c" * 32)
 FROM_SUPERVISOR = [
     protocol.Start(job="a", prompt="Once", max_tokens=8, known_tokens=3),
+    protocol.Start(job="b", prompt="Once", max_tokens=8, sampling=Sampling(temperature=0.5, stop=("\n",))),
+    protocol.Park(job="a"),
     protocol.Cancel(job="a"),
+    protocol.Cancel(job="a", finish="deadline"),
     protocol.Pace(duty=0.5),
+    protocol.Pace(duty=0.5, threads=1, batch=4, redundant=True),
     protocol.Ping(key=2**40),
     protocol.Shutdown(),
 ]
 FROM_WORKER = [
     protocol.Ready(
-        generation=1, pid=2, image_id="x", onnxruntime="1", resumed_job=None, resumed_tokens=0, load_s=0.1
+        generation=1, pid=2, image_id="x", onnxruntime="1",
+        resumed=[protocol.Resumed(job="a", tokens=9)], load_s=0.1,
     ),
     protocol.Pong(key=2**40),
     protocol.Block(
-        job="a", first=0, tokens=[1], text=b"\xff", certificate=CERTIFICATE, prompt_tokens=[2], finish=None
+        job="a", first=0, tokens=[1], text=b"\xff", certificate=CERTIFICATE, prompt_tokens=[2], finish=None,
+        logprobs=[-0.5],
     ),
+    protocol.Block(
+        job="a", first=1, tokens=[], text=b"", certificate=CERTIFICATE, prompt_tokens=None, finish="cancelled"
+    ),
+    protocol.Parked(job="a"),
     protocol.JobError(job="a", reason="too long"),
     protocol.Strike(
-        region="kv", page=1, role="k", detected_ns=5, recovered_ns=None, method="none", evidence={"a": 1}
+        region="kv", page=1, role="global", detected_ns=5, recovered_ns=None, method="none", evidence={"a": 1}
     ),
     protocol.Status(
         tokens_committed=1, tokens_discarded=0, epochs_clean=1, epochs_dirty=0, scan_ms=1.0, step_ms=2.0,
-        scrub_pass_s=None,
+        scrub_pass_s=None, active=3, batch=8, threads=2, prefill_tokens=640, tokens_s=123.4,
     ),
     protocol.Fatal(reason="worn out"),
 ]  # fmt: skip
@@ -55,9 +67,32 @@ def test_messages_survive_any_cut_of_the_stream(kind: object, messages: list[obj
     assert found == messages
 
 
-def test_the_wire_is_a_length_and_a_tagged_map() -> None:
-    assert protocol.encode(protocol.Ping(key=5)) == bytes.fromhex("0000001082a474797065a470696e67a36b657905")
-    assert msgpack.unpackb(protocol.encode(protocol.Ping(key=5))[4:]) == {"type": "ping", "key": 5}
+GOLDEN = [
+    (protocol.Ping(key=5), "0000001082a474797065a470696e67a36b657905"),
+    (protocol.Park(job="a"), "0000001182a474797065a47061726ba36a6f62a161"),
+    (protocol.Shutdown(), "0000000f81a474797065a873687574646f776e"),
+    (protocol.Parked(job="a"), "0000001382a474797065a67061726b6564a36a6f62a161"),
+]
+
+
+@pytest.mark.parametrize(("message", "raw"), GOLDEN)
+def test_the_wire_is_a_length_and_a_tagged_map(message: protocol.Message, raw: str) -> None:
+    assert protocol.encode(message).hex() == raw
+
+
+@pytest.mark.parametrize("message", [*FROM_SUPERVISOR, *FROM_WORKER])
+def test_an_independent_codec_reads_every_field(message: protocol.Message) -> None:
+    fields = msgpack.unpackb(protocol.encode(message)[4:])
+    assert fields.pop("type") == type(message).__struct_config__.tag
+    assert fields == msgspec.to_builtins(message, builtin_types=(bytes,))
+
+
+def test_old_orders_are_still_understood() -> None:
+    """A supervisor that gives no more than the first version knew gets the defaults."""
+    body = msgpack.packb({"type": "start", "job": "a", "prompt": "Once", "max_tokens": 8})
+    assert list(protocol.Reader(protocol.FromSupervisor).feed(_framed(body))) == [
+        protocol.Start(job="a", prompt="Once", max_tokens=8, known_tokens=0, sampling=Sampling())
+    ]
 
 
 def _framed(body: bytes) -> bytes:
