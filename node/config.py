@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -81,12 +81,22 @@ class KeysSection(Section, frozen=True, kw_only=True):
 class WorkerSection(Section, frozen=True, kw_only=True):
     """The inference worker and its supervision. Times are physical seconds."""
 
+    batch: Annotated[int, Meta(ge=1, le=64)] = 8
+    """Jobs decoded together at most."""
+    seats: Annotated[int, Meta(ge=1, le=128)] = 10
+    """Sequences the KV arena holds: those of the batch, and more that are parked or may lend a prefix."""
     epoch_tokens: Annotated[int, Meta(ge=1, le=1024)] = 32
-    """Tokens decoded between two proofs of memory."""
-    positions: Annotated[int, Meta(ge=16, le=32_768)] = 1024
-    """Positions of the KV arena: prompt and answer of a job together."""
+    """Tokens of a block: what one certificate covers."""
+    positions: Annotated[int, Meta(ge=16, le=32_768)] = 4096
+    """Positions of a sequence: prompt and answer of a job together."""
+    overhead_budget: Annotated[float, Meta(ge=0.001, le=0.5)] = 0.02
+    """Share of the time that proofs of memory may take: it sets how long an epoch is."""
     epoch_s: Annotated[float, Meta(ge=0.05, le=60)] = 1.0
-    """Longest time between two proofs of memory, s."""
+    """Longest time between two proofs of memory, s, whatever the budget says."""
+    checked: bool = False
+    """Check every matrix product by its checksum: finds faults that leave no trace in memory."""
+    redundant_modes: list[Literal["nominal", "eclipse"]] = []
+    """Modes in which every epoch is decoded twice and compared, at half the speed."""
     retries: Annotated[int, Meta(ge=0, le=100)] = 6
     """Times a dirty epoch is decoded again before the worker gives up."""
     ping_period_s: Seconds = 0.5
@@ -101,6 +111,12 @@ class WorkerSection(Section, frozen=True, kw_only=True):
     restart_window_s: Seconds = 60.0
 
     def __post_init__(self) -> None:
+        if self.seats < self.batch:
+            raise ValueError(
+                f"seats {self.seats} must not be below batch {self.batch}: every job of the batch needs one"
+            )
+        if len(set(self.redundant_modes)) < len(self.redundant_modes):
+            raise ValueError(f"redundant_modes {self.redundant_modes} must name each mode once")
         if not self.ping_period_s <= self.ping_warn_s < self.ping_fatal_s:
             raise ValueError(
                 f"ping_period_s {self.ping_period_s:g} <= ping_warn_s {self.ping_warn_s:g}"

@@ -16,6 +16,7 @@ from msgspec import Meta
 
 from telemetry.frame import MissionTime, Sequence
 from telemetry.keys import MAC_BYTES, Domain, KeyRing, KeyState
+from telemetry.sampling import Sampling
 
 COMMAND_VERSION = 1
 MAX_COMMAND_BYTES = 128 * 1024
@@ -70,6 +71,10 @@ JobId = Annotated[
 ]
 
 
+Priority = Annotated[int, Meta(ge=0, le=9, description="0 to 9")]
+DEFAULT_PRIORITY = 5
+
+
 class Arguments(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base of the arguments of every command."""
 
@@ -84,8 +89,12 @@ class Ping(Arguments, frozen=True, kw_only=True):
     hazard: ClassVar[Hazard] = Hazard.NONE
 
 
-class Infer(Arguments, frozen=True, kw_only=True):
-    """Put an inference job at the end of the durable queue."""
+class Infer(Arguments, frozen=True, kw_only=True, omit_defaults=True):
+    """Put an inference job into the durable queue.
+
+    The next job is the one of highest priority; of equals the one of earliest deadline, then the oldest.
+    A job asked for with the first three fields only has the same bytes as before there were others.
+    """
 
     name: ClassVar[str] = "infer"
     hazard: ClassVar[Hazard] = Hazard.NONE
@@ -94,6 +103,13 @@ class Infer(Arguments, frozen=True, kw_only=True):
     """Names the job in its results; must be new."""
     prompt: Annotated[str, Meta(min_length=1, max_length=16000, description="1 to 16000 characters")]
     max_tokens: Annotated[int, Meta(ge=1, le=2048, description="1 to 2048 tokens")]
+    sampling: Sampling = Sampling()
+    """How tokens are chosen; greedy when left out."""
+    priority: Priority = DEFAULT_PRIORITY
+    """9 goes first. A higher job waiting for a place in the batch takes that of a lower one, which goes on
+    later with the same text."""
+    deadline_ns: MissionTime | None = None
+    """Mission time (UTC) at which the job ends as it is, finished or not, ns since 1970. None: never."""
 
 
 class Cancel(Arguments, frozen=True, kw_only=True):

@@ -170,6 +170,14 @@ class Housekeeping(Packet, frozen=True, kw_only=True):
     """Telecommands rejected, since boot."""
     garbage_messages: Count
     """Messages on any topic that could not be read, counted and dropped."""
+    jobs_active: Count = 0
+    """Jobs that have a place in the batch now."""
+    batch: Count = 0
+    """Most jobs decoded together, at the present operating point."""
+    threads: Count = 0
+    """Threads the worker computes with; 0 while there is no worker."""
+    prefill_tokens: Count = 0
+    """Prompt tokens read by the worker, since boot."""
 
 
 class Event(Packet, frozen=True, kw_only=True):
@@ -217,7 +225,9 @@ class Result(Packet, frozen=True, kw_only=True):
     prompt_tokens: list[int] | None = None
     """Token ids of the prompt, in the job's first block only: the chain starts from them."""
     finish: str | None = None
-    """None while the job goes on; else `length`, `eos`, `cancelled` or `failed: ...`."""
+    """None while the job goes on; else `length`, `eos`, `stop`, `cancelled`, `deadline` or `failed: ...`."""
+    logprobs: list[float] | None = None
+    """Natural logarithm of each token's probability, in order, when the job asked for them."""
 
 
 class Verification(Packet, frozen=True, kw_only=True):
@@ -248,7 +258,7 @@ class FdirReport(Packet, frozen=True, kw_only=True):
     type_name: ClassVar[str] = "fdir"
 
     monitor: str
-    """What noticed: `weights.digest`, `kv.digest`, `worker.ping`, `worker.exit`."""
+    """What noticed: `weights.digest`, `kv.digest`, `compute.check`, `worker.ping`, `worker.exit`."""
     level: Level
     outcome: Outcome
     action: str
@@ -258,11 +268,13 @@ class FdirReport(Packet, frozen=True, kw_only=True):
     recovered_ns: Nanoseconds | None
     """Host clock when service was whole again, None if it is not."""
     region: str = ""
-    """`weights` or `kv`, empty when not about memory."""
+    """`weights`, `kv` or `compute`, empty when about none of them."""
     page: Count | None = None
-    """Page number in weights.bin, or plane * positions + position for a KV row."""
+    """Page number in weights.bin; position of a KV row, whose `evidence` names `seat` and `bank`; number of a
+    matrix product, 0 for the other checks of computation."""
     role: str = ""
-    """Tensor role from the manifest, or `k` / `v`."""
+    """Tensor role from the manifest; bank of a KV row, `global` or `window`; what was checked of a
+    computation: `matmul`, `hidden`, `logits` or `redundancy`."""
     evidence: dict[str, str | int | float | bool | None] = {}
 
 
