@@ -1,0 +1,1 @@
+"""Performance figures, each measured beside its peers in one process order: `penumbra bench`."""

@@ -1,0 +1,267 @@
+"""What `penumbra bench` and `penumbra calibrate` leave behind for machines: the fields of their JSON.
+
+A figure that could not be measured is null, never 0. Times and rates are medians with the smallest and the
+largest run: machines are shared, and a single figure would hide by how much.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+Count = Annotated[int, Meta(ge=0, description="count")]
+Bytes = Annotated[int, Meta(ge=0, description="byte")]
+Watts = Annotated[float, Meta(ge=0, description="W")]
+Share = Annotated[float, Meta(ge=0, description="1 = one core")]
+TokensPerSecond = Annotated[float, Meta(ge=0, description="token/s")]
+Percent = Annotated[float, Meta(ge=0, le=100, description="%")]
+Nats = Annotated[float, Meta(description="nat")]
+
+
+class _Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of all parts of a measurement."""
+
+
+class Spread(_Part, frozen=True, kw_only=True):
+    """One figure over several interleaved runs. The unit is that of the field which holds it."""
+
+    median: float
+    min: float
+    max: float
+
+
+class PairedCost(_Part, frozen=True, kw_only=True):
+    """What one thing costs over another, percent of time, from pairs of short runs in alternating order."""
+
+    median: Annotated[float, Meta(description="%")]
+    min: Annotated[float, Meta(description="%")]
+    max: Annotated[float, Meta(description="%")]
+    low95: Annotated[float, Meta(description="%")]
+    """Lower end of the 95 % bootstrap interval of the median."""
+    high95: Annotated[float, Meta(description="%")]
+    """Upper end of it."""
+    pairs: Count
+
+
+class Machine(_Part, frozen=True, kw_only=True):
+    """Where a measurement was taken."""
+
+    cpu: str
+    features: list[str]
+    """Vector features of the CPU that kernels choose by."""
+    cores: Count
+    threads: Count
+    """Threads each contender was given."""
+    memory_bytes: Bytes
+    python: str
+    numpy: str
+    onnxruntime: str
+    llama_cpp_python: str | None
+    """Null when the `peers` extra is not installed or was not asked for."""
+    load_before: float
+    """Load average over one minute before the first run: other work on the cores."""
+    load_after: float
+
+
+class BenchRatios(_Part, frozen=True, kw_only=True):
+    """The ratios the bars are set on. Each run gives one; null without the peer."""
+
+    decode1_vs_llama: Spread | None
+    """One sequence, protected, against llama.cpp, tokens/s."""
+    decode8_vs_decode1: Spread
+    """Eight sequences together against one, both protected, tokens/s."""
+    decode8_vs_llama: Spread | None
+    """Eight sequences together, protected, against llama.cpp with eight, tokens/s."""
+    prefill512_vs_llama: Spread | None
+    """512 prompt tokens, protected, against llama.cpp, tokens/s."""
+    floor_share: Spread
+    """Time the memory alone would take for the bytes of a token, by the time a token took, protected."""
+
+
+class BenchCosts(_Part, frozen=True, kw_only=True):
+    """What protection costs, one sequence."""
+
+    verified: PairedCost
+    """Verified decoding against the same model and head with nothing proven."""
+    checks: PairedCost
+    """Compute checks on top of verified decoding."""
+
+
+class CostParts(_Part, frozen=True, kw_only=True):
+    """The cost of verified decoding by its parts, each timed inside the process that decodes."""
+
+    scan_ms: Spread
+    """One proof: weights and KV rows."""
+    epoch_tokens: Spread
+    """Steps the epochs took, as flown."""
+    step_ms: Spread
+    """A decode step, digests not counted."""
+    digest_us: Spread
+    """Digests of the KV rows of one position, us a token."""
+    cost_pct: Spread
+    """(proof / steps of the epoch + digests) / step, %."""
+
+
+class DecodeRow(_Part, frozen=True, kw_only=True):
+    """Decoding by one contender at one batch size."""
+
+    contender: Literal["off", "on", "checked", "llama.cpp"]
+    """`off`: nothing proven; `on`: verified decoding; `checked`: compute checks as well."""
+    batch: Count
+    """Sequences decoded together."""
+    tokens_s: Spread
+    """All sequences together, token/s."""
+    step_ms: Spread
+    """Time of a step of the whole batch, proofs spread over the steps, ms."""
+
+
+class PrefillRow(_Part, frozen=True, kw_only=True):
+    """A prompt by one contender, until the hidden state or logits that follow it are there."""
+
+    contender: Literal["off", "on", "llama.cpp"]
+    tokens: Count
+    time_ms: Spread
+
+
+class MemoryFloor(_Part, frozen=True, kw_only=True):
+    """Memory bandwidth, and the time it alone takes for a token."""
+
+    read_gb_s: Spread
+    """Sequential read of memory as large as the live weights, all threads, GB/s (10^9)."""
+    method: str
+    """How it was read: the fastest of the ways tried."""
+    token_bytes: Bytes
+    """Bytes of weights one token of one sequence reads. KV rows (under 1 % here) are left out."""
+    floor_ms: Spread
+    share_off: Spread
+    """As `floor_share`, with nothing proven."""
+
+
+class FreshStart(_Part, frozen=True, kw_only=True):
+    """A new process each time: to the first token, and the most memory it ever held."""
+
+    contender: Literal["penumbra", "llama.cpp"]
+    import_s: Spread
+    """Python imports, before the clock of the load starts."""
+    load_s: Spread
+    """The model loaded (and, ours, proven)."""
+    first_token_s: Spread
+    """From the start of the load to the first token of a short prompt; ours proven as well."""
+    peak_bytes: dict[str, int]
+    """VmHWM by number of sequences, bytes. Pages of files and shared memory count."""
+
+
+class Bar(_Part, frozen=True, kw_only=True):
+    """One bar of the order, and what became of it."""
+
+    name: str
+    measured: float | None
+    """Median."""
+    bar: float
+    stretch: float
+    unit: str
+    verdict: Literal["stretch", "passed", "falls short", "not measured"]
+
+
+class BenchInference(_Part, frozen=True, kw_only=True):
+    """The result of `penumbra bench inference`."""
+
+    machine: Machine
+    model: str
+    image_id: str
+    gguf_sha256: str
+    runs: Count
+    """Rounds; in each, every contender has its turn, in alternating order."""
+    quick: bool
+    """Short runs: good for a look, not for figures to be quoted."""
+    ratios: BenchRatios
+    cost_pct: BenchCosts
+    load_to_first_token_s: Spread
+    cost_parts: CostParts
+    decode: list[DecodeRow]
+    prefill: list[PrefillRow]
+    memory: MemoryFloor
+    starts: list[FreshStart]
+    bars: list[Bar]
+    wall_s: float
+
+
+class PerplexityRow(_Part, frozen=True, kw_only=True):
+    """How one implementation predicts the fixed text."""
+
+    contender: Literal["penumbra", "reference", "llama.cpp"]
+    perplexity: float
+    against_reference_pct: Annotated[float, Meta(description="%")] | None
+    """Perplexity over that of the reference, minus 1; null for the reference itself."""
+    agreement_pct: Percent | None
+    """Positions whose most probable token is that of the reference; null for the reference itself."""
+    wall_s: float
+
+
+class Disagreement(_Part, frozen=True, kw_only=True):
+    """Where the most probable token differs from the reference's, and how close the choice was there."""
+
+    contender: Literal["penumbra", "llama.cpp"]
+    positions: Count
+    gap_median: Nats | None
+    """Reference logit of its first choice minus its second, median over those positions; null without any."""
+    gap_max: Nats | None
+    gap_all: Nats
+    """The same gap, median over all positions."""
+    second_choice: Count
+    """Of those positions, how many took the reference's second choice."""
+
+
+class BenchPerplexity(_Part, frozen=True, kw_only=True):
+    """The result of `penumbra bench perplexity`."""
+
+    machine: Machine
+    model: str
+    image_id: str
+    gguf_sha256: str
+    tokens: Count
+    text_sha256: str
+    rows: list[PerplexityRow]
+    disagreements: list[Disagreement]
+    against_llama_pct: Annotated[float, Meta(description="%")] | None
+    """Our perplexity over that of llama.cpp, minus 1; null without the peer."""
+    head_top1_equal: Count
+    """Positions, of `head_positions`, whose first candidate of the flown head is the largest exact logit."""
+    head_positions: Count
+    head_log_total_error: Nats
+    """Largest error of the flown head's log of the sum over the vocabulary, over those positions."""
+
+
+class OperatingPoint(_Part, frozen=True, kw_only=True):
+    """One way to run the worker, and what it gives."""
+
+    threads: Count
+    batch: Count
+    duty: float
+    tokens_s: TokensPerSecond
+    """Proven and committed, all sequences together."""
+    cpu_share: Share
+    """CPU time of the worker by physical time."""
+    power_w: Watts | None
+    """Mean draw; null unless the board measures it."""
+    seconds: float
+    """Length of the measurement."""
+
+
+class Calibration(_Part, frozen=True, kw_only=True):
+    """The result of `penumbra calibrate`."""
+
+    machine: Machine
+    board: str
+    board_measures: bool
+    """False: the board computes its draw from CPU time. Such watts prove nothing, so they stay null."""
+    image_id: str
+    checked: bool
+    """Compute checks were on."""
+    points: list[OperatingPoint]
+    duty_half_share: float
+    """Tokens/s at duty 0.5 by those at duty 1, one thread count and batch: 0.5 if pacing holds its word."""
+    reloads: Count
+    """Sessions loaded after the first. Must be 0: operating points change without one."""
