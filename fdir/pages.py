@@ -38,8 +38,8 @@ class MappedTensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
     name: str
     role: str
-    """What it does: attn_q, attn_k, attn_v, attn_output, ffn_gate, ffn_up, ffn_down, norm, head, embed,
-    scale, rope or other."""
+    """What it does: attn_qkv, attn_output, ffn_gate_up, ffn_down, norm, head, embed, table, check, scale, rope
+    or other."""
     layer: int | None
     offset: int
     """First byte in the file; a multiple of the page size."""
@@ -47,10 +47,13 @@ class MappedTensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """Bytes; the rest of the last page is zero."""
     first_page: int
     page_count: int
-    sparse: bool
-    """Only some rows are read, such as those of the tokens in use: see `WeightMemory.row_pages`."""
+    rows: int = 0
+    """Rows it has, where a step reads only some of them, such as those of the tokens in use: see
+    `WeightMemory.row_pages`. 0: a step reads it whole."""
     read: bool
     """False if it is read while loading only, never in a step: what happens to it later cannot matter."""
+    mapped_by: str = ""
+    """Name of the graph whose session maps it. Empty: the loader maps it itself."""
 
 
 class Span(NamedTuple):
@@ -213,7 +216,7 @@ class WeightMemory:
     """The tensors of a file as this process has mapped them: checked, and open to repair in place.
 
     Blocks are numbered: first those of tensors that every step reads whole, `live_blocks` of them, then those
-    read in part (``sparse``) or while loading only (``read`` false), up to `block_count`.
+    read in part (``rows``) or while loading only (``read`` false), up to `block_count`.
 
     Make one with `attach`. It is valid as long as the mapping, so keep the session that made it alive.
     """
@@ -232,7 +235,7 @@ class WeightMemory:
             whole = memory_view(self._address[tensor.first_page], tensor.page_count * PAGE_SIZE)
             for (start, end), digest in zip(_block_ranges(tensor), table.blocks[index], strict=True):
                 view = whole[start - tensor.offset : end - tensor.offset]
-                chosen = live if tensor.read and not tensor.sparse else rest
+                chosen = live if tensor.read and not tensor.rows else rest
                 chosen.append(_Block(view, int(digest), start // PAGE_SIZE))
         self._blocks = live + rest
         self.live_blocks = len(live)
@@ -282,7 +285,7 @@ class WeightMemory:
         return len(self._blocks)
 
     def scan(self, pool: Executor | None = None, parts: int = 1) -> list[BadPage]:
-        """Check everything that every step reads; sparse tensors are left to `scan_pages`.
+        """Check everything that every step reads; tensors read by row are left to `scan_pages`.
 
         Parameters
         ----------
@@ -318,29 +321,28 @@ class WeightMemory:
             if not self.table.page_is_good(page, self.page_view(page).data)
         ]
 
-    def row_pages(self, rows: NDArray[np.int64], row_count: int) -> NDArray[np.int64]:
-        """Return the pages that rows of the sparse tensors lie on.
+    def row_pages(self, role: str, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the pages that rows of the tensors of a role lie on.
 
         Parameters
         ----------
+        role
+            Their role; those of it that a step reads whole are left to `scan`.
         rows
             Row numbers, such as token ids, any shape.
-        row_count
-            Rows of each sparse tensor, such as the size of the vocabulary.
 
         Returns
         -------
         Page numbers, sorted, each once.
         """
-        unique = np.unique(rows)
         found: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
         for tensor in self.tensors:
-            if tensor.sparse:
-                row_bytes = tensor.length // row_count
-                first = (tensor.offset + unique * row_bytes) // PAGE_SIZE
-                last = (tensor.offset + (unique + 1) * row_bytes - 1) // PAGE_SIZE
-                found += [first + step for step in range(int((last - first).max(initial=0)) + 1)]
-                found[-1] = np.minimum(found[-1], last)
+            if tensor.rows and tensor.role == role:
+                row_bytes = tensor.length // tensor.rows
+                start = tensor.offset + np.unique(rows) * row_bytes
+                first, last = start // PAGE_SIZE, (start + row_bytes - 1) // PAGE_SIZE
+                longest = int((last - first).max(initial=0))
+                found += [np.minimum(first + step, last) for step in range(longest + 1)]
         return np.unique(np.concatenate(found))
 
     def holds(self, page: int) -> bool:

@@ -19,6 +19,7 @@ one model bear one id.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import platform
@@ -29,13 +30,17 @@ import msgspec
 import xxhash
 
 from fdir.pages import PAGE_SIZE, MappedTensor, PageTable, WeightMemory
+from node.inference.screen import ScreenBounds
 from telemetry.errors import PenumbraError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Version of the image format; an image of another version is refused."""
-GRAPH, WEIGHTS, PARITY = "model.onnx", "weights.bin", "parity.bin"
+TRUNK, CHECKED_TRUNK, SCREEN = "trunk.onnx", "trunk_checked.onnx", "screen.onnx"
+GRAPHS = (TRUNK, CHECKED_TRUNK, SCREEN)
+"""Graphs, which all refer to one weights file. A tensor two trunks share belongs to the first."""
+WEIGHTS, PARITY = "weights.bin", "parity.bin"
 DIGESTS, TOKENIZER, MANIFEST = "digests.bin", "tokenizer.model", "manifest.json"
-FILES = (GRAPH, WEIGHTS, PARITY, DIGESTS, TOKENIZER, MANIFEST)
+FILES = (*GRAPHS, WEIGHTS, PARITY, DIGESTS, TOKENIZER, MANIFEST)
 """Every file of an image."""
 PACKED = ".packed"
 """End of the name of a tensor in the form ONNX Runtime computes on."""
@@ -81,6 +86,20 @@ class GemmaShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return (layer + 1) % self.global_every == 0
 
 
+class Checks(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How the residuals of a checked trunk are judged."""
+
+    names: tuple[str, ...]
+    """Matrix product of each column of ``residual``."""
+    limits: tuple[float, ...]
+    """Largest sound residual of each; more is a fault of computation."""
+    false_positive: float
+    """Bound, with 95 % confidence, on the chance that a sound position exceeds any limit: stated from
+    `positions` sound ones the limits were not made from, of which `tripped` did."""
+    positions: int
+    tripped: int
+
+
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Everything that is fixed when an image is built."""
 
@@ -100,20 +119,29 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     sizes: dict[str, int]
     """Bytes of each file but the manifest."""
     sha256: dict[str, str]
-    """SHA-256 of graph, tokenizer and digests. Weights and parity are covered by the page digests."""
+    """SHA-256 of graphs, tokenizer and digests. Weights and parity are covered by the page digests."""
     weight_pages: int
     parity_pages: int
     parity_data: int
     """Data pages in a parity group."""
     parity_extra: int
     """Parity pages of a group: the number of bad pages it can restore."""
-    known_answer: str
-    """xxh3_128 of what a sound session computes for a fixed input: `node.inference.probe.known_answer`."""
+    known_answers: dict[str, str]
+    """By file name of the trunk, xxh3_128 of what sound sessions of trunk and screen compute for a fixed input:
+    `node.inference.probe.known_answer`."""
+    screen: ScreenBounds
+    """What the head needs to know of its screen."""
+    checks: Checks
     tensors: tuple[MappedTensor, ...]
-    """What a loaded session maps from the weights file, in file order."""
+    """What a loaded model maps from the weights file, in file order; a model that is not checked does not map
+    those of the checked trunk, see `mapped`."""
     originals: tuple[MappedTensor, ...]
-    """What it reads from the weights file while loading, then drops, in file order. From a damaged original
-    it packs anew, into memory no digest covers; that is what the known answer guards against."""
+    """What loading reads from the weights file and then drops, in file order. From a damaged original
+    ONNX Runtime packs anew, into memory no digest covers; that is what the known answer guards against."""
+
+    def mapped(self, checked: bool) -> tuple[MappedTensor, ...]:
+        """Return the tensors a loaded model maps, in file order."""
+        return tuple(tensor for tensor in self.tensors if checked or tensor.mapped_by != CHECKED_TRUNK)
 
 
 class _Envelope(msgspec.Struct, forbid_unknown_fields=True):
@@ -249,12 +277,25 @@ def load_page_table(image_dir: Path, manifest: Manifest) -> PageTable:
     return PageTable.from_bytes(raw, manifest.weight_pages, manifest.parity_pages, manifest.tensors)
 
 
-def attach_weights(image_dir: Path, manifest: Manifest) -> WeightMemory:
-    """Find the weights that a session of this process has mapped from an image, once it is loaded.
+def attach_weights(image_dir: Path, manifest: Manifest, *, checked: bool = False) -> WeightMemory:
+    """Find the weights that a model loaded by this process has mapped from an image.
+
+    Parameters
+    ----------
+    image_dir
+        Directory of the slot.
+    manifest
+        Its manifest.
+    checked
+        Whether the model is a checked one.
 
     Raises
     ------
     PenumbraError
         A tensor of the manifest is not mapped, or ``digests.bin`` is missing or damaged.
     """
-    return WeightMemory.attach(image_dir / WEIGHTS, manifest.tensors, load_page_table(image_dir, manifest))
+    table = load_page_table(image_dir, manifest)
+    blocks = dict(zip((tensor.name for tensor in manifest.tensors), table.blocks, strict=True))
+    mapped = manifest.mapped(checked)
+    mine = dataclasses.replace(table, blocks=tuple(blocks[tensor.name] for tensor in mapped))
+    return WeightMemory.attach(image_dir / WEIGHTS, mapped, mine)

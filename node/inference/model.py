@@ -1,0 +1,134 @@
+"""A model as the worker runs it: the sessions of an image and its head, loaded and proven.
+
+Trunk and screen are sessions of ONNX Runtime, which map their tensors from ``weights.bin``. What they do not
+map (the screen's rotation, the table of an untied head) this module maps itself, private and writable, so
+that it is scanned, struck and repaired like the rest.
+"""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from fdir.pages import MappedTensor, memory_view
+from node.inference import manifest as m
+from node.inference.head import ScreenedHead
+from node.inference.probe import known_answer, mapped_addresses, prove_sessions
+from telemetry.errors import PenumbraError
+
+_REBUILD = "build the image again: `penumbra model build --force`"
+_AGAIN = "check the files with `penumbra model verify`; if they are whole, load again"
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a worker runs. Keep it as long as anything looks at its memory.
+
+    Parameters
+    ----------
+    directory
+        The image slot it was loaded from.
+    manifest
+        That image's manifest.
+    trunk
+        Session of ``trunk.onnx`` or ``trunk_checked.onnx``: see `node.inference.graph` for inputs and outputs.
+    screen
+        Session of ``screen.onnx``, which `head` runs.
+    head
+        Finds the largest logits of a hidden state.
+    checked
+        Whether the trunk also returns ``residual``.
+    check_limits
+        float32, shape ``(matmuls,)``: the largest sound residual of each, in the order of
+        ``manifest.checks.names``; None unless `checked`.
+    own
+        The mapping of tensors no session maps; None if there are none.
+    """
+
+    directory: Path
+    manifest: m.Manifest
+    trunk: ort.InferenceSession
+    screen: ort.InferenceSession
+    head: ScreenedHead
+    checked: bool
+    check_limits: NDArray[np.float32] | None
+    own: mmap.mmap | None
+
+    @property
+    def shape(self) -> m.GemmaShape:
+        """Dimensions of the model."""
+        return self.manifest.shape
+
+
+def open_model(image_dir: Path, threads: int, *, checked: bool = False) -> Model:
+    """Load a model image, and prove that it computes on the mapped weights what it did when it was built.
+
+    ONNX Runtime packs the original weights again while loading, and takes the packed ones of the image only
+    if the two are equal. From an original struck in the page cache it would thus, without a word, compute
+    on packed weights in memory of its own, which no page digest covers. So the mapped pages are dropped, a
+    known answer is asked for, and all packed weights must have come back from the mapping.
+
+    Parameters
+    ----------
+    image_dir
+        Directory of the slot.
+    threads
+        Threads that compute, 1 or more. The result does not depend on it, to the bit.
+    checked
+        Take the trunk whose matrix products are checked by checksums.
+
+    Raises
+    ------
+    PenumbraError
+        The manifest is missing or damaged, the image is for another machine, ONNX Runtime cannot load it,
+        or the sessions fail the proof.
+    """
+    model = load_model(image_dir, threads, checked=checked)
+    manifest = model.manifest
+    sessions = (model.trunk, model.screen)
+    answer, unused = prove_sessions(*sessions, manifest.shape, image_dir / m.WEIGHTS, manifest.mapped(checked))
+    expected = manifest.known_answers[m.CHECKED_TRUNK if checked else m.TRUNK]
+    if answer != expected:
+        raise PenumbraError(
+            f"{image_dir}: the loaded model computes {answer}, not the known answer {expected}", _AGAIN
+        )
+    if unused:
+        raise PenumbraError(
+            f"{image_dir}: ONNX Runtime does not compute on the image's {unused[0]} but packed its own: "
+            "what it read while loading was damaged",
+            _AGAIN,
+        )
+    return model
+
+
+def load_model(image_dir: Path, threads: int, *, checked: bool = False) -> Model:
+    """Load an image built for this machine, without a proof of what it computes.
+
+    Parameters
+    ----------
+    image_dir
+        Directory of the slot.
+    threads
+        Threads that compute, 1 or more.
+    checked
+        Take the trunk whose matrix products are checked by checksums.
+
+    Raises
+    ------
+    PenumbraError
+        The manifest is missing or damaged, the image is for another machine, or ONNX Runtime cannot load it.
+    """
+    manifest = m.load_manifest(image_dir)
+    m.check_machine(manifest, image_dir, ort.__version__)
+    trunk = load_session(image_dir / (m.CHECKED_TRUNK if checked else m.TRUNK), threads)
+    screen = load_session(image_dir / m.SCREEN, threads)
+    weights = image_dir / m.WEIGHTS
+    own, arrays = _map_own(weights, manifest)
+    limits = np.array(manifest.checks.limits, np.float32) if checked else None
+    head = _head(manifest, screen, arrays, weights)
+    return Model(image_dir, manifest, trunk, screen, head, checked, limits, own)

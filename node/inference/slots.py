@@ -1,0 +1,128 @@
+"""Which of the two image slots flies: a file of one letter, replaced atomically.
+
+``<images>/active`` holds ``a`` or ``b`` and, on a second line, the slot that was active before, if any. Without
+the file slot ``a`` is active.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Final
+
+from node.inference import manifest as m
+from node.inference.image import verify_image
+from telemetry.errors import PenumbraError
+
+ACTIVE: Final = "active"
+"""Name of the file in the images directory."""
+_DEFAULT: Final[m.Slot] = "a"
+
+
+def active_slot(images: Path) -> m.Slot:
+    """Return the slot that is to fly.
+
+    Raises
+    ------
+    PenumbraError
+        The file names no slot.
+    """
+    return _read(images)[0]
+
+
+def active_image(images: Path) -> Path:
+    """Return the directory of the slot that is to fly.
+
+    Raises
+    ------
+    PenumbraError
+        The file names no slot.
+    """
+    return images / active_slot(images)
+
+
+def switch_slot(images: Path, slot: m.Slot) -> m.Slot:
+    """Make a slot the active one, once its image is proven whole and built for this machine.
+
+    A running worker is not disturbed; the next one that starts takes the new slot.
+
+    Parameters
+    ----------
+    images
+        Directory of the slots.
+    slot
+        The slot to fly.
+
+    Returns
+    -------
+    The slot that was active.
+
+    Raises
+    ------
+    PenumbraError
+        The slot's image is missing or damaged (nothing is changed then), or the file cannot be written.
+    """
+    verify_image(images / slot)
+    before = _recorded(images)
+    if before[:1] != (slot,):
+        _write(images, (slot, *(before[:1] or (_DEFAULT,))))
+    return before[0] if before else _DEFAULT
+
+
+def rollback(images: Path) -> m.Slot:
+    """Go back to the slot that was active before the last switch, once its image is proven.
+
+    Returns
+    -------
+    The slot that is active now.
+
+    Raises
+    ------
+    PenumbraError
+        There was no switch, or the image of the slot before is damaged (nothing is changed then).
+    """
+    now, *before = _read(images)
+    if not before:
+        raise PenumbraError(
+            f"{images}: there is no slot to go back to: {now} was always active",
+            "switch with `penumbra model switch`",
+        )
+    switch_slot(images, before[0])
+    return before[0]
+
+
+def _read(images: Path) -> tuple[m.Slot, ...]:
+    return _recorded(images) or (_DEFAULT,)
+
+
+def _recorded(images: Path) -> tuple[m.Slot, ...]:
+    """Return what the file says: the active slot and the one before it; nothing without a file."""
+    path = images / ACTIVE
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        return ()
+    known: dict[bytes, m.Slot] = {slot.encode(): slot for slot in m.SLOTS}
+    lines = text.split()
+    if not 1 <= len(lines) <= 2 or any(line not in known for line in lines):
+        raise PenumbraError(
+            f"{path}: damaged: it names no slot", "delete it and run `penumbra model switch a` (or b)"
+        )
+    return tuple(known[line] for line in lines)
+
+
+def _write(images: Path, slots: tuple[m.Slot, ...]) -> None:
+    path, new = images / ACTIVE, images / f".{ACTIVE}.new"
+    try:
+        with new.open("w", encoding="ascii") as file:
+            file.write("".join(f"{slot}\n" for slot in slots))
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(path)
+        directory = os.open(images, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except OSError as error:
+        raise PenumbraError(f"{path}: cannot be written: {error.strerror}") from error
