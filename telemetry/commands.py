@@ -173,7 +173,8 @@ def make_command(
         t_expire_ns,
         node,
         arguments.name,
-        msgspec.to_builtins(arguments),
+        # As the node will read them: a tuple travels as an array.
+        msgspec.msgpack.decode(_encoder.encode(arguments)),
     )
     parse_arguments(command)
     return command

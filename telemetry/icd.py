@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 import msgspec.inspect as inspect_
 
-from telemetry import ack, authenticator, bus, commands, frame, packets, spool, summary, topics
+from telemetry import ack, authenticator, bus, commands, frame, packets, sampling, spool, summary, topics
 
 PATH = Path(__file__).resolve().parent.parent / "docs" / "icd.md"
 UNIT_SUFFIXES = {
@@ -96,6 +96,7 @@ _TYPE_TEXTS: dict[type[Any], Callable[[Any], str]] = {
     inspect_.Metadata: lambda kind: _type_text(kind.type),
     inspect_.UnionType: lambda kind: " or ".join(map(_type_text, kind.types)),
     inspect_.ListType: lambda kind: f"list of {_type_text(kind.item_type)}",
+    inspect_.VarTupleType: lambda kind: f"list of {_type_text(kind.item_type)}",
     inspect_.TupleType: lambda kind: f"[{', '.join(map(_type_text, kind.item_types))}]",
     inspect_.DictType: lambda kind: f"map of {_type_text(kind.key_type)} to {_type_text(kind.value_type)}",
     inspect_.StructType: _link,
@@ -232,7 +233,7 @@ def _frame_section() -> str:
 
 def _command_section() -> str:
     rows = [
-        (f"[`{name}`](#command-{name.replace('_', '-')})", kind.hazard.value, _doc(kind))
+        (f"[`{name}`](#command-{name.replace('_', '-')})", kind.hazard.value, _doc(kind).splitlines()[0])
         for name, kind in commands.COMMANDS.items()
     ]
     parts = [
@@ -240,9 +241,11 @@ def _command_section() -> str:
         f"byte, and the array. At most {commands.MAX_COMMAND_BYTES} bytes.\n\n{_fields(commands.Command)}",
         f"### Commands\n\n{_table(('command', 'hazard', 'meaning'), rows)}",
         *(
-            f"#### Command {name.replace('_', '-')}\n\nName on the wire: `{name}`.\n\n{_fields(kind)}"
+            f"#### Command {name.replace('_', '-')}\n\nName on the wire: `{name}`. {_doc(kind)}\n\n"
+            f"{_fields(kind)}"
             for name, kind in commands.COMMANDS.items()
         ),
+        _struct(sampling.Sampling, level=4),
         _enum(commands.Hazard),
         "## Rejection of telecommands\n\nA telecommand is accepted when it passes all checks: shape, key "
         "active, MAC, node, expiry, window (by default the next "

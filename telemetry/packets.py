@@ -177,7 +177,9 @@ class Housekeeping(Packet, frozen=True, kw_only=True):
     threads: Count = 0
     """Threads the worker computes with; 0 while there is no worker."""
     prefill_tokens: Count = 0
-    """Prompt tokens read by the worker, since boot."""
+    """Prompt tokens read by the worker, since boot; those of a shared prefix are read once."""
+    compute_trips: Count = 0
+    """Computations that failed a check although their memory was right, since boot."""
 
 
 class Event(Packet, frozen=True, kw_only=True):
@@ -301,7 +303,9 @@ class BootReport(Packet, frozen=True, kw_only=True):
     onnxruntime: str | None
     """Version of ONNX Runtime; None when it is not known."""
     resumed_job: str | None
-    """Job that goes on where the boot before left it."""
+    """First of the jobs that go on where the boot before left them; None when there is none."""
+    resumed_jobs: list[str] = []
+    """All of them, in order of arrival."""
 
 
 class PowerPlan(Packet, frozen=True, kw_only=True):

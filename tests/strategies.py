@@ -21,6 +21,7 @@ from telemetry.commands import (
     SetPowerCap,
     make_command,
 )
+from telemetry.sampling import MAX_TOP_K, Sampling
 
 # --- telemetry ---------------------------------------------------------------------------------
 
@@ -91,6 +92,11 @@ PACKETS: dict[str, st.SearchStrategy[p.Packet]] = {
         commands_accepted=counts,
         commands_rejected=counts,
         garbage_messages=counts,
+        jobs_active=counts,
+        batch=counts,
+        threads=counts,
+        prefill_tokens=counts,
+        compute_trips=counts,
     ),
     "event": st.builds(
         p.Event, severity=st.sampled_from(p.Severity), name=texts, text=texts, evidence=evidence
@@ -104,6 +110,7 @@ PACKETS: dict[str, st.SearchStrategy[p.Packet]] = {
         certificate=certificates,
         prompt_tokens=st.none() | token_ids,
         finish=st.none() | texts,
+        logprobs=st.none() | st.lists(reals, max_size=8),
     ),
     "verification": st.builds(
         p.Verification,
@@ -139,6 +146,7 @@ PACKETS: dict[str, st.SearchStrategy[p.Packet]] = {
         python=texts,
         onnxruntime=st.none() | texts,
         resumed_job=st.none() | job_ids,
+        resumed_jobs=st.lists(job_ids, max_size=3),
     ),
     "plan": st.builds(
         p.PowerPlan,
@@ -166,9 +174,27 @@ PACKETS: dict[str, st.SearchStrategy[p.Packet]] = {
 packets = st.one_of(*PACKETS.values())
 
 key_ids = st.text(string.ascii_lowercase, min_size=1, max_size=8)
+samplings = st.builds(
+    Sampling,
+    temperature=st.floats(0, 2),
+    top_k=st.integers(1, MAX_TOP_K),
+    top_p=st.floats(0, 1, exclude_min=True),
+    repetition_penalty=st.floats(1, 2),
+    seed=st.integers(0, 2**63 - 1),
+    stop=st.lists(st.text(min_size=1, max_size=64), max_size=4).map(tuple),
+    logprobs=st.booleans(),
+)
 arguments: st.SearchStrategy[Arguments] = st.one_of(
     st.builds(Ping),
-    st.builds(Infer, job=job_ids, prompt=st.text(min_size=1, max_size=60), max_tokens=st.integers(1, 2048)),
+    st.builds(
+        Infer,
+        job=job_ids,
+        prompt=st.text(min_size=1, max_size=60),
+        max_tokens=st.integers(1, 2048),
+        sampling=samplings,
+        priority=st.integers(0, 9),
+        deadline_ns=st.none() | times_ns,
+    ),
     st.builds(Cancel, job=job_ids),
     st.builds(SetMode, mode=st.sampled_from(["nominal", "safe"])),
     st.builds(SetPowerCap, power_w=st.none() | st.floats(0.1, 1000)),

@@ -110,4 +110,5 @@ def test_command_round_trip(command: strategies.Command) -> None:
     assert KEY.verify(Domain.COMMAND, body, mac)
     assert not KEY.verify(Domain.ACK, body, mac)
     assert msgpack.unpackb(body) == list(msgspec.structs.astuple(command))
-    assert msgspec.to_builtins(parse_arguments(envelope)) == command.args
+    parsed = parse_arguments(envelope)
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(parsed)) == command.args

@@ -9,6 +9,7 @@ import pytest
 
 from telemetry import commands as c
 from telemetry.keys import Domain, Key, KeyRing, KeyState
+from telemetry.sampling import Sampling
 
 KEY = Key("ground-1", bytes(range(32)))
 RING = KeyRing([KEY, Key("old", b"o" * 32, KeyState.RETIRED)])
@@ -18,14 +19,37 @@ GOLDEN = bytes.fromhex(
     "9801a867726f756e642d3129cf17979cfe362a0000cf17979d0c2e715800a57361742d31ad7365745f706f7765725f636170"
     "81a7706f7765725f77cb401e000000000000d52472f8b25332519e21b584e7a442f293299b9291a8243a7c47f97bc2ffe968"
 )
+PLAIN_INFER = bytes.fromhex(
+    "9801a867726f756e642d312acf17979cfe362a0000cf17979d0c2e715800a57361742d31a5696e66657283a36a6f62a56a6f62"
+    "2d31a670726f6d7074b45768792069732074686520736b7920626c75653faa6d61785f746f6b656e7340c52b730ef9226e5d7a"
+    "7f66cda4951d5c3ebef9dcd1b5b14c2c033210c119b7f3"
+)
+"""A job as it was asked for before jobs had sampling, priority and deadline."""
+FULL_INFER = bytes.fromhex(
+    "9801a867726f756e642d3129cf17979cfe362a0000cf17979d0c2e715800a57361742d31a5696e66657286a36a6f62a56a6f"
+    "622d31a670726f6d7074a45768793faa6d61785f746f6b656e7340a873616d706c696e6787ab74656d7065726174757265cb"
+    "3fe8000000000000a5746f705f6b28a5746f705f70cb3fe0000000000000b272657065746974696f6e5f70656e616c7479cb"
+    "3ff4000000000000a47365656407a473746f7092a20a0aa3456e64a86c6f6770726f6273c3a87072696f7269747909ab6465"
+    "61646c696e655f6e73cf17979d0c2e7158006a4e72d3db80f20f21f55c134e148e54d0e079b9e005b21530752bbeff124c36"
+)
 EXAMPLES: list[c.Arguments] = [
     c.Ping(),
     c.Infer(job="job-1", prompt="Why is the sky blue?", max_tokens=64),
+    c.Infer(
+        job="job-2",
+        prompt="Why?",
+        max_tokens=8,
+        sampling=Sampling(temperature=0.7, seed=3, stop=(".",)),
+        priority=0,
+        deadline_ns=EXPIRE_NS,
+    ),
     c.Cancel(job="job-1"),
     c.SetMode(mode="safe"),
     c.SetPowerCap(power_w=7.5),
     c.ReportLedger(),
 ]
+
+JOB: dict[str, object] = {"job": "a", "prompt": "x", "max_tokens": 1}
 
 
 def make(arguments: c.Arguments, **changes: object) -> c.Command:
@@ -49,6 +73,35 @@ def test_golden_bytes() -> None:
     command, body, mac = c.split_command(GOLDEN)
     assert c.parse_arguments(command) == c.SetPowerCap(power_w=7.5)
     assert KEY.verify(Domain.COMMAND, body, mac)
+
+
+def test_a_job_without_the_newer_fields_has_the_bytes_it_always_had() -> None:
+    plain = c.Infer(job="job-1", prompt="Why is the sky blue?", max_tokens=64)
+    assert c.encode_command(make(plain, seq=42), RING) == PLAIN_INFER
+    command, body, mac = c.split_command(PLAIN_INFER)
+    assert c.parse_arguments(command) == plain
+    assert KEY.verify(Domain.COMMAND, body, mac)
+
+
+def test_golden_bytes_of_a_job_with_every_field() -> None:
+    full = c.Infer(
+        job="job-1",
+        prompt="Why?",
+        max_tokens=64,
+        sampling=Sampling(
+            temperature=0.75,
+            top_k=40,
+            top_p=0.5,
+            repetition_penalty=1.25,
+            seed=7,
+            stop=("\n\n", "End"),
+            logprobs=True,
+        ),
+        priority=9,
+        deadline_ns=EXPIRE_NS,
+    )
+    assert c.encode_command(make(full), RING) == FULL_INFER
+    assert c.parse_arguments(c.split_command(FULL_INFER)[0]) == full
 
 
 def test_every_command_has_an_example_a_hazard_and_a_text() -> None:
@@ -86,6 +139,21 @@ def test_taking_the_power_cap_away() -> None:
         ("infer", {"job": "a", "prompt": "x", "max_tokens": 2049}),
         ("infer", {"job": "a", "prompt": "x", "max_tokens": 1.5}),
         ("infer", {"job": "a", "prompt": b"x", "max_tokens": 1}),
+        ("infer", {**JOB, "priority": 10}),
+        ("infer", {**JOB, "priority": -1}),
+        ("infer", {**JOB, "priority": 1.5}),
+        ("infer", {**JOB, "deadline_ns": 2**63}),
+        ("infer", {**JOB, "deadline_ns": 1.0}),
+        ("infer", {**JOB, "sampling": None}),
+        ("infer", {**JOB, "sampling": {"temperature": 2.1}}),
+        ("infer", {**JOB, "sampling": {"temperature": math.nan}}),
+        ("infer", {**JOB, "sampling": {"top_k": 0}}),
+        ("infer", {**JOB, "sampling": {"top_p": 0}}),
+        ("infer", {**JOB, "sampling": {"repetition_penalty": 0.9}}),
+        ("infer", {**JOB, "sampling": {"seed": -1}}),
+        ("infer", {**JOB, "sampling": {"stop": ["a"] * 5}}),
+        ("infer", {**JOB, "sampling": {"stop": [""]}}),
+        ("infer", {**JOB, "sampling": {"warmth": 1}}),
         ("cancel", {"job": 3}),
         ("set_mode", {"mode": "eclipse"}),
         ("set_mode", {"mode": "boot"}),

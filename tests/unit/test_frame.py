@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from telemetry.frame import MAX_FRAME_BYTES, Frame, FrameError, decode_frame, encode_frame
-from telemetry.packets import BY_TYPE, PACKETS, PRIORITY, Event, Severity, Stream
+from telemetry.packets import BY_TYPE, PACKETS, PRIORITY, Event, Housekeeping, Result, Severity, Stream
 
 EVENT = Event(severity=Severity.MEDIUM, name="worker.restarted", text="silent", evidence={"generation": 2})
 GOLDEN = bytes.fromhex(
@@ -168,3 +168,35 @@ def test_telemetry_needs_no_inference_stack() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+OLD_RESULT = bytes.fromhex(
+    "9901a57361742d3101a6726573756c74020303a6726573756c7487a36a6f62a56a6f622d31a5666972737400a6746f6b656e73"
+    "920708a474657874c4026162ab636572746966696361746584a8696d6167655f6964b030303131323233336161626263636464"
+    "a565706f636800a96b765f646967657374c4080001020304050607a5636861696ec420000102030405060708090a0b0c0d0e0f"
+    "101112131415161718191a1b1c1d1e1fad70726f6d70745f746f6b656e73920205a666696e697368a66c656e677468ef0491ea"
+)
+OLD_HOUSEKEEPING = bytes.fromhex(
+    "9901a57361742d3101a2686b030405ac686f7573656b656570696e67de001fa46d6f6465a76e6f6d696e616ca8757074696d65"
+    "5f73cb3ff8000000000000ac636c6f636b5f6c6f636b6564c3a673756e6c6974cb3ff0000000000000b065636c697073655f65"
+    "6e7472795f6e73c0af65636c697073655f657869745f6e73c0ab626174746572795f736f63cb3fe0000000000000a761727261"
+    "795f77cb4022000000000000a66c6f61645f77cb401c000000000000a96365696c696e675f77cb4020000000000000a4647574"
+    "79cb3fe8000000000000a7626f6172645f63c0ac776f726b65725f7374617465a772756e6e696e67b1776f726b65725f67656e"
+    "65726174696f6e01af776f726b65725f726573746172747300af746f6b656e735f72656c656173656440b0746f6b656e735f64"
+    "697363617264656400ad746f6b656e5f726174655f687acb4034000000000000ac65706f6368735f636c65616e02ac65706f63"
+    "68735f646972747900b0737472696b65735f646574656374656400b0737472696b65735f726570616972656400a77363616e5f"
+    "6d73cb4026000000000000ab6a6f62735f71756575656401a96a6f62735f646f6e6500ad73706f6f6c5f7265636f7264730"
+    "3ab73706f6f6c5f627974657364a76c696e6b5f7570c3b1636f6d6d616e64735f616363657074656401b1636f6d6d616e64735"
+    "f72656a656374656400b0676172626167655f6d657373616765730053b3127a"
+)
+
+
+def test_frames_of_the_version_before_are_still_read() -> None:
+    result = decode_frame(OLD_RESULT).packet()
+    assert isinstance(result, Result)
+    assert (result.job, result.tokens, result.finish) == ("job-1", [7, 8], "length")
+    assert result.logprobs is None
+    housekeeping = decode_frame(OLD_HOUSEKEEPING).packet()
+    assert isinstance(housekeeping, Housekeeping)
+    assert (housekeeping.duty, housekeeping.jobs_queued) == (0.75, 1)
+    assert (housekeeping.jobs_active, housekeeping.batch, housekeeping.compute_trips) == (0, 0, 0)
