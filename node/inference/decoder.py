@@ -1,105 +1,168 @@
-"""Plain greedy decoding of one sequence on KV planes bound in place: no proof, no policy."""
+"""Plain decoding of several sequences on KV rows bound in place: no proof, no policy, no choice of tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from node.inference.manifest import GemmaShape
+from node.inference.arena import KvArena
+from node.inference.guard import ComputeGuard
+from node.inference.model import Model
 
-PREFILL_CHUNK = 64
-"""Prompt tokens a run of the session takes. Chunks leave the cache the same to the bit (measured.md), and
-between two of them the worker answers pings."""
+PREFILL_CHUNK: Final = 64
+"""Prompt tokens a run of the model takes, at most. Chunks begin at multiples of it, so that whole chunks of
+a common prefix are the same rows to the bit. Between two of them others decode, and pings are answered."""
+
+Hidden = npt.NDArray[np.float32]
 
 
-class Decoder:
-    """Run the model over a KV cache in caller's memory.
+class _Run:
+    """Inputs and outputs of a run over `count` seats from `first` on, `length` tokens each, bound once."""
+
+    def __init__(self, model: Model, cache: dict[str, Any], count: int, length: int) -> None:
+        self.tokens = np.zeros((count, length), np.int64)
+        self.positions = np.zeros((count, length), np.int64)
+        self.last = np.zeros(count, np.int32)
+        self.total = np.zeros((), np.int32)
+        self.window_last = np.zeros(count, np.int32)
+        self.window_total = np.zeros((), np.int32)
+        self.hidden = np.zeros((count, length, model.shape.width), np.float32)
+        self.residual: npt.NDArray[np.float32] | None = None
+        self.binding = model.trunk.io_binding()
+        for name, array in (
+            ("input_ids", self.tokens),
+            ("position_ids", self.positions),
+            ("seqlens_k", self.last),
+            ("total_sequence_length", self.total),
+            ("window_seqlens_k", self.window_last),
+            ("window_total_sequence_length", self.window_total),
+        ):
+            self.binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+        self.binding.bind_ortvalue_output("hidden", ort.OrtValue.ortvalue_from_numpy(self.hidden))
+        if model.check_limits is not None:
+            self.residual = np.zeros((count, length, len(model.check_limits)), np.float32)
+            self.binding.bind_ortvalue_output("residual", ort.OrtValue.ortvalue_from_numpy(self.residual))
+        for name, value in cache.items():
+            self.binding.bind_ortvalue_input(f"past_{name}", value)
+            self.binding.bind_ortvalue_output(f"present_{name}", value)
+
+
+class BatchDecoder:
+    """Run the trunk of a model over the seats of a KV arena.
 
     Parameters
     ----------
-    session
-        A session of the image's graph (see `node.inference.graph` for inputs and outputs).
-    shape
-        Dimensions of the model.
-    kv
-        The cache, float32, shape (planes, positions, head_dim), plane order as in `node.inference.arena`.
-        ONNX Runtime reads and writes it in place.
+    model
+        The model; its head is for the caller to ask.
+    arena
+        Where ONNX Runtime reads and writes the KV rows in place.
+    guard
+        Checks every run.
 
     Raises
     ------
     RuntimeError
-        ONNX Runtime copied the cache instead of binding it: nothing could be proven then.
+        ONNX Runtime copied the rows instead of binding them: nothing could be proven then.
     """
 
-    def __init__(self, session: ort.InferenceSession, shape: GemmaShape, kv: npt.NDArray[np.float32]) -> None:
-        self.positions = int(kv.shape[1])
-        self.vocab = shape.vocab
-        self._session = session
-        self._cache: dict[str, Any] = {}
-        for layer in range(shape.layers):
-            for offset, name in enumerate(("key", "value")):
-                first = (layer * 2 + offset) * shape.kv_heads
-                plane = kv[first : first + shape.kv_heads][np.newaxis]
-                value = ort.OrtValue.ortvalue_from_numpy(plane)
-                if value.data_ptr() != plane.ctypes.data:
-                    raise RuntimeError("ONNX Runtime copied the KV cache instead of binding it in place")
-                self._cache[f"{name}.{layer}"] = value
-        logits = np.empty((1, shape.vocab), np.float32)
-        self._logits: npt.NDArray[np.float32] = logits[0]
-        self._logits_value = ort.OrtValue.ortvalue_from_numpy(logits)
-        self._token = np.zeros((1, 1), np.int64)
-        self._last = np.zeros(1, np.int32)
-        self._total = np.zeros((), np.int32)
-        self._step_binding = self._bind(self._token, self._last, self._total)
+    def __init__(self, model: Model, arena: KvArena, guard: ComputeGuard) -> None:
+        self.guard = guard
+        self._model = model
+        self._arena = arena
+        self._caches: dict[tuple[int, int], dict[str, Any]] = {}
+        self._runs: dict[tuple[int, int, int], _Run] = {}
 
-    def step(self, token: int, position: int) -> npt.NDArray[np.float32]:
-        """Feed `token` at `position`; return the logits that follow it.
-
-        The KV row of `position` is written. The logits, shape (vocab,), are valid until the next run.
-        """
-        self._token[0, 0] = token
-        self._last[0] = position
-        self._total[...] = position + 1
-        self._session.run_with_iobinding(self._step_binding)
-        return self._logits
-
-    def prefill(
-        self, tokens: Sequence[int], between: Callable[[int, int], None] = lambda start, stop: None
-    ) -> npt.NDArray[np.float32]:
-        """Feed a prompt from position 0; return the logits after its last token.
+    def step(self, tokens: Sequence[int], positions: Sequence[int]) -> Hidden:
+        """Feed one token to each of the seats 0 to B-1; return the hidden states that follow.
 
         Parameters
         ----------
-        tokens
-            1 to `positions` token ids.
-        between
-            Called after each chunk with the positions whose KV rows it wrote.
+        tokens, positions
+            B of each. The KV row of each position is written.
+
+        Returns
+        -------
+        float32, shape (B, width), valid until the next step of as many seats.
+
+        Raises
+        ------
+        ComputeTrip
+            The guard found the result unsound.
         """
-        for start in range(0, len(tokens), PREFILL_CHUNK):
-            chunk = np.asarray(tokens[start : start + PREFILL_CHUNK], np.int64)[np.newaxis]
-            stop = start + chunk.shape[1]
-            binding = self._bind(chunk, np.array([stop - 1], np.int32), np.array(stop, np.int32))
-            self._session.run_with_iobinding(binding)
-            between(start, stop)
-        return self._logits
+        count = len(tokens)
+        run = self._run(0, count, 1)
+        run.tokens[:, 0] = tokens
+        run.positions[:, 0] = run.last[:] = positions
+        run.total[...] = max(positions) + 1
+        seats = self._arena.seats
+        within = [position - seats[seat].window_rows.base for seat, position in enumerate(positions)]
+        run.window_last[:] = within
+        run.window_total[...] = max(within) + 1
+        self._model.trunk.run_with_iobinding(run.binding)
+        hidden: Hidden = run.hidden[:, 0]
+        residual = None if run.residual is None else run.residual[:, 0]
+        self.guard.check(hidden, residual, range(count), positions)
+        return hidden
 
-    def _bind(
-        self, tokens: npt.NDArray[np.int64], last: npt.NDArray[np.int32], total: npt.NDArray[np.int32]
-    ) -> Any:
-        binding = self._session.io_binding()
-        for name, array in (("input_ids", tokens), ("seqlens_k", last), ("total_sequence_length", total)):
-            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
-        binding.bind_ortvalue_output("logits", self._logits_value)
-        for name, value in self._cache.items():
-            binding.bind_ortvalue_input(f"past_{name}", value)
-            binding.bind_ortvalue_output(f"present_{name}", value)
-        return binding
+    def prefill(self, seat: int, tokens: Sequence[int], start: int) -> Hidden:
+        """Feed a chunk of a prompt to one seat; return the hidden state after its last token.
 
+        Parameters
+        ----------
+        seat
+            The seat; its rows below `start` are written.
+        tokens
+            1 to `PREFILL_CHUNK` tokens, for the positions from `start` on.
+        start
+            A multiple of `PREFILL_CHUNK`.
 
-def greedy(logits: npt.NDArray[np.float32]) -> int:
-    """Return the id of the largest logit; the lowest id where two are equal."""
-    return int(logits.argmax())
+        Returns
+        -------
+        float32, shape (width,), valid until the next chunk.
+
+        Raises
+        ------
+        ComputeTrip
+            The guard found the result unsound.
+        """
+        stop = start + len(tokens)
+        within = stop - self._arena.seats[seat].window_rows.base
+        run = self._run(seat, 1, len(tokens))
+        run.tokens[0] = tokens
+        run.positions[0] = np.arange(start, stop)
+        run.last[0], run.total[...] = stop - 1, stop
+        run.window_last[0], run.window_total[...] = within - 1, within
+        self._model.trunk.run_with_iobinding(run.binding)
+        hidden: Hidden = run.hidden[0]
+        residual = None if run.residual is None else run.residual[0]
+        self.guard.check(hidden, residual, [seat] * len(tokens), range(start, stop))
+        return hidden[-1]
+
+    def _run(self, first: int, count: int, length: int) -> _Run:
+        """Return the bound run; those of steps and of whole chunks are kept."""
+        key = first, count, length
+        run = self._runs.get(key)
+        if run is None:
+            run = _Run(self._model, self._cache(first, count), count, length)
+            if length in {1, PREFILL_CHUNK}:
+                self._runs[key] = run
+        return run
+
+    def _cache(self, first: int, count: int) -> dict[str, Any]:
+        """Return the KV rows of some seats as values of ONNX Runtime, by name."""
+        cache = self._caches.get((first, count))
+        if cache is None:
+            cache = {}
+            for layer in range(self._model.shape.layers):
+                for name, rows in zip(("key", "value"), self._arena.planes(layer), strict=True):
+                    part = rows[first : first + count]
+                    value = ort.OrtValue.ortvalue_from_numpy(part)
+                    if value.data_ptr() != part.ctypes.data:
+                        raise RuntimeError("ONNX Runtime copied the KV rows instead of binding them in place")
+                    cache[f"{name}.{layer}"] = value
+            self._caches[first, count] = cache
+        return cache
