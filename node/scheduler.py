@@ -84,23 +84,21 @@ def plan(
         Places held by jobs that are no longer open: they are free only when the worker says so.
     """
     actions: list[Action] = []
-    open_active: list[Task] = []
-    open_queued: list[Task] = []
-    for tasks, still_open in ((active, open_active), (queued, open_queued)):
+    staying: list[Task] = []
+    waiting: list[Task] = []
+    for tasks, still_open in ((active, staying), (queued, waiting)):
         for task in tasks:
+            if task.leaving:
+                continue
             finish = _finish(task, now_ns)
             if finish is None:
                 still_open.append(task)
-            elif not task.leaving:
+            else:
                 actions.append(End(task.job, finish))
-    # One that leaves its place ranks as if it waited: it may come back, but it does not stay.
-    holding = {task.job for task in open_active if not task.leaving}
-    ranked = sorted([*open_active, *open_queued], key=lambda task: _rank(task, task.job in holding))
-    chosen = [task.job for task in ranked[:batch]]
-    actions += [Park(task.job) for task in ranked[batch:] if task.job in holding]
-    free = batch - len(active) - closing
-    waiting = {task.job for task in open_queued}
-    actions += [Start(job) for job in [job for job in chosen if job in waiting][: max(0, free)]]
+    ranked = sorted([*staying, *waiting], key=lambda task: _rank(task, task in staying))
+    actions += [Park(task.job) for task in ranked[batch:] if task in staying]
+    free = max(0, batch - len(active) - closing)
+    actions += [Start(task.job) for task in [task for task in ranked[:batch] if task in waiting][:free]]
     return actions
 
 

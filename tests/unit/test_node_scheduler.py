@@ -34,10 +34,10 @@ def test_a_smaller_batch_parks_what_is_beyond_it_and_a_larger_one_takes_it_back(
     assert plan([active[2]], queued, 2, 0) == [Start("a")]
 
 
-def test_a_parked_job_that_its_rank_calls_back_keeps_its_place_from_a_lower_one() -> None:
-    leaving = Task("y", 2, priority=5, leaving=True)
-    # The batch has grown again before y left: x must not slip in, only to be pushed out at once.
-    assert plan([Task("z", 1, priority=9), leaving], [Task("x", 3, priority=1)], 2, 0) == []
+def test_a_job_that_leaves_keeps_its_place_until_it_has() -> None:
+    leaving = Task("y", 2, leaving=True)
+    assert plan([Task("z", 1, priority=9), leaving], [Task("x", 3)], 2, 0) == []
+    assert plan([Task("z", 1, priority=9), leaving], [Task("x", 3)], 3, 0) == [Start("x")]
 
 
 def test_deadlines_end_active_and_queued_jobs_at_their_time_and_not_before() -> None:
