@@ -38,8 +38,8 @@ class MappedTensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
     name: str
     role: str
-    """What it does: attn_qkv, attn_output, ffn_gate_up, ffn_down, norm, head, embed, table, check, scale, rope
-    or other."""
+    """What it does: attn_qkv, attn_output, ffn_gate_up, ffn_down, norm, head, embed, table, check, scale,
+    rope or other."""
     layer: int | None
     offset: int
     """First byte in the file; a multiple of the page size."""

@@ -121,7 +121,7 @@ def info(images: Images = None, slot: SlotOption = Slots.A, json: Json = None) -
         for column in ("role", "tensors", "MB", "pages", "read by a step"):
             table.add_column(column, justify="left" if column == "role" else "right")
         for role, use in image.roles.items():
-            read = "some rows" if use.sparse else "whole" if use.read else "no"
+            read = "some rows" if use.by_row else "whole" if use.read else "no"
             table.add_row(role, str(use.tensors), f"{use.bytes / 1e6:.1f}", str(use.pages), read)
         console.print(table)
         console.print(

@@ -1,15 +1,17 @@
 """Build a model image from a GGUF.
 
-Steps: read and requantise the weights; let ONNX Runtime optimise the graph and pack the weights for this
-CPU; lay the packed weights out on pages of their own; load the result as the worker will, and record what
-it maps and what of that its steps read; compute parity and digests; write the manifest; put the image in
-its place.
+Steps: read and requantise the weights; let ONNX Runtime optimise the graphs and pack the weights for this
+CPU; run the calibration text, from which the screen's rotation and the limits of the checks are made; lay the
+packed weights out on pages of their own; load the result as the worker will, and record what it maps and what
+of that its steps read; compute parity and digests; write the manifest; put the image in its place.
+
+The same GGUF, ONNX Runtime and CPU features give the same image, to the byte.
 
 All is written to a directory beside the slot that is renamed at the end: an interrupted build leaves the
 slot as it was. Builds in one images directory wait for each other.
 
-Outside ``weights.bin``, in ``model.onnx`` and so in private memory once loaded, not protected by page
-digests: the graph itself (nodes, attributes such as the RMS epsilon and the attention scale) and five
+Outside ``weights.bin``, in the graphs and so in private memory once loaded, not protected by page
+digests: the graphs themselves (nodes, attributes such as the RMS epsilon and the attention scale) and
 integer constants of at most 32 bytes each (shapes, an axis and an index). ONNX Runtime's own code, heap and
 activations are not either.
 """
@@ -22,10 +24,12 @@ import hashlib
 import mmap
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import msgspec
 import numpy as np
@@ -36,20 +40,27 @@ from numpy.typing import NDArray
 from fdir import parity
 from fdir.pages import PAGE_SIZE, MappedTensor, PageTable
 from node.inference import manifest as m
+from node.inference.calibration import calibrate, calibration_text
 from node.inference.gguf_source import GgufSource
-from node.inference.graph import build_graph
-from node.inference.image import load_session, verify_image
+from node.inference.graph import build_trunk
+from node.inference.image import verify_image
 from node.inference.layout import lay_out
-from node.inference.probe import is_read, known_answer, mapped_addresses, run_probes, same
-from node.inference.tokenizer import sentencepiece_model
+from node.inference.model import load_session
+from node.inference.probe import is_read, known_answer, mapped_addresses, run_probes, run_screen, same
+from node.inference.screen import build_screen
+from node.inference.tokenizer import Tokenizer, sentencepiece_model
 from telemetry.errors import PenumbraError
 
 Progress: TypeAlias = Callable[[str, float], object]
+_Run: TypeAlias = Callable[[ort.InferenceSession], list[NDArray[np.float32]]]
 
-BUILDER_VERSION: Final = 3
+BUILDER_VERSION: Final = 4
 """Raised whenever a step changes what it writes."""
+MIN_CONTEXT: Final = 64
+"""Positions the probes need."""
 DEFAULT_CONTEXT: Final = 4096
-"""Positions an image can address: rotary tables for 4,096 are 8 MB of every scan, for 32,768 they are 64."""
+"""Positions an image can address, if the model has as many: rotary tables for 4,096 are 8 MB, for 32,768
+they are 64."""
 _INLINE_BYTES: Final = 64
 """Constants below this size go into the graph at first; `lay_out` moves those of float type out again."""
 
@@ -64,7 +75,7 @@ def build_image(
     slot: m.Slot = "a",
     *,
     force: bool = False,
-    context: int = DEFAULT_CONTEXT,
+    context: int | None = None,
     progress: Progress = _silent,
 ) -> Path:
     """Build the image of a slot, or return at once if it is there, built from the same by the same.
@@ -80,7 +91,8 @@ def build_image(
     force
         Build even if the slot is up to date.
     context
-        Positions the image can address, 64 or more; cut to what the model was trained for.
+        Positions the image can address, 64 to what the model was trained for; None for `DEFAULT_CONTEXT`, or
+        the model's own limit if that is less.
     progress
         Called with the name of a stage and the part of the whole build that is done, 0 to 1.
 
@@ -91,7 +103,7 @@ def build_image(
     Raises
     ------
     PenumbraError
-        The GGUF cannot be used, or the directory cannot be written.
+        The GGUF cannot be used, `context` is out of range, or the directory cannot be written.
     """
     target = images / slot
     with _exclusive(images):
@@ -140,12 +152,28 @@ def copy_image(images: Path, source: m.Slot, slot: m.Slot, *, force: bool = Fals
     return target
 
 
+@dataclass(frozen=True)
+class _Packed:
+    """A graph whose weights ONNX Runtime has packed, and what it computes on the probes."""
+
+    optimised: Path
+    run: _Run
+    expected: list[NDArray[np.float32]]
+
+
 class _Build:
     """One build: what it is made of, and its steps."""
 
-    def __init__(self, source: GgufSource, context: int) -> None:
+    def __init__(self, source: GgufSource, context: int | None) -> None:
         self.source = source
-        self.shape = msgspec.structs.replace(source.shape, context=min(context, source.shape.context))
+        limit = source.shape.context
+        if context is not None and not MIN_CONTEXT <= context <= limit:
+            raise PenumbraError(
+                f"{source.path}: asked for a context of {context} positions; the model was trained for {limit}",
+                f"ask for {MIN_CONTEXT} to {limit}",
+            )
+        positions = min(DEFAULT_CONTEXT, limit) if context is None else context
+        self.shape = msgspec.structs.replace(source.shape, context=positions)
         self.gguf_sha256 = source.sha256()
         self.cpu = m.cpu_fingerprint()
 
@@ -168,33 +196,66 @@ class _Build:
         """Write all files of the image."""
         raw = work / "raw"
         raw.mkdir()
+        (work / m.TOKENIZER).write_bytes(sentencepiece_model(self.source))
         progress("quantise", 0.03)
-        _write_raw(*build_graph(self.source, self.shape), raw)
-        progress("pack", 0.25)
-        expected = self._pack(raw)
+        plain = build_trunk(self.source, self.shape, checked=False)
+        packed = {m.TRUNK: self._pack(raw / m.TRUNK, *plain, self._run_trunk)}
+        del plain
+        progress("pack", 0.2)
+        checked = build_trunk(self.source, self.shape, checked=True)
+        packed[m.CHECKED_TRUNK] = self._pack(raw / m.CHECKED_TRUNK, *checked, self._run_trunk)
+        del checked
+        progress("calibrate", 0.3)
+        text = Tokenizer(work / m.TOKENIZER).encode(calibration_text())
+        checked_trunk = load_session(packed[m.CHECKED_TRUNK].optimised, os.cpu_count() or 1)
+        found = calibrate(checked_trunk, self.shape, text)
+        del checked_trunk
+        progress("screen", 0.4)
+        tied = not self.source.has(f"{m.TABLE}.weight")
+        name = m.EMBEDDING if tied else m.TABLE
+        table = self.source.matrix(f"{name}.weight", self.shape.vocab, self.shape.width)
+        screen = build_screen(table, found.hidden)
+        own: dict[str, NDArray[np.generic]] = {m.ROTATION: screen.rotation}
+        if not tied:
+            own |= dict(zip((f"{name}.weight", f"{name}.scale"), (table.codes, table.scales), strict=True))
+        packed[m.SCREEN] = self._pack(raw / m.SCREEN, screen.model, screen.tensors, run_screen)
         progress("lay out", 0.5)
         tensors = lay_out(
-            raw / "packed.onnx",
-            work / m.GRAPH,
+            {graph: each.optimised for graph, each in packed.items()},
+            own,
             work / m.WEIGHTS,
+            self.shape,
             lambda part: progress("lay out", 0.5 + 0.15 * part),
         )
         shutil.rmtree(raw)
         progress("probe", 0.65)
-        mapped, originals, answer = self._probe(work, tensors, expected)
-        (work / m.TOKENIZER).write_bytes(sentencepiece_model(self.source))
+        mapped = self._probe(work, tensors, packed)
         progress("parity", 0.75)
-        table = _protect(work, mapped, lambda part: progress("parity", 0.75 + 0.2 * part))
+        pages = _protect(work, mapped, lambda part: progress("parity", 0.75 + 0.2 * part))
         progress("write", 0.95)
-        self._write_manifest(work, mapped, originals, answer, table)
+        names = {tensor.name for tensor in mapped}
+        self._write_manifest(
+            work,
+            pages,
+            tensors=tuple(mapped),
+            originals=tuple(tensor for tensor in tensors if tensor.name not in names),
+            known_answers=self._known_answers(work),
+            screen=screen.bounds,
+            checks=found.checks,
+        )
         _flush(work)
 
-    def _pack(self, raw: Path) -> list[NDArray[np.float32]]:
-        """Let ONNX Runtime optimise the graph and pack its weights; return what it computes."""
+    def _pack(
+        self, raw: Path, model: onnx.ModelProto, tensors: Mapping[str, NDArray[np.generic]], run: _Run
+    ) -> _Packed:
+        """Let ONNX Runtime optimise a graph and pack its weights."""
+        raw.mkdir()
+        _write_raw(model, tensors, raw)
+        optimised = raw / "packed.onnx"
         options = ort.SessionOptions()
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         options.log_severity_level = 3
-        options.optimized_model_filepath = str(raw / "packed.onnx")
+        options.optimized_model_filepath = str(optimised)
         for key, value in (
             ("session.optimized_model_external_initializers_file_name", "packed.bin"),
             ("session.optimized_model_external_initializers_min_size_in_bytes", str(_INLINE_BYTES)),
@@ -202,43 +263,47 @@ class _Build:
         ):
             options.add_session_config_entry(key, value)
         session = ort.InferenceSession(str(raw / "raw.onnx"), options, providers=["CPUExecutionProvider"])
+        (raw / "raw.bin").unlink()
+        return _Packed(optimised, run, run(session))
+
+    def _run_trunk(self, session: ort.InferenceSession) -> list[NDArray[np.float32]]:
         return run_probes(session, self.shape)
 
     def _probe(
-        self, work: Path, tensors: list[MappedTensor], expected: list[NDArray[np.float32]]
-    ) -> tuple[list[MappedTensor], list[MappedTensor], str]:
-        """Load the image as the worker will; return what it maps, what it only loaded, and its known answer.
+        self, work: Path, tensors: list[MappedTensor], packed: Mapping[str, _Packed]
+    ) -> list[MappedTensor]:
+        """Load each graph as the worker will; return what sessions and loader map.
 
         Scales are packed along with the weights, so a step should not read the separate ones; whether that
         is so is tried, not assumed.
         """
-        session = load_session(work, 1)
-        if not same(run_probes(session, self.shape), expected):
-            raise PenumbraError(
-                f"{work}: the finished image does not compute what the model it was packed from does",
-                f"this is a fault of the builder with onnxruntime {ort.__version__}: report it",
-            )
-        addresses = mapped_addresses(work / m.WEIGHTS, tensors)
-        mapped = [tensor for tensor in tensors if tensor.name in addresses]
-        scales = [tensor for tensor in mapped if tensor.role == "scale"]
-        answer = known_answer(session, self.shape)
-        read = is_read(session, self.shape, [(addresses[t.name], t.length) for t in scales], expected)
-        del session
-        gc.collect()
-        return (
-            [msgspec.structs.replace(t, read=read if t.role == "scale" else True) for t in mapped],
-            [msgspec.structs.replace(t, read=False) for t in tensors if t.name not in addresses],
-            answer,
-        )
+        mapped = {tensor.name: tensor for tensor in tensors if not tensor.mapped_by}
+        for graph, each in packed.items():
+            session = load_session(work / graph, 1)
+            if not same(each.run(session), each.expected):
+                raise _fault(work / graph, "does not compute what the graph it was packed from does")
+            addresses = {
+                name: found[0] for name, found in mapped_addresses(work / m.WEIGHTS, tensors).items() if found
+            }
+            mine = [tensor for tensor in tensors if tensor.name in addresses]
+            scales = [(addresses[t.name], t.length) for t in mine if t.role == "scale"]
+            read = is_read(partial(each.run, session), scales, each.expected)
+            del session
+            gc.collect()
+            for tensor in mine:
+                mapped[tensor.name] = msgspec.structs.replace(
+                    tensor, read=read if tensor.role == "scale" else True
+                )
+        return [mapped[tensor.name] for tensor in tensors if tensor.name in mapped]
 
-    def _write_manifest(
-        self,
-        work: Path,
-        mapped: list[MappedTensor],
-        originals: list[MappedTensor],
-        answer: str,
-        table: PageTable,
-    ) -> None:
+    def _known_answers(self, work: Path) -> dict[str, str]:
+        screen = load_session(work / m.SCREEN, 1)
+        return {
+            trunk: known_answer(load_session(work / trunk, 1), screen, self.shape)
+            for trunk in (m.TRUNK, m.CHECKED_TRUNK)
+        }
+
+    def _write_manifest(self, work: Path, pages: PageTable, **found: Any) -> None:
         files = [name for name in m.FILES if name != m.MANIFEST]
         manifest = m.Manifest(
             format=m.FORMAT_VERSION,
@@ -254,20 +319,25 @@ class _Build:
             sizes={name: (work / name).stat().st_size for name in files},
             sha256={
                 name: hashlib.sha256((work / name).read_bytes()).hexdigest()
-                for name in (m.GRAPH, m.TOKENIZER, m.DIGESTS)
+                for name in (*m.GRAPHS, m.TOKENIZER, m.DIGESTS)
             },
-            weight_pages=len(table.pages),
-            parity_pages=len(table.parity),
+            weight_pages=len(pages.pages),
+            parity_pages=len(pages.parity),
             parity_data=parity.DATA_PAGES,
             parity_extra=parity.PARITY_PAGES,
-            known_answer=answer,
-            tensors=tuple(mapped),
-            originals=tuple(originals),
+            **found,
         )
         (work / m.MANIFEST).write_bytes(m.encode_manifest(manifest))
 
 
-def _write_raw(model: onnx.ModelProto, tensors: dict[str, NDArray[np.generic]], raw: Path) -> None:
+def _fault(graph: Path, what: str) -> PenumbraError:
+    return PenumbraError(
+        f"{graph}: the finished graph {what}",
+        f"this is a fault of the builder with onnxruntime {ort.__version__}: report it",
+    )
+
+
+def _write_raw(model: onnx.ModelProto, tensors: Mapping[str, NDArray[np.generic]], raw: Path) -> None:
     """Write the graph as ``raw.onnx`` and its larger initialisers as ``raw.bin``."""
     with (raw / "raw.bin").open("wb") as file:
         for name, value in tensors.items():

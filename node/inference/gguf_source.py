@@ -252,16 +252,18 @@ class GgufSource:
         )
 
 
-def quantize(weights: NDArray[np.float32]) -> QuantMatrix:
+def quantize(weights: NDArray[np.float32], block: int = BLOCK) -> QuantMatrix:
     """Quantise to 8-bit blocks, symmetric, round to nearest.
 
     Parameters
     ----------
     weights
-        float32, shape ``(rows, columns)``; columns a multiple of `BLOCK`.
+        float32, shape ``(rows, columns)``.
+    block
+        Weights that share a scale; columns are a multiple of it.
     """
     rows, columns = weights.shape
-    blocks = weights.reshape(rows, -1, BLOCK)
+    blocks = weights.reshape(rows, -1, block)
     scales = np.abs(blocks).max(axis=2) / np.float32(127)
     inverse = np.divide(1.0, scales, out=np.zeros_like(scales), where=scales > 0)
     codes = (np.rint(blocks * inverse[:, :, None]) + np.float32(128)).astype(np.uint8)

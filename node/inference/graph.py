@@ -1,30 +1,47 @@
-"""The ONNX graph of a Gemma 3 text model, on 8-bit weights.
+"""The ONNX graph of a Gemma 3 text model up to and including its last norm: the trunk, on 8-bit weights.
 
 One graph serves prefill and decoding, any batch size, any number of new tokens, any cache length.
 
 Inputs
     ``input_ids``
         int64 ``[B, T]``: the new tokens.
+    ``position_ids``
+        int64 ``[B, T]``: the position of each in its text, from 0.
     ``seqlens_k``
-        int32 ``[B]``: for each row, tokens in the cache once the new ones are in, minus 1.
+        int32 ``[B]``: for each row, rows in the caches of global layers once the new ones are in, minus 1.
     ``total_sequence_length``
         int32, scalar: the largest ``seqlens_k`` plus 1. With ``T > 1`` a batch must be one row, or start from
         empty caches with rows of equal length (a limit of GroupQueryAttention).
+    ``window_seqlens_k``, ``window_total_sequence_length``
+        The same for the caches of sliding-window layers, which need not begin at position 0: what lies
+        before the window may be dropped, and the rest moved to the front.
     ``past_key.{i}``, ``past_value.{i}``
-        float32 ``[B, kv_heads, M, head_dim]`` for layer ``i``; ``M`` is the room, not the length.
+        float32 ``[B, kv_heads, M, head_dim]`` for a global layer ``i``, ``[B, kv_heads, W, head_dim]`` for a
+        sliding-window layer; ``M`` and ``W`` are the room, not the length.
 Outputs
-    ``logits``
-        float32 ``[B, vocab]``: for the last of the ``T`` positions of each row.
+    ``hidden``
+        float32 ``[B, T, width]``: what the head takes, of each position.
+    ``residual``
+        float32 ``[B, T, 4 * layers]``, of a checked trunk only: for each matrix product (`check_names`) how
+        far its result is from what its checksum says. See below.
     ``present_key.{i}``, ``present_value.{i}``
         As ``past_*``. Bind each to the very buffer of its ``past_*``: the new rows are then appended in place
         and nothing else is written.
 
-Keys are cached after rotation. Position ``p`` of row ``b`` is ``past_key.{i}[b, :, p, :]``.
+Keys are cached after rotation. In a cache that begins at position ``base``, position ``p`` of row ``b`` is
+``past_key.{i}[b, :, p - base, :]``.
 
 Operators: ``MatMulNBits`` (8 bits, blocks of 32, activations quantised to 8 bits per block:
-accuracy_level 4), ``GroupQueryAttention``, ``SimplifiedLayerNormalization`` and standard ONNX. The
-embedding gathers 8-bit rows and their scales; the full float table never exists. The order of operations
-follows llama.cpp, ``src/models/gemma3.cpp``.
+accuracy_level 4), ``GroupQueryAttention``, ``SimplifiedLayerNormalization``, the same after an addition, and
+standard ONNX. Query, key and value are one product, gate and up another. The embedding gathers 8-bit rows and
+their scales; the full float table never exists. The order of operations follows llama.cpp,
+``src/models/gemma3.cpp``.
+
+A checked trunk computes each product ``y = W x`` a second way: with a fixed sign vector ``s``, the sum
+``s . y`` must equal ``(s W) x``. ``s W`` is made with the image and stored in three 8-bit parts, each the
+rounding error of the one before, so ``(s W) x`` goes through the same operator with the same rounding of
+``x``; what remains is the rounding of float32. Products whose input has no fixed length (``attn_output``,
+``ffn_down``) are judged relative to the length of their result, which the norm that follows computes anyway.
 """
 
 from __future__ import annotations
@@ -37,7 +54,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from node.inference.gguf_source import BLOCK, GgufSource, QuantMatrix
+from node.inference.gguf_source import BLOCK, GgufSource, QuantMatrix, quantize
 from node.inference.manifest import GemmaShape
 from telemetry.errors import PenumbraError
 
@@ -45,6 +62,15 @@ OPSET: Final = 20
 """The first with Gelu."""
 IR_VERSION: Final = 10
 _MICROSOFT: Final = "com.microsoft"
+_ABSOLUTE: Final = ("attn_qkv", "ffn_gate_up")
+"""Matrix products whose input a norm has brought to a fixed length."""
+_RELATIVE: Final = ("attn_output", "ffn_down")
+"""Those whose residual is divided by the root mean square of the result."""
+_CHECK_PARTS: Final = 3
+"""8-bit parts of a checksum: the error left is below float32 rounding."""
+_CHECK_ROWS: Final = 4
+"""Rows of a checksum matrix, the last zero: kernels take four rows at a time."""
+_SIGN_SEED: Final = 20261124
 
 
 class _Graph:
@@ -86,17 +112,158 @@ class _Graph:
             self.constant(f"{name}.scale", weights.scales),
         )
 
-    def rms_norm(self, name: str, x: str, weight: NDArray[np.float32], epsilon: float) -> str:
+    def rms_norm(
+        self, name: str, x: str, weight: NDArray[np.float32], epsilon: float, scale: str = ""
+    ) -> str:
+        """Normalise; with ``scale``, that output is 1 / root mean square, for each row."""
         gain = self.constant(f"{name}.weight", weight)
-        return self.add(
-            "SimplifiedLayerNormalization", name, [x, gain], axis=-1, epsilon=epsilon, stash_type=1
+        node = helper.make_node(
+            "SimplifiedLayerNormalization",
+            [x, gain],
+            [name, scale] if scale else [name],
+            name=name,
+            axis=-1,
+            epsilon=epsilon,
+            stash_type=1,
         )
+        self.nodes.append(node)
+        return name
+
+    def add_and_norm(
+        self, name: str, x: str, delta: str, weight: NDArray[np.float32], epsilon: float
+    ) -> tuple[str, str]:
+        """Add, then normalise, in one operator; returns sum and normalised sum."""
+        gain = self.constant(f"{name}.weight", weight)
+        total = f"{name}_sum"
+        node = helper.make_node(
+            "SkipSimplifiedLayerNormalization",
+            [delta, x, gain],
+            [name, "", "", total],
+            name=name,
+            domain=_MICROSOFT,
+            epsilon=epsilon,
+        )
+        self.nodes.append(node)
+        return total, name
+
+    def split(self, x: str, parts: dict[str, int]) -> list[str]:
+        """Split the last axis into named parts of these lengths."""
+        sizes = self.constant(
+            f"split.{'.'.join(map(str, parts.values()))}", np.array([*parts.values()], np.int64)
+        )
+        self.nodes.append(helper.make_node("Split", [x, sizes], list(parts), name=f"{x}_split", axis=-1))
+        return list(parts)
 
 
-def build_graph(
-    source: GgufSource, shape: GemmaShape
+class _Trunk:
+    """Builds one trunk."""
+
+    def __init__(self, source: GgufSource, shape: GemmaShape, checked: bool) -> None:
+        self.source, self.shape, self.checked = source, shape, checked
+        self.graph = _Graph()
+        self.sums: dict[str, str] = {}
+        """By name of the product, its signed sum."""
+        self.checksums: dict[str, str] = {}
+        """By name of the product, the parts of what that sum should be."""
+        self.scales: dict[str, str] = {}
+        """By name of the product, if its residual is relative, the factor that makes it so."""
+
+    def build(self) -> None:
+        graph, shape = self.graph, self.shape
+        for kind in ("local", "global"):
+            cos, sin = rope_tables(shape, kind == "global")
+            graph.constant(f"rope.{kind}.cos", cos)
+            graph.constant(f"rope.{kind}.sin", sin)
+        x = _embedding(graph, self.source, shape)
+        normed = graph.rms_norm("blk.0.attn_norm", x, self._vector("blk.0.attn_norm"), shape.rms_eps)
+        for layer in range(shape.layers):
+            last = layer + 1 == shape.layers
+            x, normed = self._layer(layer, x, normed, "output_norm" if last else f"blk.{layer + 1}.attn_norm")
+        graph.add("Identity", "hidden", [normed])
+        if self.checked:
+            self._residual()
+
+    def _vector(self, name: str) -> NDArray[np.float32]:
+        return self.source.vector(f"{name}.weight")
+
+    def _layer(self, layer: int, x: str, normed: str, next_norm: str) -> tuple[str, str]:
+        """Add a layer; returns the residual stream and what the next norm makes of it."""
+        graph, shape, prefix = self.graph, self.shape, f"blk.{layer}"
+        inner, kv_inner = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        qkv = self._product(
+            layer, "attn_qkv", normed, {"attn_q": inner, "attn_k": kv_inner, "attn_v": kv_inner}
+        )
+        parts = {
+            f"{prefix}.attn_{part}": size for part, size in (("q", inner), ("k", kv_inner), ("v", kv_inner))
+        }
+        query, key, value = graph.split(qkv, parts)
+        query = _head_norm(graph, self.source, shape, query)
+        key = _head_norm(graph, self.source, shape, key)
+        attended = _attention(graph, shape, layer, [query, key, value])
+        output = self._product(layer, "attn_output", attended, {"attn_output": shape.width})
+        output = self._post_norm(f"{prefix}.post_attention_norm", output)
+        name = f"{prefix}.ffn_norm"
+        x, normed = graph.add_and_norm(name, x, output, self._vector(name), shape.rms_eps)
+
+        sizes = {"ffn_gate": shape.ffn, "ffn_up": shape.ffn}
+        both = self._product(layer, "ffn_gate_up", normed, sizes)
+        gate, up = graph.split(both, {f"{prefix}.{name}": size for name, size in sizes.items()})
+        gated = graph.add(
+            "Mul", f"{prefix}.gated", [graph.add("Gelu", f"{prefix}.gelu", [gate], approximate="tanh"), up]
+        )
+        down = self._product(layer, "ffn_down", gated, {"ffn_down": shape.width})
+        down = self._post_norm(f"{prefix}.post_ffw_norm", down)
+        return graph.add_and_norm(next_norm, x, down, self._vector(next_norm), shape.rms_eps)
+
+    def _post_norm(self, name: str, x: str) -> str:
+        scale = f"{name}_scale" if self.checked else ""
+        self.scales[x] = scale
+        return self.graph.rms_norm(name, x, self._vector(name), self.shape.rms_eps, scale)
+
+    def _product(self, layer: int, role: str, x: str, parts: dict[str, int]) -> str:
+        """Multiply by matrices of the file, stacked; ``parts`` are their names and numbers of rows."""
+        name = f"blk.{layer}.{role}"
+        columns = {"attn_output": self.shape.heads * self.shape.head_dim, "ffn_down": self.shape.ffn}
+        weights = stack(
+            [
+                self.source.matrix(f"blk.{layer}.{part}.weight", rows, columns.get(role, self.shape.width))
+                for part, rows in parts.items()
+            ]
+        )
+        y = self.graph.matmul(name, x, weights, name)
+        if self.checked:
+            self._check(name, x, y, weights)
+        return y
+
+    def _check(self, name: str, x: str, y: str, weights: QuantMatrix) -> None:
+        graph, rows = self.graph, len(weights.codes)
+        signs = sign_vector(rows)
+        sign_name = graph.constant(f"check.signs.{rows}", signs.reshape(-1, 1))
+        self.sums[name] = graph.add("MatMul", f"{name}.sum", [y, sign_name])
+        self.checksums[name] = graph.matmul(f"{name}.check", x, checksum(weights, signs), f"{name}.check")
+
+    def _residual(self) -> None:
+        """Join all residuals, ``|signed sum - checksum|``, in the order of `check_names`."""
+        graph, names = self.graph, check_names(self.shape)
+        relative = [name for name in names if is_relative(name)]
+        absolute = names[: len(names) - len(relative)]
+        parts = graph.constant("check.parts", np.array([0, 0, -1, _CHECK_ROWS], np.int64))
+        axis = graph.constant("check.axis", np.array([-1], np.int64))
+        sums = graph.add("Concat", "check.sums", [self.sums[name] for name in names], axis=-1)
+        joined = graph.add("Concat", "check.joined", [self.checksums[name] for name in names], axis=-1)
+        split = graph.add("Reshape", "check.split", [joined, parts])
+        expected = graph.add("ReduceSum", "check.expected", [split, axis], keepdims=0)
+        size = graph.add("Abs", "check.size", [graph.add("Sub", "check.difference", [sums, expected])])
+        first, second = graph.split(size, {"check.absolute": len(absolute), "check.unscaled": len(relative)})
+        scales = graph.add("Concat", "check.scales", [self.scales[name] for name in relative], axis=-1)
+        scaled = graph.add("Mul", "check.relative", [second, scales])
+        graph.add("Concat", "residual", [first, scaled], axis=-1)
+
+
+def build_trunk(
+    source: GgufSource, shape: GemmaShape, *, checked: bool
 ) -> tuple[onnx.ModelProto, dict[str, NDArray[np.generic]]]:
-    """Build the graph of a model.
+    """Build the trunk of a model.
 
     Parameters
     ----------
@@ -104,12 +271,15 @@ def build_graph(
         Where the weights come from.
     shape
         Its dimensions; ``context`` is the number of positions the rotary tables are made for.
+    checked
+        Whether the graph checks its matrix products and returns ``residual``. ``hidden`` and the caches are
+        the same to the bit either way.
 
     Returns
     -------
     The model without its initialisers, and the initialisers by name:
-    ``blk.{layer}.{part}.{weight|scale}``, or a name that begins with ``token_embd``, ``output``,
-    ``output_norm``, ``rope`` or ``heads``.
+    ``blk.{layer}.{part}.{weight|scale}``, or a name that begins with ``token_embd``, ``output_norm``,
+    ``rope``, ``heads``, ``split`` or ``check``.
 
     Raises
     ------
@@ -117,16 +287,53 @@ def build_graph(
         A tensor is missing or of the wrong shape, or a dimension is none the operators can take.
     """
     _check_dimensions(source, shape)
-    graph = _Graph()
-    for kind in ("local", "global"):
-        cos, sin = rope_tables(shape, kind == "global")
-        graph.constant(f"rope.{kind}.cos", cos)
-        graph.constant(f"rope.{kind}.sin", sin)
-    x = _embedding(graph, source, shape)
-    for layer in range(shape.layers):
-        x = _layer(graph, source, shape, layer, x)
-    _head(graph, source, shape, x)
-    return _model(graph, shape), graph.tensors
+    trunk = _Trunk(source, shape, checked)
+    trunk.build()
+    return _model(trunk.graph, shape, checked), trunk.graph.tensors
+
+
+def check_names(shape: GemmaShape) -> tuple[str, ...]:
+    """Return the matrix product of each column of ``residual``."""
+    layers = range(shape.layers)
+    return tuple(
+        f"blk.{layer}.{role}" for group in (_ABSOLUTE, _RELATIVE) for layer in layers for role in group
+    )
+
+
+def is_relative(name: str) -> bool:
+    """Tell whether the residual of a matrix product is relative to the length of its result."""
+    return name.endswith(_RELATIVE)
+
+
+def stack(matrices: list[QuantMatrix]) -> QuantMatrix:
+    """Put the rows of matrices under one another; where their blocks differ, all get the smaller ones."""
+    block = min(matrix.block for matrix in matrices)
+    scales = [np.repeat(matrix.scales, matrix.block // block, axis=1) for matrix in matrices]
+    return QuantMatrix(np.concatenate([matrix.codes for matrix in matrices]), np.concatenate(scales))
+
+
+def sign_vector(rows: int) -> NDArray[np.float32]:
+    """Return the fixed signs a result of that length is summed with, float32, shape ``(rows,)``.
+
+    Random signs, so that checksums are no larger than they must be and equal errors do not cancel.
+    """
+    return np.random.default_rng(_SIGN_SEED).choice(np.array([-1, 1], np.float32), rows)
+
+
+def checksum(weights: QuantMatrix, signs: NDArray[np.float32]) -> QuantMatrix:
+    """Return the signed sum of a matrix's rows in 8-bit parts, shape ``(4, columns)``, the last row zero.
+
+    It has the blocks of the matrix, in which the operator rounds the input.
+    """
+    codes = weights.codes.reshape(len(signs), -1, weights.block).astype(np.float64) - 128
+    left = np.einsum("rbk,rb,r->bk", codes, weights.scales.astype(np.float64), signs.astype(np.float64))
+    parts = []
+    for _ in range(_CHECK_PARTS):
+        part = quantize(left.reshape(1, -1).astype(np.float32), weights.block)
+        parts.append(part)
+        left = left.reshape(1, -1) - part.to_float()
+    parts += [quantize(np.zeros((1, left.size), np.float32), weights.block)] * (_CHECK_ROWS - _CHECK_PARTS)
+    return stack(parts)
 
 
 def rope_tables(shape: GemmaShape, is_global: bool) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -166,60 +373,28 @@ def _embedding(graph: _Graph, source: GgufSource, shape: GemmaShape) -> str:
     return graph.add("Mul", "embed", [joined, gain])
 
 
-def _layer(graph: _Graph, source: GgufSource, shape: GemmaShape, layer: int, x: str) -> str:
-    prefix = f"blk.{layer}"
-
-    def norm(name: str, value: str) -> str:
-        return graph.rms_norm(
-            f"{prefix}.{name}", value, source.vector(f"{prefix}.{name}.weight"), shape.rms_eps
-        )
-
-    def matmul(role: str, value: str, rows: int, columns: int) -> str:
-        name = f"{prefix}.{role}"
-        return graph.matmul(name, value, source.matrix(f"{name}.weight", rows, columns), name)
-
-    inner, kv_inner = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    normed = norm("attn_norm", x)
-    query = _head_norm(graph, source, shape, f"{prefix}.attn_q", matmul("attn_q", normed, inner, shape.width))
-    key = _head_norm(
-        graph, source, shape, f"{prefix}.attn_k", matmul("attn_k", normed, kv_inner, shape.width)
-    )
-    value = matmul("attn_v", normed, kv_inner, shape.width)
-    attended = _attention(graph, shape, layer, [query, key, value])
-    output = norm("post_attention_norm", matmul("attn_output", attended, shape.width, inner))
-    x = graph.add("Add", f"{prefix}.attn_residual", [x, output])
-
-    normed = norm("ffn_norm", x)
-    gate = graph.add(
-        "Gelu", f"{prefix}.gelu", [matmul("ffn_gate", normed, shape.ffn, shape.width)], approximate="tanh"
-    )
-    up = matmul("ffn_up", normed, shape.ffn, shape.width)
-    gated = graph.add("Mul", f"{prefix}.gated", [gate, up])
-    down = norm("post_ffw_norm", matmul("ffn_down", gated, shape.width, shape.ffn))
-    return graph.add("Add", f"{prefix}.ffn_residual", [x, down])
-
-
-def _head_norm(graph: _Graph, source: GgufSource, shape: GemmaShape, name: str, x: str) -> str:
+def _head_norm(graph: _Graph, source: GgufSource, shape: GemmaShape, name: str) -> str:
     """Normalise each head by itself: ``[B, T, n * head_dim]`` in and out."""
     split = graph.constant("heads.split", np.array([0, 0, -1, shape.head_dim], np.int64))
     join = graph.constant("heads.join", np.array([0, 0, -1], np.int64))
-    heads = graph.add("Reshape", f"{name}_heads", [x, split])
+    heads = graph.add("Reshape", f"{name}_heads", [name, split])
     normed = graph.rms_norm(f"{name}_norm", heads, source.vector(f"{name}_norm.weight"), shape.rms_eps)
     return graph.add("Reshape", f"{name}_joined", [normed, join])
 
 
 def _attention(graph: _Graph, shape: GemmaShape, layer: int, qkv: list[str]) -> str:
     is_global = shape.is_global(layer)
-    rope = "rope.global" if is_global else "rope.local"
+    rope, lengths = ("rope.global", "") if is_global else ("rope.local", "window_")
     output = f"blk.{layer}.attn"
     inputs = [
         *qkv,
         f"past_key.{layer}",
         f"past_value.{layer}",
-        "seqlens_k",
-        "total_sequence_length",
+        f"{lengths}seqlens_k",
+        f"{lengths}total_sequence_length",
         f"{rope}.cos",
         f"{rope}.sin",
+        "position_ids",
     ]
     graph.nodes.append(
         helper.make_node(
@@ -239,31 +414,26 @@ def _attention(graph: _Graph, shape: GemmaShape, layer: int, qkv: list[str]) -> 
     return output
 
 
-def _head(graph: _Graph, source: GgufSource, shape: GemmaShape, x: str) -> str:
-    last = graph.constant("output.last", np.array(-1, np.int64))
-    final = graph.add("Gather", "output.hidden", [x, last], axis=1)
-    normed = graph.rms_norm("output_norm", final, source.vector("output_norm.weight"), shape.rms_eps)
-    table = "output" if source.has("output.weight") else "token_embd"
-    head = graph.matmul("output", normed, source.matrix(f"{table}.weight", shape.vocab, shape.width), table)
-    return graph.add("Identity", "logits", [head])
-
-
-def _model(graph: _Graph, shape: GemmaShape) -> onnx.ModelProto:
+def _model(graph: _Graph, shape: GemmaShape, checked: bool) -> onnx.ModelProto:
     def value(name: str, kind: int, dimensions: list[str | int]) -> onnx.ValueInfoProto:
         return helper.make_tensor_value_info(name, kind, dimensions)
 
-    cache: list[str | int] = ["B", shape.kv_heads, "M", shape.head_dim]
-    caches = [f"{part}.{layer}" for layer in range(shape.layers) for part in ("key", "value")]
+    def cache(layer: int) -> list[str | int]:
+        return ["B", shape.kv_heads, "M" if shape.is_global(layer) else "W", shape.head_dim]
+
+    caches = [(f"{part}.{layer}", cache(layer)) for layer in range(shape.layers) for part in ("key", "value")]
     inputs = [
         value("input_ids", TensorProto.INT64, ["B", "T"]),
-        value("seqlens_k", TensorProto.INT32, ["B"]),
-        value("total_sequence_length", TensorProto.INT32, []),
-        *(value(f"past_{name}", TensorProto.FLOAT, cache) for name in caches),
+        value("position_ids", TensorProto.INT64, ["B", "T"]),
     ]
-    outputs = [
-        value("logits", TensorProto.FLOAT, ["B", shape.vocab]),
-        *(value(f"present_{name}", TensorProto.FLOAT, cache) for name in caches),
-    ]
+    for prefix in ("", "window_"):
+        inputs.append(value(f"{prefix}seqlens_k", TensorProto.INT32, ["B"]))
+        inputs.append(value(f"{prefix}total_sequence_length", TensorProto.INT32, []))
+    inputs += [value(f"past_{name}", TensorProto.FLOAT, dimensions) for name, dimensions in caches]
+    outputs = [value("hidden", TensorProto.FLOAT, ["B", "T", shape.width])]
+    if checked:
+        outputs.append(value("residual", TensorProto.FLOAT, ["B", "T", len(check_names(shape))]))
+    outputs += [value(f"present_{name}", TensorProto.FLOAT, dimensions) for name, dimensions in caches]
     body = helper.make_graph(graph.nodes, "gemma3", inputs, outputs)
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(_MICROSOFT, 1)]
     return helper.make_model(body, opset_imports=opsets, ir_version=IR_VERSION, producer_name="penumbra")

@@ -1,4 +1,4 @@
-"""A model image as its users see it: load it, prove it, describe it. The worker needs no more than this.
+"""A model image on the disk: prove it whole, describe it. `node.inference.model` loads one.
 
 `node.inference.builder` makes images; `node.inference.manifest` says what is in one.
 """
@@ -17,11 +17,9 @@ from numpy.typing import NDArray
 
 from fdir.pages import PAGE_SIZE, page_digests
 from node.inference import manifest as m
-from node.inference.probe import prove_session
 from telemetry.errors import PenumbraError
 
 _REBUILD = "build the image again: `penumbra model build --force`"
-_AGAIN = "check the files with `penumbra model verify`; if they are whole, load again"
 
 
 class RoleInfo(msgspec.Struct, frozen=True):
@@ -32,7 +30,7 @@ class RoleInfo(msgspec.Struct, frozen=True):
     pages: int
     read: bool
     """Whether steps read them; otherwise only loading does."""
-    sparse: bool
+    by_row: bool
     """Whether a step reads some rows only."""
 
 
@@ -52,85 +50,13 @@ class ImageInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes of each file."""
     total_bytes: int
     mapped_bytes: int
-    """What a loaded session maps."""
+    """What a loaded model maps, its checks included."""
     live_bytes: int
-    """What every step reads, and one scan hashes."""
+    """What every step of a checked model reads, and one scan hashes."""
+    original_bytes: int
+    """What only loading reads."""
     roles: dict[str, RoleInfo]
     """Mapped tensors by role."""
-
-
-def open_session(image_dir: Path, threads: int) -> ort.InferenceSession:
-    """Load a model image, and prove that it computes on the mapped weights what it did when it was built.
-
-    ONNX Runtime packs the original weights again while loading, and takes the packed ones of the image only
-    if the two are equal. From an original struck in the page cache it would thus, without a word, compute
-    on packed weights in memory of its own, which no page digest covers. So the mapped pages are dropped, a
-    known answer is asked for, and all packed weights must have come back from the mapping.
-
-    Parameters
-    ----------
-    image_dir
-        Directory of the slot.
-    threads
-        Threads that compute, 1 or more. The result does not depend on it, to the bit.
-
-    Raises
-    ------
-    PenumbraError
-        The manifest is missing or damaged, the image is for another machine, ONNX Runtime cannot load it,
-        or the session fails the proof.
-    """
-    manifest = m.load_manifest(image_dir)
-    m.check_machine(manifest, image_dir, ort.__version__)
-    session = load_session(image_dir, threads)
-    answer, unused = prove_session(session, manifest.shape, image_dir / m.WEIGHTS, manifest.tensors)
-    if answer != manifest.known_answer:
-        raise PenumbraError(
-            f"{image_dir}: the loaded model computes {answer}, not the known answer {manifest.known_answer}",
-            _AGAIN,
-        )
-    if unused:
-        raise PenumbraError(
-            f"{image_dir}: ONNX Runtime does not compute on the image's {unused[0]} but packed its own: "
-            "what it read while loading was damaged",
-            _AGAIN,
-        )
-    return session
-
-
-def load_session(image_dir: Path, threads: int) -> ort.InferenceSession:
-    """Load the graph and the weights of an image, without a look at its manifest.
-
-    The graph in the image is already optimised and its weights are packed: the session maps the packed
-    weights from ``weights.bin``, private and writable, and computes on that mapping. Threads do not spin
-    while they wait: spinning made a step 9 % faster on two idle cores and 40 % slower when another process
-    wanted one (measured, AMD Zen 3), and an idle thread should draw no power.
-
-    Parameters
-    ----------
-    image_dir
-        Directory of the slot.
-    threads
-        Threads that compute, 1 or more.
-
-    Raises
-    ------
-    PenumbraError
-        ONNX Runtime cannot load the image.
-    """
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.add_session_config_entry("session.inter_op.allow_spinning", "0")
-    path = image_dir / m.GRAPH
-    try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise PenumbraError(f"{path}: ONNX Runtime cannot load it: {error}", _REBUILD) from error
 
 
 def verify_image(image_dir: Path) -> m.Manifest:
@@ -196,14 +122,15 @@ def image_info(image_dir: Path) -> ImageInfo:
         files=sizes,
         total_bytes=sum(sizes.values()),
         mapped_bytes=sum(tensor.length for tensor in manifest.tensors),
-        live_bytes=sum(tensor.length for tensor in manifest.tensors if tensor.read and not tensor.sparse),
+        live_bytes=sum(tensor.length for tensor in manifest.tensors if tensor.read and not tensor.rows),
+        original_bytes=sum(tensor.length for tensor in manifest.originals),
         roles={
             role: RoleInfo(
                 tensors=len(tensors),
                 bytes=sum(tensor.length for tensor in tensors),
                 pages=sum(tensor.page_count for tensor in tensors),
                 read=any(tensor.read for tensor in tensors),
-                sparse=any(tensor.sparse for tensor in tensors),
+                by_row=any(tensor.rows for tensor in tensors),
             )
             for role, tensors in sorted(groups.items())
         },

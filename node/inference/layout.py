@@ -1,16 +1,18 @@
-"""Lay the tensors of an optimised model out on pages of their own.
+"""Lay the tensors of optimised models out on pages of their own, in one file.
 
 ONNX Runtime writes packed weights back to back, several tensors to a page. A page is what is hashed,
-repaired and struck, so each must belong to one tensor: this rewrites the data file with every tensor at a
-page boundary, and the references in the graph with it. Two kinds go into the file, in this order:
+repaired and struck, so each must belong to one tensor: this rewrites the data files of several graphs as one
+with every tensor at a page boundary, and the references in the graphs with it. A tensor that two graphs have
+under one name is stored once. Three kinds go into the file, in this order:
 
 - what a session should map: packed weights, and tensors used as they are (norms, rotary tables, embedding
   rows);
+- what no graph uses, and the loader maps itself;
 - originals: unpacked weights that ONNX Runtime reads while loading, to recognise the packed ones as theirs
   by hash. It then drops them. An original that is changed makes it pack anew, into private memory, from the
   changed one.
 
-Integer constants (shapes, an axis, an index: at most 32 bytes each) stay in the graph: shapes must be known
+Integer constants (shapes, an axis, an index: at most 32 bytes each) stay in the graphs: shapes must be known
 before external data are.
 """
 
@@ -18,48 +20,64 @@ from __future__ import annotations
 
 import mmap
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
+import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import TensorProto
 
 from fdir.pages import PAGE_SIZE, MappedTensor
-from node.inference.manifest import PACKED
+from node.inference.manifest import EMBEDDING, PACKED, TABLE, GemmaShape
+from telemetry.errors import PenumbraError
 
 _PACKED_KEY: Final = "prepacked_"
 _PACKING_OPERATOR: Final = "MatMulNBits"
 _LAYER_NAME: Final = re.compile(r"blk\.(\d+)\.(.+)")
-_LAYER_ROLES: Final = frozenset(
-    {"attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"}
+_LAYER_ROLES: Final = frozenset({"attn_qkv", "attn_output", "ffn_gate_up", "ffn_down"})
+_TABLE_ROLES: Final = {EMBEDDING: "embed", TABLE: "table"}
+_OTHER_ROLES: Final = (
+    (re.compile(r"\bcheck\."), "check"),
+    (re.compile(r"^screen\."), "head"),
+    (re.compile(r"^rope\."), "rope"),
+    (re.compile(r"norm\.$"), "norm"),
 )
-_HEAD_TABLES: Final = frozenset({"output", "token_embd"})
 
 
-class _Piece(NamedTuple):
+@dataclass
+class _Piece:
     name: str
     content: memoryview | bytes
-    place: Callable[[int], None]
-    """Called with the piece's offset in the new file."""
-    packed: bool
-    original: bool
+    places: list[Callable[[int], None]]
+    """Each is called with the piece's offset in the new file."""
+    mapped_by: str
+    packed: bool = False
+    original: bool = False
 
 
 def lay_out(
-    optimised: Path,
-    image_graph: Path,
-    image_weights: Path,
+    optimised: Mapping[str, Path],
+    own: Mapping[str, NDArray[np.generic]],
+    weights: Path,
+    shape: GemmaShape,
     progress: Callable[[float], object] = lambda _: None,
 ) -> list[MappedTensor]:
-    """Rewrite an optimised model as the graph and the weights file of an image.
+    """Rewrite optimised models as the graphs and the weights file of an image.
 
     Parameters
     ----------
     optimised
-        The model ONNX Runtime wrote, ``*.onnx``; its data lie beside it in ``*.bin``.
-    image_graph, image_weights
-        Files to write; the second's name is what the graph refers to.
+        By file name of the graph in the image, the model ONNX Runtime wrote, ``*.onnx``; its data lie beside
+        it in ``*.bin``.
+    own
+        Tensors no graph has, by name.
+    weights
+        The file to write; the graphs are written beside it and refer to its name.
+    shape
+        Dimensions of the model: they say how many rows a table has.
     progress
         Called with the part done, 0 to 1.
 
@@ -71,27 +89,52 @@ def lay_out(
     ------
     OSError
         A file cannot be read or written.
+    PenumbraError
+        Two graphs have different tensors of one name.
     """
-    model = onnx.load(str(optimised), load_external_data=False)
-    with optimised.with_suffix(".bin").open("rb") as file:
-        data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    as_is = {name for node in model.graph.node if node.op_type != _PACKING_OPERATOR for name in node.input}
-    pieces = [piece for tensor in model.graph.initializer for piece in _pieces(tensor, data, as_is)]
-    pieces.sort(key=lambda piece: piece.original)
+    models = {name: onnx.load(str(path), load_external_data=False) for name, path in optimised.items()}
+    pieces: dict[tuple[str, bool], _Piece] = {}
+    for graph, model in models.items():
+        for piece in _graph_pieces(model, optimised[graph].with_suffix(".bin"), graph):
+            _join(pieces, piece)
+    for name, array in own.items():
+        _join(pieces, _Piece(name, np.ascontiguousarray(array).tobytes(), [], ""))
     placed: list[MappedTensor] = []
-    with image_weights.open("wb") as out:
-        for number, piece in enumerate(pieces):
+    ordered = sorted(pieces.values(), key=lambda piece: (piece.original, not piece.mapped_by))
+    with weights.open("wb") as out:
+        for number, piece in enumerate(ordered):
             offset = out.tell()
-            piece.place(offset)
+            for place in piece.places:
+                place(offset)
             out.write(piece.content)
             out.write(bytes(-len(piece.content) % PAGE_SIZE))
-            placed.append(_placed(piece, offset))
-            progress((number + 1) / len(pieces))
-    for tensor in model.graph.initializer:
-        if tensor.data_location == TensorProto.EXTERNAL:
-            _entry(tensor, "location").value = image_weights.name
-    onnx.save(model, str(image_graph))
+            placed.append(_placed(piece, offset, shape))
+            progress((number + 1) / len(ordered))
+    for graph, model in models.items():
+        for tensor in model.graph.initializer:
+            if tensor.data_location == TensorProto.EXTERNAL:
+                _entry(tensor, "location").value = weights.name
+        onnx.save(model, str(weights.with_name(graph)))
     return placed
+
+
+def _graph_pieces(model: onnx.ModelProto, data_file: Path, graph: str) -> list[_Piece]:
+    with data_file.open("rb") as file:
+        data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    as_is = {name for node in model.graph.node if node.op_type != _PACKING_OPERATOR for name in node.input}
+    return [piece for tensor in model.graph.initializer for piece in _pieces(tensor, data, as_is, graph)]
+
+
+def _join(pieces: dict[tuple[str, bool], _Piece], piece: _Piece) -> None:
+    known = pieces.setdefault((piece.name, piece.packed), piece)
+    if known is piece:
+        return
+    if known.content != piece.content or known.original != piece.original:
+        raise PenumbraError(
+            f"tensor {piece.name} is another in {piece.mapped_by} than in {known.mapped_by}",
+            "this is a fault of the builder: report it",
+        )
+    known.places += piece.places
 
 
 def role_of(name: str, packed: bool) -> tuple[str, int | None]:
@@ -108,20 +151,23 @@ def role_of(name: str, packed: bool) -> tuple[str, int | None]:
     stem, _, kind = name.rpartition(".")
     if match := _LAYER_NAME.fullmatch(stem):
         layer, stem = int(match[1]), match[2]
-    if stem.startswith("rope"):
-        return "rope", layer
-    if stem.endswith("norm"):
-        return "norm", layer
-    if stem in _HEAD_TABLES and packed:
-        return "head", layer
-    if stem == "token_embd":
-        return "embed", layer
-    if kind == "scale":
+    if stem in _TABLE_ROLES:
+        return _TABLE_ROLES[stem], layer
+    if kind == "scale" and not packed:
         return "scale", layer
-    return (stem if stem in _LAYER_ROLES else "other"), layer
+    if stem in _LAYER_ROLES:
+        return stem, layer
+    return next((role for pattern, role in _OTHER_ROLES if pattern.search(f"{stem}.")), "other"), layer
 
 
-def _placed(piece: _Piece, offset: int) -> MappedTensor:
+def _row_count(role: str, name: str, shape: GemmaShape) -> int:
+    """Return the rows of a tensor of which a step reads some only; 0 for one it reads whole."""
+    if role == "rope":
+        return shape.context
+    return shape.vocab if role in {"embed", "table"} and name.endswith((".weight", ".scale")) else 0
+
+
+def _placed(piece: _Piece, offset: int, shape: GemmaShape) -> MappedTensor:
     role, layer = role_of(piece.name, piece.packed)
     length = len(piece.content)
     return MappedTensor(
@@ -132,8 +178,9 @@ def _placed(piece: _Piece, offset: int) -> MappedTensor:
         length=length,
         first_page=offset // PAGE_SIZE,
         page_count=-(-length // PAGE_SIZE),
-        sparse=role == "embed" and piece.name.endswith((".weight", ".scale")),
+        rows=_row_count(role, piece.name, shape),
         read=not piece.original,
+        mapped_by=piece.mapped_by,
     )
 
 
@@ -148,30 +195,31 @@ def _new_entry(tensor: TensorProto, key: str) -> onnx.StringStringEntryProto:
     return entry
 
 
-def _pieces(tensor: TensorProto, data: memoryview, as_is: set[str]) -> list[_Piece]:
+def _pieces(tensor: TensorProto, data: memoryview, as_is: set[str], graph: str) -> list[_Piece]:
     """Return the parts of a tensor, each with the means to point the graph at its new place."""
     if tensor.data_location != TensorProto.EXTERNAL:
-        return [_inline_piece(tensor)] if tensor.data_type == TensorProto.FLOAT else []
+        return [_inline_piece(tensor, graph)] if tensor.data_type == TensorProto.FLOAT else []
     offset, length = (int(_entry(tensor, key).value) for key in ("offset", "length"))
     packed = [
         piece
         for entry in tensor.external_data
         if entry.key.startswith(_PACKED_KEY)
-        for piece in _packed_pieces(tensor.name, entry, data)
+        for piece in _packed_pieces(tensor.name, entry, data, graph)
     ]
     original = bool(packed) and tensor.name not in as_is
-    whole = _Piece(tensor.name, data[offset : offset + length], _placer(tensor), False, original)
+    content = data[offset : offset + length]
+    whole = _Piece(tensor.name, content, [_placer(tensor)], graph, original=original)
     return [*packed, whole]
 
 
-def _inline_piece(tensor: TensorProto) -> _Piece:
+def _inline_piece(tensor: TensorProto, graph: str) -> _Piece:
     content = onnx.numpy_helper.to_array(tensor).tobytes()
     tensor.ClearField("raw_data")
     tensor.ClearField("float_data")
     tensor.data_location = TensorProto.EXTERNAL
     _entry(tensor, "location")
     _entry(tensor, "length").value = str(len(content))
-    return _Piece(tensor.name, content, _placer(tensor), False, False)
+    return _Piece(tensor.name, content, [_placer(tensor)], graph)
 
 
 def _placer(tensor: TensorProto) -> Callable[[int], None]:
@@ -181,7 +229,9 @@ def _placer(tensor: TensorProto) -> Callable[[int], None]:
     return place
 
 
-def _packed_pieces(name: str, entry: onnx.StringStringEntryProto, data: memoryview) -> list[_Piece]:
+def _packed_pieces(
+    name: str, entry: onnx.StringStringEntryProto, data: memoryview, graph: str
+) -> list[_Piece]:
     """Read ``<key>|<offset>;<length>;<checksum>[|...]``: one group for each buffer a kernel packed into.
 
     Source: onnxruntime 1.32, ``core/framework/tensor_external_data_info.cc``.
@@ -196,7 +246,7 @@ def _packed_pieces(name: str, entry: onnx.StringStringEntryProto, data: memoryvi
         return place
 
     return [
-        _Piece(name, data[int(field[0]) : int(field[0]) + int(field[1])], placer(field), True, False)
+        _Piece(name, data[int(field[0]) : int(field[0]) + int(field[1])], [placer(field)], graph, packed=True)
         for field in fields[1:]
         if int(field[1]) > 0
     ]

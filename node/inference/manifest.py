@@ -30,7 +30,7 @@ import msgspec
 import xxhash
 
 from fdir.pages import PAGE_SIZE, MappedTensor, PageTable, WeightMemory
-from node.inference.screen import ScreenBounds
+from node.inference.screen_bounds import ScreenBounds
 from telemetry.errors import PenumbraError
 
 FORMAT_VERSION = 2
@@ -44,6 +44,10 @@ FILES = (*GRAPHS, WEIGHTS, PARITY, DIGESTS, TOKENIZER, MANIFEST)
 """Every file of an image."""
 PACKED = ".packed"
 """End of the name of a tensor in the form ONNX Runtime computes on."""
+TABLE, ROTATION = "output", "screen.rotation"
+"""Names of what the loader maps itself: the table of an untied head, and the rotation of the screen."""
+EMBEDDING = "token_embd"
+"""Name of the embedding table, which is that of a tied head too."""
 SLOTS = ("a", "b")
 Slot: TypeAlias = Literal["a", "b"]
 
@@ -127,8 +131,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     parity_extra: int
     """Parity pages of a group: the number of bad pages it can restore."""
     known_answers: dict[str, str]
-    """By file name of the trunk, xxh3_128 of what sound sessions of trunk and screen compute for a fixed input:
-    `node.inference.probe.known_answer`."""
+    """By file name of the trunk, xxh3_128 of what sound sessions of it and of the screen compute for a fixed
+    input: `node.inference.probe.known_answer`."""
     screen: ScreenBounds
     """What the head needs to know of its screen."""
     checks: Checks

@@ -1,8 +1,8 @@
-"""Find out what a session maps from its weights file, and what of it the steps of the model really read."""
+"""Find out what sessions map from their weights file, and what of it the steps of the model really read."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -17,7 +17,9 @@ from node.inference.manifest import PACKED, GemmaShape
 
 _PROBES: Final = ((1, (40, 1, 7)), (4, (8, 1)))
 """Batch size and tokens of each run in turn: kernels differ for one row, a few rows and many."""
+_SCREEN_BATCHES: Final = (1, 4)
 _KNOWN: Final = ((1, (8, 1)),)
+_KNOWN_SCREEN: Final = (1,)
 _ROOM: Final = 64
 _STRIKE: Final = 0xA5
 _SLACK_PAGES: Final = 1
@@ -25,7 +27,7 @@ _SLACK_PAGES: Final = 1
 
 
 def run_probes(
-    session: ort.InferenceSession,
+    trunk: ort.InferenceSession,
     shape: GemmaShape,
     probes: Sequence[tuple[int, Sequence[int]]] = _PROBES,
 ) -> list[NDArray[np.float32]]:
@@ -33,8 +35,8 @@ def run_probes(
 
     Parameters
     ----------
-    session
-        A session of the graph, see `node.inference.graph`.
+    trunk
+        A session of a trunk, see `node.inference.graph`.
     shape
         Its dimensions; ``context`` must be 64 or more.
     probes
@@ -42,9 +44,10 @@ def run_probes(
 
     Returns
     -------
-    Logits and caches of every run, to be compared bit for bit with those of another session.
+    Hidden states, caches and, if the trunk is checked, residuals of every run, to be compared bit for bit
+    with those of another session.
     """
-    names = [output.name for output in session.get_outputs()]
+    names = [output.name for output in trunk.get_outputs()]
     tokens = np.random.default_rng(0)
     results: list[NDArray[np.float32]] = []
     for batch, lengths in probes:
@@ -52,37 +55,71 @@ def run_probes(
         caches = {f"{part}.{layer}": room for layer in range(shape.layers) for part in ("key", "value")}
         total = 0
         for length in lengths:
+            positions = np.arange(total, total + length)
             total += length
+            last, largest = np.full(batch, total - 1, np.int32), np.array(total, np.int32)
             feed: dict[str, NDArray[np.generic]] = {
                 "input_ids": tokens.integers(0, shape.vocab, (batch, length)),
-                "seqlens_k": np.full(batch, total - 1, np.int32),
-                "total_sequence_length": np.array(total, np.int32),
+                "position_ids": np.tile(positions, (batch, 1)),
+                "seqlens_k": last,
+                "total_sequence_length": largest,
+                "window_seqlens_k": last,
+                "window_total_sequence_length": largest,
                 **{f"past_{name}": cache for name, cache in caches.items()},
             }
-            outputs = dict(zip(names, session.run(names, feed), strict=True))
+            outputs = dict(zip(names, trunk.run(names, feed), strict=True))
             caches = {name: outputs[f"present_{name}"] for name in caches}
-            results += [outputs["logits"], *caches.values()]
+            results += outputs.values()
     return results
 
 
-def known_answer(session: ort.InferenceSession, shape: GemmaShape) -> str:
-    """Digest what a session computes for a fixed input: a prefill of eight tokens and one step.
-
-    Logits and caches depend on every weight; they are the same to the bit for any number of threads.
+def run_screen(
+    screen: ort.InferenceSession, batches: Sequence[int] = _SCREEN_BATCHES
+) -> list[NDArray[np.float32]]:
+    """Run a screen on fixed inputs.
 
     Parameters
     ----------
-    session
-        The session.
+    screen
+        A session of a screen, see `node.inference.screen`.
+    batches
+        Batch size of each run.
+
+    Returns
+    -------
+    All outputs of every run.
+    """
+    numbers = np.random.default_rng(0)
+    results: list[NDArray[np.float32]] = []
+    for batch in batches:
+        feed = {
+            entry.name: numbers.integers(-127, 128, (batch, entry.shape[1])).astype(np.float32)
+            for entry in screen.get_inputs()
+        }
+        results += screen.run(None, feed)
+    return results
+
+
+def known_answer(trunk: ort.InferenceSession, screen: ort.InferenceSession, shape: GemmaShape) -> str:
+    """Digest what sessions compute for a fixed input: a prefill of eight tokens, one step, one screening.
+
+    The results depend on every weight; they are the same to the bit for any number of threads.
+
+    Parameters
+    ----------
+    trunk
+        Session of the trunk.
+    screen
+        Session of the screen.
     shape
-        Its dimensions.
+        Dimensions of the model.
 
     Returns
     -------
     xxh3_128 of all results, 32 hexadecimal digits.
     """
     digest = xxhash.xxh3_128()
-    for result in run_probes(session, shape, _KNOWN):
+    for result in (*run_probes(trunk, shape, _KNOWN), *run_screen(screen, _KNOWN_SCREEN)):
         digest.update(np.ascontiguousarray(result).data)
     return digest.hexdigest()
 
@@ -92,21 +129,25 @@ def same(left: Sequence[NDArray[np.float32]], right: Sequence[NDArray[np.float32
     return all(a.tobytes() == b.tobytes() for a, b in zip(left, right, strict=True))
 
 
-def prove_session(
-    session: ort.InferenceSession, shape: GemmaShape, weights: Path, tensors: Sequence[MappedTensor]
+def prove_sessions(
+    trunk: ort.InferenceSession,
+    screen: ort.InferenceSession,
+    shape: GemmaShape,
+    weights: Path,
+    tensors: Sequence[MappedTensor],
 ) -> tuple[str, list[str]]:
     """Ask for the known answer, and see which packed weights were not read from the mapped file for it.
 
     Parameters
     ----------
-    session
-        A session that was just loaded: its mapped pages are dropped, and changes to them are lost.
+    trunk, screen
+        Sessions that were just loaded: their mapped pages are dropped, and changes to them are lost.
     shape
-        Its dimensions.
+        Dimensions of the model.
     weights
         The weights file.
     tensors
-        What the session should have mapped from it.
+        What they should have mapped from it.
 
     Returns
     -------
@@ -118,7 +159,7 @@ def prove_session(
     for tensor in packed:
         for address in places[tensor.name]:
             drop_pages(address, tensor.page_count * PAGE_SIZE)
-    answer = known_answer(session, shape)
+    answer = known_answer(trunk, screen, shape)
     if not can_observe():
         return answer, []
 
@@ -131,15 +172,14 @@ def prove_session(
     return answer, [tensor.name for tensor in packed if not was_read(tensor)]
 
 
-def mapped_addresses(weights: Path, tensors: Sequence[MappedTensor]) -> dict[str, int]:
-    """Return where this process has mapped tensors of a weights file; what is not mapped is absent."""
+def mapped_addresses(weights: Path, tensors: Sequence[MappedTensor]) -> dict[str, list[int]]:
+    """Return where this process has mapped tensors of a weights file: once for each session that does."""
     spans = live_mappings(weights)
-    return {tensor.name: found[0] for tensor in tensors if (found := _addresses(spans, tensor))}
+    return {tensor.name: _addresses(spans, tensor) for tensor in tensors}
 
 
 def is_read(
-    session: ort.InferenceSession,
-    shape: GemmaShape,
+    run: Callable[[], Sequence[NDArray[np.float32]]],
     addresses: Sequence[tuple[int, int]],
     expected: Sequence[NDArray[np.float32]],
 ) -> bool:
@@ -147,19 +187,17 @@ def is_read(
 
     Parameters
     ----------
-    session
-        The session.
-    shape
-        Its dimensions.
+    run
+        Runs the probes.
     addresses
         Address and length in bytes of each stretch to overwrite.
     expected
-        Results of `run_probes` while the memory was sound.
+        What it returned while the memory was sound.
     """
     for address, length in addresses:
         memory = np.frombuffer(memory_view(address, length), np.uint8)
         memory ^= np.uint8(_STRIKE)
-    return not same(run_probes(session, shape), expected)
+    return not same(run(), expected)
 
 
 def _addresses(spans: Sequence[Span], tensor: MappedTensor) -> list[int]:

@@ -1,7 +1,7 @@
 """Which of the two image slots flies: a file of one letter, replaced atomically.
 
-``<images>/active`` holds ``a`` or ``b`` and, on a second line, the slot that was active before, if any. Without
-the file slot ``a`` is active.
+``<images>/active`` holds ``a`` or ``b`` and, on a second line, the slot that was active before, if any.
+Without the file slot ``a`` is active.
 """
 
 from __future__ import annotations
