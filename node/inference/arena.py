@@ -1,131 +1,183 @@
 """The KV arena: one named shared mapping that outlives the worker.
 
-It holds the KV cache ONNX Runtime reads and writes in place, the digests and parity that watch it, and
-the state of the job, so that a restarted worker proves the rows and goes on where the last committed
+It holds the KV caches ONNX Runtime reads and writes in place, the digests and parity that watch them, and
+the state of each job, so that a restarted worker proves the rows and goes on where the last committed
 token was. It lives in a file on shared memory (`/dev/shm`), so the bench finds it from outside.
 
-Layout (little-endian; every section starts on a 4 KiB page):
+A *seat* is the place of one sequence; its rows form two *banks*, one of the layers that attend to all
+positions and one of those that attend to a window (`node.inference.arena_layout` has the layout).
 
-    page 0      shape record: msgpack of `ArenaShape`, framed
-    page 1, 2   state record, two copies: the newer whole one counts (msgpack of `ArenaState`, framed)
-    tokens      int32  [positions]               prompt, then generated tokens
-    blocks      record [positions] of `BLOCK`    one per whole block of tokens: first, count, KV digest, chain
-    digests     uint64 [positions, planes]       xxh3_64 of each KV row
-    parity      uint32 [positions / 8, planes, head_dim]
-    kv          float32 [planes, positions, head_dim]
+The file is sparse. `KvArena.reserve` gets the memory of a seat in steps of `KV_PAGE` positions before it is
+written, so that full shared memory is an error there, never a SIGBUS; `KvArena.release` gives it back.
 
-plane = (layer * 2 + (0 for K, 1 for V)) * kv_heads + head. A framed record is CRC-32C (4 bytes), length
-(4 bytes), body. The state is written only after tokens, blocks, digests and parity of an epoch are in
-place, and to the older copy, so a process killed at any instant leaves the state before or after.
+A state is written only after everything it counts is in place, and to the older copy, so a process killed at
+any instant leaves the state before or after.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
-import hashlib
 import mmap
 import os
-import struct
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
-import crc32c
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from fdir.rows import GROUP
-from telemetry.certificate import CHAIN_BYTES
+from fdir.rows import GROUP, BadRow, RowBank, exchange
+from node.inference.arena_layout import (
+    ARENA_VERSION,
+    BANKS,
+    BLOCK,
+    KV_PAGE,
+    PAGE,
+    SHARED_MEMORY,
+    ArenaShape,
+    Bank,
+    SeatState,
+    arena_path,
+    frame_record,
+    newest_state,
+    read_record,
+)
 from telemetry.errors import PenumbraError
 
-PAGE = 4096
-ARENA_VERSION = 1
-SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - the point is a name others can find
-BLOCK = np.dtype([("first", "<u4"), ("count", "<u4"), ("kv", "u1", (8,)), ("chain", "u1", (CHAIN_BYTES,))])
-_FRAME = struct.Struct("<II")
-Record = TypeVar("Record")
+__all__ = [
+    "ARENA_VERSION",
+    "BANKS",
+    "BLOCK",
+    "KV_PAGE",
+    "PAGE",
+    "SHARED_MEMORY",
+    "ArenaFull",
+    "ArenaShape",
+    "Bank",
+    "KvArena",
+    "Seat",
+    "SeatState",
+    "arena_path",
+    "newest_state",
+    "read_record",
+]
+
+Floats = npt.NDArray[np.float32]
 
 
-class ArenaShape(msgspec.Struct, frozen=True, kw_only=True):
-    """What the arena was made for: another model or size needs a new one."""
-
-    version: int
-    image_id: str
-    layers: int
-    kv_heads: int
-    positions: int
-    head_dim: int
-
-    @property
-    def planes(self) -> int:
-        """Number of (layer, K or V, head) planes."""
-        return self.layers * 2 * self.kv_heads
-
-    def offsets(self) -> dict[str, int]:
-        """Return where each section begins in the file, bytes; `end` is the file's size."""
-        groups = -(-self.positions // GROUP)
-        sizes = {
-            "tokens": 4 * self.positions,
-            "blocks": BLOCK.itemsize * self.positions,
-            "digests": 8 * self.positions * self.planes,
-            "parity": 4 * groups * self.planes * self.head_dim,
-            "kv": 4 * self.planes * self.positions * self.head_dim,
-        }
-        found, at = {}, 3 * PAGE
-        for name, size in sizes.items():
-            found[name] = at
-            at += -(-size // PAGE) * PAGE
-        return found | {"end": at}
+class ArenaFull(PenumbraError):
+    """Shared memory has no room for what a seat needs."""
 
 
-class ArenaState(msgspec.Struct, frozen=True, kw_only=True):
-    """The job as of the last committed epoch."""
+class Seat:
+    """The place of one sequence; made by `KvArena`.
 
-    serial: int = 0
-    """Counts commits; the higher of the two copies is the newer."""
-    job: str = ""
-    """Empty: no job."""
-    prompt_tokens: int = 0
-    generated: int = 0
-    """Tokens committed after the prompt."""
-    positions: int = 0
-    """KV rows proven: prompt_tokens + generated - 1 once the first epoch is committed, else 0."""
-    blocks: int = 0
-    """Whole blocks; the tokens after the last of them are proven but have no certificate yet."""
-    max_tokens: int = 0
-    finish: str | None = None
+    Attributes
+    ----------
+    index
+        Its number.
+    tokens, logprobs
+        int32 and float32, shape (positions,): prompt, then generated tokens, and the logarithms of their
+        probabilities at the same places.
+    blocks
+        Records of `BLOCK`, shape (positions,).
+    global_rows, window_rows
+        The two banks.
+    state
+        The last committed state.
+    reserved
+        Positions the seat has memory for.
+    """
 
+    def __init__(self, arena: KvArena, index: int) -> None:
+        shape = arena.shape
+        n, positions = index, shape.positions
+        self.index = index
+        self.tokens: npt.NDArray[np.int32] = arena.view(f"tokens.{n}", np.int32, positions)
+        self.logprobs: Floats = arena.view(f"logprobs.{n}", np.float32, positions)
+        self.blocks: npt.NDArray[Any] = arena.view(f"blocks.{n}", BLOCK, positions)
+        self.banks: dict[Bank, RowBank] = {}
+        for bank, room in shape.rooms.items():
+            planes = shape.planes_of(bank)
+            self.banks[bank] = RowBank(
+                arena.kv[bank].view(np.uint32)[:, n],
+                arena.view(f"digests.{bank}.{n}", np.uint64, positions),
+                arena.view(f"parity.{bank}.{n}", np.uint32, room // GROUP, planes, shape.head_dim),
+            )
+        self.global_rows, self.window_rows = self.banks["global"], self.banks["window"]
+        self.state = SeatState()
+        self.reserved = 0
+        self._arena = arena
 
-def arena_path(node: str, state_dir: Path) -> Path:
-    """Return where the arena of a node lives: its name is a function of node and state directory."""
-    tag = hashlib.sha256(str(state_dir.resolve()).encode()).hexdigest()[:8]
-    return SHARED_MEMORY / f"penumbra-{node}-{tag}"
+    def commit(self, state: SeatState) -> None:
+        """Make `state` the committed one. Everything it counts must be in the arena already.
 
+        Raises
+        ------
+        ValueError
+            The record does not fit its page.
+        """
+        state = msgspec.structs.replace(state, serial=self.state.serial + 1)
+        self._arena.write_record(1 + 2 * self.index + state.serial % 2, state)
+        self.state = state
 
-def read_record(data: bytes | mmap.mmap, page: int, kind: type[Record]) -> Record | None:
-    """Return the framed record that begins at `page` of an arena, None when it is not whole."""
-    at = page * PAGE
-    if len(data) < at + PAGE:
-        return None
-    crc, length = _FRAME.unpack_from(data, at)
-    body = data[at + _FRAME.size : at + _FRAME.size + min(length, PAGE - _FRAME.size)]
-    if crc32c.crc32c(body) != crc:
-        return None
-    try:
-        return msgspec.msgpack.decode(body, type=kind)
-    except msgspec.DecodeError:
-        return None
+    def clear(self) -> None:
+        """Forget the job and its rows. The memory stays reserved: see `KvArena.release`."""
+        self.commit(SeatState())
+        for bank in self.banks.values():
+            bank.reset()
 
+    def attach(self) -> dict[Bank, list[BadRow]]:
+        """Take over the rows another worker left in the seat: see `RowBank.attach`.
 
-def newest_state(data: bytes | mmap.mmap) -> ArenaState | None:
-    """Return the newer whole copy of the state in the head of an arena, None when neither is whole."""
-    copies = [state for page in (1, 2) if (state := read_record(data, page, ArenaState)) is not None]
-    return max(copies, key=lambda state: state.serial, default=None)
+        Returns
+        -------
+        dict
+            Bad rows by bank. If one of them is not `repaired`, its bank is empty: `reset` the other, too,
+            and compute all rows anew.
+        """
+        bases: dict[Bank, int] = {"global": 0, "window": self.state.base}
+        return {bank: rows.attach(self.state.positions, bases[bank]) for bank, rows in self.banks.items()}
+
+    def slide(self) -> list[BadRow]:
+        """Drop the window rows no later position attends to, and commit the new base.
+
+        Call between epochs, when `window_rows.free` no longer holds the next one. A process killed while
+        rows move leaves rows that do not fit their digests: they are found, and computed anew.
+
+        Returns
+        -------
+        list of BadRow
+            As `RowBank.slide`; the base is committed only when all are repaired.
+
+        Raises
+        ------
+        ValueError
+            An epoch is open.
+        """
+        rows = self.window_rows
+        base = max(rows.base, (rows.proven - self._arena.shape.window + 1) // GROUP * GROUP)
+        bad = rows.slide(base)
+        if all(row.repaired for row in bad):
+            self.commit(msgspec.structs.replace(self.state, base=base))
+        return bad
+
+    def can_share(self, positions: int) -> bool:
+        """Tell whether a job with the same first `positions` tokens can take their rows from here.
+
+        They must be proven, made by prefill, and the window rows its next position attends to still here.
+        """
+        needed = max(0, positions - self._arena.shape.window + 1)
+        return positions <= self.state.prefill_rows and self.window_rows.base <= needed
 
 
 class KvArena:
     """Map the arena, alone.
+
+    Seats whose job another worker left keep their memory; the others give it back.
 
     Parameters
     ----------
@@ -138,90 +190,270 @@ class KvArena:
 
     Attributes
     ----------
-    tokens, blocks, digests, parity, kv
-        Views as in the module docstring; writing to them writes the arena.
-    state
-        The last committed state.
+    seats
+        All seats.
+    kv
+        Rows by bank, shape (layers of the bank * 2, seats, kv_heads, room, head_dim); writing to them writes
+        the arena.
 
     Raises
     ------
     PenumbraError
-        Another process holds the arena, or shared memory is full or not writable.
+        Another process holds the arena, or shared memory is not writable.
+    ArenaFull
+        Shared memory is full.
     """
 
     def __init__(self, path: Path, shape: ArenaShape, lock_timeout_s: float = 5.0) -> None:
         self.path = path
         self.shape = shape
-        planes, positions, words = shape.planes, shape.positions, shape.head_dim
-        groups = -(-positions // GROUP)
-        offsets = shape.offsets()
-        at = self.size_bytes = offsets["end"]
-        self._file = self._open(path, at, lock_timeout_s)
-        self._map = mmap.mmap(self._file, at)
+        self._offsets = shape.offsets()
+        self.size_bytes = self._offsets["end"]
+        self._file = _open(path, lock_timeout_s)
+        try:
+            head = os.pread(self._file, PAGE, 0)
+            fresh = read_record(head, 0, ArenaShape) != shape
+            if fresh:
+                os.ftruncate(self._file, 0)
+            os.ftruncate(self._file, self.size_bytes)
+            self._allocate(0, shape.state_pages * PAGE, f"{shape.seats} seats")
+            self._map = mmap.mmap(self._file, self.size_bytes)
+        except BaseException:
+            os.close(self._file)
+            raise
+        self.kv: dict[Bank, Floats] = {
+            bank: self.view(
+                f"kv.{bank}", np.float32, len(shape.layers_of(bank)) * 2, shape.seats, shape.kv_heads, room,
+                shape.head_dim,
+            )
+            for bank, room in shape.rooms.items()
+        }  # fmt: skip
+        self.seats = [Seat(self, index) for index in range(shape.seats)]
+        if fresh:
+            for page in range(1, shape.state_pages):
+                self.write_record(page, SeatState())
+            self.write_record(0, shape)
+        self._take_over()
 
-        def view(name: str, dtype: npt.DTypeLike, dims: tuple[int, ...]) -> npt.NDArray[np.generic]:
-            count = int(np.prod(dims))
-            return np.frombuffer(self._map, dtype, count, offsets[name]).reshape(dims)
+    def view(self, name: str, dtype: npt.DTypeLike, *dims: int) -> npt.NDArray[Any]:
+        """Return a section of the file as an array."""
+        return np.ndarray(dims, dtype, self._map, self._offsets[name])
 
-        self.tokens = view("tokens", "<i4", (positions,)).view(np.int32)
-        self.blocks = view("blocks", BLOCK, (positions,))
-        self.digests = view("digests", "<u8", (positions, planes)).view(np.uint64)
-        self.parity = view("parity", "<u4", (groups, planes, words)).view(np.uint32)
-        self.kv = view("kv", "<f4", (planes, positions, words)).view(np.float32)
-        if read_record(self._map, 0, ArenaShape) != shape:
-            self._write(1, msgspec.msgpack.encode(ArenaState()))
-            self._write(2, msgspec.msgpack.encode(ArenaState()))
-            self._write(0, msgspec.msgpack.encode(shape))
-        self.state = newest_state(self._map) or ArenaState()
+    def planes(self, layer: int) -> tuple[Floats, Floats]:
+        """Return K and V of a layer, each C-contiguous, shape (seats, kv_heads, room, head_dim)."""
+        bank = self.shape.bank_of(layer)
+        at = self.shape.layers_of(bank).index(layer) * 2
+        return self.kv[bank][at], self.kv[bank][at + 1]
 
-    def commit(self, state: ArenaState) -> None:
-        """Make `state` the committed one. Everything it counts must be in the arena already."""
-        state = msgspec.structs.replace(state, serial=self.state.serial + 1)
-        self._write(1 + state.serial % 2, msgspec.msgpack.encode(state))
-        self.state = state
+    def reserve(self, seat: int, positions: int) -> None:
+        """Get the memory a seat needs for so many positions; call before any of them is written.
 
-    def clear(self) -> None:
-        """Forget the job."""
-        self.commit(ArenaState())
+        Raises
+        ------
+        ArenaFull
+            Shared memory is full; the seat has what it had before.
+        ValueError
+            More positions than the arena holds.
+        """
+        held = self.seats[seat]
+        if positions > self.shape.positions:
+            raise ValueError(f"{positions} positions of {self.shape.positions}")
+        positions = -(-positions // KV_PAGE) * KV_PAGE
+        if positions <= held.reserved:
+            return
+        wanted = list(self._new_ranges(seat, held.reserved, positions))
+        for offset, length in wanted:
+            try:
+                self._allocate(offset, length, f"{positions} positions of seat {seat}", wanted)
+            except ArenaFull:
+                self._give_back(wanted)
+                raise
+        held.reserved = positions
+
+    def release(self, seat: int) -> None:
+        """Give back the memory of a free seat.
+
+        Raises
+        ------
+        ValueError
+            The seat is not free.
+        """
+        held = self.seats[seat]
+        if held.state.phase != "free":
+            raise ValueError(f"seat {seat} is not free: {held.state.job}")
+        self._shrink(seat, 0)
+
+    def swap(self, i: int, j: int) -> None:
+        """Exchange two seats: rows, digests, parity, tokens, blocks, states and reserved memory.
+
+        The running digests go with the rows, so the next proof of a seat proves what was copied. Moving a
+        job to a free seat never loses it: both seats name it for a moment, and a new worker keeps one.
+        While two jobs change places both seats count as free; a process killed then loses the two jobs, and
+        the supervisor starts them again from their prompts, which gives the same text.
+
+        Raises
+        ------
+        ValueError
+            An epoch is open in one of the seats.
+        ArenaFull
+            There is no memory for the larger in the place of the smaller; nothing was moved.
+        """
+        one, other = self.seats[i], self.seats[j]
+        if i == j:
+            return
+        for seat in (one, other):
+            if any(rows.written != rows.proven for rows in seat.banks.values()):
+                raise ValueError(f"seat {seat.index} has an open epoch")
+        sizes = one.reserved, other.reserved
+        self.reserve(i, sizes[1])
+        self.reserve(j, sizes[0])
+        states = one.state, other.state
+        if all(state.job for state in states):
+            one.commit(SeatState())
+            other.commit(SeatState())
+        for bank in BANKS:
+            one.banks[bank].trade(other.banks[bank])
+        counts = [state.prompt_tokens + state.generated for state in states]
+        _trade(one.tokens, other.tokens, *counts)
+        _trade(one.logprobs, other.logprobs, *counts)
+        _trade(one.blocks, other.blocks, states[0].blocks, states[1].blocks)
+        # The seat that gets a job first: should this process die between the two, none is lost.
+        for seat, state in sorted(((one, states[1]), (other, states[0])), key=lambda pair: not pair[1].job):
+            seat.commit(state)
+        self._shrink(i, sizes[1])
+        self._shrink(j, sizes[0])
+
+    def copy_prefix(self, src: int, dst: int, positions: int) -> bool:
+        """Copy the rows of the first positions of a seat to a free one, checked against their digests.
+
+        Parameters
+        ----------
+        positions
+            A multiple of `KV_PAGE` for which the source `can_share`.
+
+        Returns
+        -------
+        bool
+            True: the banks of `dst` have proven them; tokens and state are left to the caller. False: a row
+            or digest was struck (the next proof of `src` will find it), and `dst` is empty.
+
+        Raises
+        ------
+        ValueError
+            Seats or positions do not allow it.
+        ArenaFull
+            There is no memory for the copy.
+        """
+        source, target = self.seats[src], self.seats[dst]
+        if target.state.phase != "free" or positions % KV_PAGE or not source.can_share(positions):
+            raise ValueError(f"{positions} positions of seat {src} cannot be shared with seat {dst}")
+        self.reserve(dst, positions)
+        whole = all(target.banks[bank].adopt(source.banks[bank], positions) for bank in BANKS)
+        if not whole:
+            for rows in target.banks.values():
+                rows.reset()
+        return whole
 
     def close(self) -> None:
         """Let go of the lock; the mapping goes with the last view of it."""
         fcntl.flock(self._file, fcntl.LOCK_UN)  # the mapping holds a copy of the descriptor, and so the lock
         os.close(self._file)
 
-    def _write(self, page: int, body: bytes) -> None:
-        at = page * PAGE
-        self._map[at : at + _FRAME.size + len(body)] = _FRAME.pack(crc32c.crc32c(body), len(body)) + body
+    def write_record(self, page: int, record: msgspec.Struct) -> None:
+        """Write a framed record to a page of the head.
 
-    @staticmethod
-    def _open(path: Path, size: int, lock_timeout_s: float) -> int:
+        Raises
+        ------
+        ValueError
+            It does not fit.
+        """
+        data, at = frame_record(record), page * PAGE
+        self._map[at : at + len(data)] = data
+
+    def _take_over(self) -> None:
+        """Read the states; keep the memory of seats in use, give back that of the others."""
+        jobs: set[str] = set()
+        for seat in self.seats:
+            seat.state = newest_state(self._map, seat.index) or SeatState()
+            if seat.state.job in jobs:  # left by a `swap` that was cut short after its copy was whole
+                seat.commit(SeatState())
+            if seat.state.job:
+                jobs.add(seat.state.job)
+                self.reserve(
+                    seat.index, max(seat.state.positions, seat.state.prompt_tokens + seat.state.generated)
+                )
+            else:
+                seat.reserved = self.shape.positions
+                self._shrink(seat.index, 0)
+
+    def _shrink(self, seat: int, positions: int) -> None:
+        held = self.seats[seat]
+        if positions < held.reserved:
+            self._give_back(self._new_ranges(seat, positions, held.reserved))
+            held.reserved = positions
+
+    def _new_ranges(self, seat: int, held: int, wanted: int) -> Iterator[tuple[int, int]]:
+        """Yield offset and length of what `wanted` positions of a seat need beyond `held`, in whole pages."""
+        shape = self.shape
+        for name, size in (("tokens", 4), ("logprobs", 4), ("blocks", BLOCK.itemsize)):
+            yield from _grown(self._offsets[f"{name}.{seat}"], held * size, wanted * size)
+        for bank, room in shape.rooms.items():
+            yield from _grown(self._offsets[f"digests.{bank}.{seat}"], held * 8, wanted * 8)
+            have, want = min(held, room), min(wanted, room)
+            planes, row = shape.planes_of(bank), shape.head_dim * 4
+            group = planes * row
+            parity = self._offsets[f"parity.{bank}.{seat}"]
+            yield from _grown(parity, have // GROUP * group, want // GROUP * group)
+            for plane in range(planes):
+                yield from _grown(shape.row_offset(bank, plane, seat, 0), have * row, want * row)
+
+    def _allocate(self, offset: int, length: int, what: str, of: list[tuple[int, int]] | None = None) -> None:
         try:
-            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            os.posix_fallocate(self._file, offset, length)
         except OSError as error:
-            raise PenumbraError(
-                f"KV arena {path}: {error.strerror}", "make shared memory writable for this user"
+            if error.errno not in {errno.ENOSPC, errno.ENOMEM}:
+                raise
+            needed = sum(size for _, size in of) if of else length
+            raise ArenaFull(
+                f"KV arena {self.path}: {needed} bytes of shared memory for {what}: {error.strerror}",
+                "free shared memory, or lower [worker] seats or positions",
             ) from error
-        deadline = time.monotonic() + lock_timeout_s
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    os.close(file)
-                    raise PenumbraError(
-                        f"KV arena {path} is held by another process",
-                        "stop the other node, or give this one another [node] state_dir",
-                    ) from None
-                time.sleep(0.02)
+
+    def _give_back(self, ranges: Iterable[tuple[int, int]]) -> None:
+        for offset, length in ranges:
+            self._map.madvise(mmap.MADV_REMOVE, offset, length)
+
+
+def _open(path: Path, lock_timeout_s: float) -> int:
+    """Open and lock the file."""
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise PenumbraError(
+            f"KV arena {path}: {error.strerror}", "make shared memory writable for this user"
+        ) from error
+    deadline = time.monotonic() + lock_timeout_s
+    while True:
         try:
-            if os.fstat(file).st_size != size:
-                os.ftruncate(file, 0)
-                os.posix_fallocate(file, 0, size)
-        except OSError as error:
-            os.close(file)
-            raise PenumbraError(
-                f"KV arena {path}: {size} bytes of shared memory: {error.strerror}",
-                "free shared memory, or lower [worker] positions",
-            ) from error
-        return file
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                os.close(file)
+                raise PenumbraError(
+                    f"KV arena {path} is held by another process",
+                    "stop the other node, or give this one another [node] state_dir",
+                ) from None
+            time.sleep(0.02)
+
+
+def _grown(offset: int, held: int, wanted: int) -> Iterator[tuple[int, int]]:
+    """Yield the whole pages between two sizes of a section that begins at `offset`."""
+    start, stop = (-(-size // PAGE) * PAGE for size in (held, wanted))
+    if stop > start:
+        yield offset + start, stop - start
+
+
+def _trade(one: npt.NDArray[np.generic], other: npt.NDArray[np.generic], mine: int, theirs: int) -> None:
+    a, b = (array.view(np.uint8).data for array in (one, other))
+    exchange(a, b, mine * one.itemsize, theirs * one.itemsize)
