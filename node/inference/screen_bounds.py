@@ -14,7 +14,6 @@ class ScreenBounds(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
     high: int
     low: int
-    """0 for a model too narrow to have a 4-bit part."""
     high_block: int
     """Dimensions that share a scale."""
     low_block: int
@@ -24,9 +23,16 @@ class ScreenBounds(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """Largest norm of a row of the 8-bit part, as quantised."""
     low_norm: float
     """Largest norm of a row of the 4-bit part, as quantised."""
+    high_scale: float
+    """Largest scale of the 8-bit part."""
+    low_scale: float
+    """Largest scale of the 4-bit part."""
     row_norm: float
     """Largest norm of a row of the table."""
     row_bound: float
-    """Largest row bound, in units of the norm of the low part of the hidden state."""
+    """Largest row bound, in units of the norm of the rotated hidden state."""
     skew: float
-    """Spectral norm of ``rotation @ rotation.T - 1``."""
+    """Norm of what the rotation and its inverse, both as stored, miss of 1."""
+    sum_limit: float
+    """Largest difference a sound screen shows between the sum of all bounds and what it must be, in units of
+    the norm of the rotated hidden state."""
