@@ -215,8 +215,8 @@ class _Block(NamedTuple):
 class WeightMemory:
     """The tensors of a file as this process has mapped them: checked, and open to repair in place.
 
-    Blocks are numbered: first those of tensors that every step reads whole, `live_blocks` of them, then those
-    read in part (``rows``) or while loading only (``read`` false), up to `block_count`.
+    Blocks are numbered: first those of tensors that every step reads whole (`live_blocks`), then those of
+    tensors read by row (`row_blocks`), then those read while loading only.
 
     Make one with `attach`. It is valid as long as the mapping, so keep the session that made it alive.
     """
@@ -228,17 +228,21 @@ class WeightMemory:
             tensor.first_page: address for tensor, address in zip(tensors, addresses, strict=True)
         }
         self._owner = np.full(len(table.pages), -1, np.int32)
+        self._views: list[memoryview] = []
         live: list[_Block] = []
-        rest: list[_Block] = []
+        by_row: list[_Block] = []
+        unread: list[_Block] = []
         for index, tensor in enumerate(self.tensors):
             self._owner[tensor.first_page : tensor.first_page + tensor.page_count] = index
             whole = memory_view(self._address[tensor.first_page], tensor.page_count * PAGE_SIZE)
+            self._views.append(whole)
+            chosen = unread if not tensor.read else by_row if tensor.rows else live
             for (start, end), digest in zip(_block_ranges(tensor), table.blocks[index], strict=True):
                 view = whole[start - tensor.offset : end - tensor.offset]
-                chosen = live if tensor.read and not tensor.rows else rest
                 chosen.append(_Block(view, int(digest), start // PAGE_SIZE))
-        self._blocks = live + rest
-        self.live_blocks = len(live)
+        self._blocks = live + by_row + unread
+        self.live_blocks = range(len(live))
+        self.row_blocks = range(len(live), len(live) + len(by_row))
         self.live_bytes = sum(len(block.view) for block in live)
         """Bytes one `scan` hashes."""
 
@@ -299,8 +303,8 @@ class WeightMemory:
         The bad pages in file order; empty if the memory is sound.
         """
         if pool is None or parts == 1:
-            return self.scan_blocks(range(self.live_blocks))
-        pieces = [range(part, self.live_blocks, parts) for part in range(parts)]
+            return self.scan_blocks(self.live_blocks)
+        pieces = [self.live_blocks[part::parts] for part in range(parts)]
         return sorted(chain.from_iterable(pool.map(self.scan_blocks, pieces)))
 
     def scan_blocks(self, numbers: Iterable[int]) -> list[BadPage]:
@@ -313,13 +317,28 @@ class WeightMemory:
                 bad += self.scan_pages(range(block.first_page, block.first_page + count))
         return sorted(bad)
 
-    def scan_pages(self, pages: Iterable[int]) -> list[BadPage]:
-        """Check single pages, such as those of the embedding rows in use; returns the bad ones."""
-        return [
-            self._bad_page(page)
-            for page in pages
-            if not self.table.page_is_good(page, self.page_view(page).data)
-        ]
+    def scan_pages(self, pages: NDArray[np.int64] | Sequence[int]) -> list[BadPage]:
+        """Check single pages, such as those of the embedding rows in use.
+
+        Parameters
+        ----------
+        pages
+            Page numbers, each of a mapped tensor.
+
+        Returns
+        -------
+        The bad ones, in file order.
+        """
+        numbers = np.unique(np.asarray(pages, np.int64))
+        owners = self._owner[numbers]
+        bad: list[BadPage] = []
+        for index in np.unique(owners).tolist():
+            mine, view = numbers[owners == index], self._views[index]
+            starts = ((mine - self.tensors[index].first_page) * PAGE_SIZE).tolist()
+            digests = [xxhash.xxh3_64_intdigest(view[at : at + PAGE_SIZE]) for at in starts]
+            wrong = np.array(digests, np.uint64) != self.table.pages[mine]
+            bad += [self._bad_page(page) for page in mine[wrong].tolist()]
+        return sorted(bad)
 
     def row_pages(self, role: str, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the pages that rows of the tensors of a role lie on.

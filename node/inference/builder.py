@@ -169,7 +169,7 @@ class _Build:
         limit = source.shape.context
         if context is not None and not MIN_CONTEXT <= context <= limit:
             raise PenumbraError(
-                f"{source.path}: asked for a context of {context} positions; the model was trained for {limit}",
+                f"{source.path}: a context of {context} was asked for, the model was trained for {limit}",
                 f"ask for {MIN_CONTEXT} to {limit}",
             )
         positions = min(DEFAULT_CONTEXT, limit) if context is None else context

@@ -102,7 +102,7 @@ def _recorded(images: Path) -> tuple[m.Slot, ...]:
         text = path.read_bytes()
     except FileNotFoundError:
         return ()
-    known: dict[bytes, m.Slot] = {slot.encode(): slot for slot in m.SLOTS}
+    known: dict[bytes, m.Slot] = {b"a": "a", b"b": "b"}
     lines = text.split()
     if not 1 <= len(lines) <= 2 or any(line not in known for line in lines):
         raise PenumbraError(
