@@ -256,8 +256,9 @@ class KvArena:
             More positions than the arena holds.
         """
         held = self.seats[seat]
-        if positions > self.shape.positions:
-            raise ValueError(f"{positions} positions of {self.shape.positions}")
+        room = self.shape.rooms["global"]
+        if positions > room:
+            raise ValueError(f"{positions} positions of {room}")
         positions = -(-positions // KV_PAGE) * KV_PAGE
         if positions <= held.reserved:
             return
