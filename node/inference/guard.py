@@ -23,6 +23,12 @@ from typing import Final, Literal
 import numpy as np
 import numpy.typing as npt
 
+from fdir.pages import memory_view
+from node.inference.manifest import WEIGHTS
+from node.inference.model import Model
+from node.inference.probe import mapped_addresses
+
+OUTPUT_NORM: Final = "output_norm.weight"
 ROUNDING: Final = 1.001
 """Allowance for rounding of the norm in float32; a norm of 640 components errs by 1e-6 or so."""
 
@@ -123,6 +129,13 @@ class ComputeGuard:
             )
             for row, column in zip(rows.tolist(), columns.tolist(), strict=True)
         ]
+
+
+def output_gain(model: Model) -> npt.NDArray[np.float32]:
+    """Return the weights of the norm that hidden states leave, as the trunk has mapped them; a view."""
+    tensor = next(tensor for tensor in model.manifest.tensors if tensor.name == OUTPUT_NORM)
+    (address,) = mapped_addresses(model.directory / WEIGHTS, [tensor])[tensor.name]
+    return np.frombuffer(memory_view(address, tensor.length), np.float32)
 
 
 def _key(finding: Finding) -> tuple[str, int, int, float]:
