@@ -1,0 +1,275 @@
+"""`penumbra calibrate`: tokens/s and CPU share of each operating point, through a real worker process.
+
+One worker is started with all threads, and led from point to point by `Pace`, as the node leads it: that no
+session is loaded twice is part of what is shown. Tokens count when the worker has proven and committed them.
+
+Watts belong to the board. A board that computes its draw from CPU time (`sim`) would only give its own
+settings back, so the figure stays null there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, TypeVar
+
+from hil.bench.machine import describe_machine, load_average
+from node.boards import BoardSettings, open_board
+from node.inference import protocol
+from node.inference.arena import SHARED_MEMORY
+from node.worker_process import WorkerProcess
+from telemetry.errors import PenumbraError
+from telemetry.figures import Calibration, OperatingPoint
+
+BATCHES: Final = (1, 2, 4, 8)
+POSITIONS: Final = 2048
+"""Room of a job: more than the fastest point decodes in its time."""
+PROMPTS: Final = (
+    "The first satellites were simple machines, and",
+    "A letter from the harbour master said that",
+    "On the second day of the voyage the wind",
+    "Most bridges are built to carry far more than",
+    "In the kitchen of the old hotel there was",
+    "The council decided on Monday to",
+    "Bees find their way home by",
+    "Under the ice of the lake lives a fish that",
+)
+_READY_S: Final = 120.0
+_REPLY_S: Final = 60.0
+_STOP_S: Final = 5.0
+_SETTLED_TOKENS: Final = 4
+"""Tokens of each job before its point is measured: prompts are read by then, and `Pace` is in force."""
+_LOOK_S: Final = 0.2
+_TICKS: Final = os.sysconf("SC_CLK_TCK")
+
+
+M = TypeVar("M", bound=protocol.Message)
+
+
+@dataclass(frozen=True)
+class Point:
+    """What is asked of the worker."""
+
+    threads: int
+    batch: int
+    duty: float
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """Tokens committed and CPU time used at one moment."""
+
+    at_s: float
+    tokens: int
+    cpu_s: float
+
+
+def points(threads: int, batches: Sequence[int] = BATCHES) -> list[Point]:
+    """Return the operating points: every thread count with every batch size, then one at half duty.
+
+    Parameters
+    ----------
+    threads
+        Most threads, 1 or more.
+    batches
+        Batch sizes, the smallest first.
+    """
+    full = [Point(number, batch, 1.0) for number in range(1, threads + 1) for batch in batches]
+    return [*full, Point(threads, batches[0], 0.5)]
+
+
+def calibrate(
+    image: Path,
+    identity: str,
+    *,
+    board: str,
+    threads: int,
+    seconds: float,
+    batches: Sequence[int] = BATCHES,
+    checked: bool = False,
+    progress: Callable[[Point], None] = lambda point: None,
+) -> Calibration:
+    """Measure every operating point.
+
+    Parameters
+    ----------
+    image
+        Directory of the image slot.
+    identity
+        Its image id.
+    board
+        Kind of board driver.
+    threads
+        Most threads.
+    seconds
+        Physical time each point is measured for, at least, s.
+    batches
+        Batch sizes, the smallest first.
+    checked
+        With compute checks.
+    progress
+        Called before each point.
+
+    Raises
+    ------
+    PenumbraError
+        There is no such board, or the worker failed; the message says where its log ends.
+    """
+    name = open_board(board, BoardSettings(kind=board, cores=threads)).name
+    load_before = load_average()
+    with tempfile.TemporaryDirectory(
+        prefix=f"penumbra-calibrate-{os.getpid()}-", dir=SHARED_MEMORY
+    ) as folder:
+        session = _Session(image, Path(folder), threads, max(batches), checked)
+        measured = asyncio.run(session.run(points(threads, batches), seconds, progress))
+    whole = next(p for p in measured if (p.threads, p.batch, p.duty) == (threads, batches[0], 1.0))
+    return Calibration(
+        machine=describe_machine(threads, peers=False, load_before=load_before),
+        board=name,
+        board_measures=False,
+        image_id=identity,
+        checked=checked,
+        points=measured,
+        duty_half_share=measured[-1].tokens_s / whole.tokens_s,
+        reloads=session.loads - 1,
+    )
+
+
+class _Session:
+    """One worker, and what it says."""
+
+    def __init__(self, image: Path, folder: Path, threads: int, seats: int, checked: bool) -> None:
+        self.loads = 0
+        self._messages: asyncio.Queue[tuple[float, protocol.FromWorker]] = asyncio.Queue()
+        self._arrived_s = 0.0
+        """When the message last taken from the queue arrived, monotonic, s."""
+        self._log = folder / "worker.log"
+        self._faults: list[str] = []
+        self._jobs = 0
+        argv = [
+            sys.executable, "-m", "node.inference.worker",
+            "--socket", str(folder / "socket"), "--generation", "1", "--image", str(image),
+            "--arena", str(folder / "arena"), "--threads", str(threads),
+            "--seats", str(seats), "--batch", str(seats), "--positions", str(POSITIONS),
+            *(["--checked"] if checked else []),
+        ]  # fmt: skip
+        self._worker = WorkerProcess(
+            argv,
+            socket_path=folder / "socket",
+            log_path=self._log,
+            generation=1,
+            on_message=self._take,
+            on_fault=lambda monitor, reason: self._faults.append(f"{monitor}: {reason}"),
+        )
+
+    async def run(
+        self, wanted: Sequence[Point], seconds: float, progress: Callable[[Point], None]
+    ) -> list[OperatingPoint]:
+        """Start the worker, lead it through all points, and stop it in order."""
+        found: list[OperatingPoint] = []
+        failure: PenumbraError | None = None
+        async with asyncio.TaskGroup() as group:
+            living = group.create_task(self._worker.run(), name="hil.calibrate.worker")
+            try:
+                await self._until(living, protocol.Ready, _READY_S)
+                for point in wanted:
+                    progress(point)
+                    found.append(await self._measure(living, point, seconds))
+                await self._worker.stop(_STOP_S)
+            except PenumbraError as error:
+                failure = error
+            finally:
+                self._worker.kill()
+        if failure is not None:
+            raise failure
+        return found
+
+    def _take(self, message: protocol.FromWorker) -> None:
+        if isinstance(message, protocol.Ready):
+            self.loads += 1
+        self._messages.put_nowait((time.monotonic(), message))
+
+    async def _measure(self, living: asyncio.Task[object], point: Point, seconds: float) -> OperatingPoint:
+        self._worker.send(protocol.Pace(duty=point.duty, threads=point.threads, batch=point.batch))
+        jobs = []
+        for number in range(point.batch):
+            self._jobs += 1
+            jobs.append(f"calibrate-{self._jobs}")
+            prompt = PROMPTS[number % len(PROMPTS)]
+            room = POSITIONS - 64
+            self._worker.send(protocol.Start(job=jobs[-1], prompt=prompt, max_tokens=room))
+        seen: dict[str, int] = dict.fromkeys(jobs, 0)
+        while min(seen.values()) < _SETTLED_TOKENS:
+            block = await self._until(living, protocol.Block, _REPLY_S)
+            if block.job in seen:
+                seen[block.job] += len(block.tokens)
+        somewhere = await self._mark(living, 0)
+        first = last = await self._mark(living, somewhere.tokens)
+        while last.at_s - first.at_s < seconds:
+            last = await self._mark(living, last.tokens)
+        for job in jobs:
+            self._worker.send(protocol.Cancel(job=job))
+        ended: set[str] = set()
+        while ended != set(jobs):
+            block = await self._until(living, protocol.Block, _REPLY_S)
+            if block.finish is not None:
+                ended.add(block.job)
+        taken_s = last.at_s - first.at_s
+        return OperatingPoint(
+            threads=point.threads,
+            batch=point.batch,
+            duty=point.duty,
+            tokens_s=(last.tokens - first.tokens) / taken_s,
+            cpu_share=(last.cpu_s - first.cpu_s) / taken_s,
+            power_w=None,
+            seconds=taken_s,
+        )
+
+    async def _mark(self, living: asyncio.Task[object], more_than: int) -> _Mark:
+        """Wait for the end of an epoch: a status that tells of more tokens."""
+        while True:
+            status = await self._until(living, protocol.Status, _REPLY_S)
+            if status.tokens_committed > more_than:
+                return _Mark(self._arrived_s, status.tokens_committed, self._cpu_s())
+
+    async def _until(self, living: asyncio.Task[object], kind: type[M], timeout_s: float) -> M:
+        """Return the next message of a kind; others are passed over.
+
+        Raises
+        ------
+        PenumbraError
+            The worker gave up, refused a job, ended, broke the protocol, or said nothing for too long.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            if self._faults:
+                raise self._failed(self._faults[0])
+            if living.done() and self._messages.empty():
+                raise self._failed("it ended")
+            try:
+                async with asyncio.timeout(_LOOK_S):
+                    self._arrived_s, message = await self._messages.get()
+            except TimeoutError:
+                if time.monotonic() > deadline:
+                    raise self._failed(f"no {kind.__name__} within {timeout_s:.0f} s") from None
+                continue
+            if isinstance(message, protocol.Fatal | protocol.JobError):
+                raise self._failed(message.reason)
+            if isinstance(message, kind):
+                return message
+
+    def _failed(self, why: str) -> PenumbraError:
+        lines = self._log.read_text(errors="replace").strip().splitlines() if self._log.exists() else []
+        last = f"; its last words: {lines[-1]}" if lines else ""
+        return PenumbraError(f"the worker failed while its operating points were measured: {why}{last}")
+
+    def _cpu_s(self) -> float:
+        text = Path(f"/proc/{self._worker.pid}/stat").read_text()
+        fields = text.rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / _TICKS
