@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
@@ -16,6 +17,20 @@ WORDS = ("the", "capital", "of", "is", "sun", "light", "orbit", "moon")
 _NORMAL, _CONTROL, _BYTE = 1, 3, 6
 _Q8, _F32 = gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.F32
 _Q5 = gguf.GGMLQuantizationType.Q5_0
+
+
+@dataclass(frozen=True)
+class Size:
+    """Dimensions of a model, and whether its head has a table of its own."""
+
+    layers: int = LAYERS
+    width: int = WIDTH
+    heads: int = HEADS
+    kv_heads: int = KV_HEADS
+    head_dim: int = HEAD_DIM
+    ffn: int = FFN
+    global_every: int = GLOBAL_EVERY
+    untied: bool = False
 
 
 def vocabulary() -> tuple[list[bytes], list[float], list[int]]:
@@ -33,7 +48,9 @@ def vocabulary() -> tuple[list[bytes], list[float], list[int]]:
     return [piece.encode() for piece in pieces], scores, list(pieces.values())
 
 
-def tensors(seed: int = 7) -> dict[str, tuple[NDArray[np.float32], gguf.GGMLQuantizationType]]:
+def tensors(
+    seed: int = 7, size: Size = Size()
+) -> dict[str, tuple[NDArray[np.float32], gguf.GGMLQuantizationType]]:
     """Weights by name, with the type each is stored in."""
     random = np.random.default_rng(seed)
     vocab = len(vocabulary()[0])
@@ -45,44 +62,51 @@ def tensors(seed: int = 7) -> dict[str, tuple[NDArray[np.float32], gguf.GGMLQuan
         return (1 + 0.2 * random.standard_normal(length)).astype(np.float32)
 
     found: dict[str, tuple[NDArray[np.float32], gguf.GGMLQuantizationType]] = {
-        "token_embd.weight": (matrix(vocab, WIDTH), _Q8),
-        "output_norm.weight": (norm(WIDTH), _F32),
+        "token_embd.weight": (matrix(vocab, size.width), _Q8),
+        "output_norm.weight": (norm(size.width), _F32),
     }
-    for layer in range(LAYERS):
+    for layer in range(size.layers):
         for name, rows, columns, kind in (
-            ("attn_q", HEADS * HEAD_DIM, WIDTH, _Q5),
-            ("attn_k", KV_HEADS * HEAD_DIM, WIDTH, _Q8),
-            ("attn_v", KV_HEADS * HEAD_DIM, WIDTH, _Q8),
-            ("attn_output", WIDTH, HEADS * HEAD_DIM, _F32),
-            ("ffn_gate", FFN, WIDTH, _Q5),
-            ("ffn_up", FFN, WIDTH, _Q8),
-            ("ffn_down", WIDTH, FFN, _Q8),
+            ("attn_q", size.heads * size.head_dim, size.width, _Q5),
+            ("attn_k", size.kv_heads * size.head_dim, size.width, _Q8),
+            ("attn_v", size.kv_heads * size.head_dim, size.width, _Q8),
+            ("attn_output", size.width, size.heads * size.head_dim, _F32),
+            ("ffn_gate", size.ffn, size.width, _Q5),
+            ("ffn_up", size.ffn, size.width, _Q8),
+            ("ffn_down", size.width, size.ffn, _Q8),
         ):
             found[f"blk.{layer}.{name}.weight"] = (matrix(rows, columns), kind)
         for name in ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"):
-            found[f"blk.{layer}.{name}.weight"] = (norm(WIDTH), _F32)
+            found[f"blk.{layer}.{name}.weight"] = (norm(size.width), _F32)
         for name in ("attn_q_norm", "attn_k_norm"):
-            found[f"blk.{layer}.{name}.weight"] = (norm(HEAD_DIM), _F32)
+            found[f"blk.{layer}.{name}.weight"] = (norm(size.head_dim), _F32)
+    if size.untied:
+        found["output.weight"] = (matrix(vocab, size.width), _Q8)
     return found
 
 
 def write_tiny_gguf(
-    path: Path, *, seed: int = 7, architecture: str = "gemma3", without: frozenset[str] = frozenset()
+    path: Path,
+    *,
+    seed: int = 7,
+    architecture: str = "gemma3",
+    without: frozenset[str] = frozenset(),
+    size: Size = Size(),
 ) -> Path:
     """Write the model; ``without`` names tensors and metadata fields to leave out."""
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("Tiny Gemma")
     for key, value in (
         ("context_length", CONTEXT),
-        ("embedding_length", WIDTH),
-        ("block_count", LAYERS),
-        ("feed_forward_length", FFN),
-        ("attention.head_count", HEADS),
-        ("attention.head_count_kv", KV_HEADS),
-        ("attention.key_length", HEAD_DIM),
-        ("attention.value_length", HEAD_DIM),
+        ("embedding_length", size.width),
+        ("block_count", size.layers),
+        ("feed_forward_length", size.ffn),
+        ("attention.head_count", size.heads),
+        ("attention.head_count_kv", size.kv_heads),
+        ("attention.key_length", size.head_dim),
+        ("attention.value_length", size.head_dim),
         ("attention.sliding_window", WINDOW),
-        ("attention.sliding_window_pattern", GLOBAL_EVERY),
+        ("attention.sliding_window_pattern", size.global_every),
     ):
         if key not in without:
             writer.add_uint32(f"{architecture}.{key}", value)
@@ -97,7 +121,7 @@ def write_tiny_gguf(
     writer.add_eos_token_id(EOS)
     writer.add_unk_token_id(UNKNOWN)
     writer.add_pad_token_id(PAD)
-    for name, (weights, kind) in tensors(seed).items():
+    for name, (weights, kind) in tensors(seed, size).items():
         if name not in without:
             writer.add_tensor(name, quantize(weights, kind), raw_dtype=kind)
     writer.write_header_to_file()

@@ -25,9 +25,9 @@ from node.inference.manifest import Checks, GemmaShape
 
 _PIECE: Final = 128
 """Tokens of a piece of text, each with a cache of its own."""
-_CHUNK: Final = 32
-"""Tokens of a prefill: like a step it works, but with more rows."""
-_STEPS: Final = 32
+_CHUNK: Final = 64
+"""Tokens of a prefill."""
+_STEPS: Final = 8
 """Tokens at the end of a piece that are fed one by one."""
 _MARGIN: Final = 4.0
 """Times the largest sound residual that a limit is (assumed: residuals have a tail the text may not show)."""

@@ -57,7 +57,6 @@ def _tensor(first: int, count: int) -> MappedTensor:
         length=count * PAGE_SIZE,
         first_page=first,
         page_count=count,
-        sparse=False,
         read=True,
     )
 

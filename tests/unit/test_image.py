@@ -15,7 +15,8 @@ from fdir.pages import PAGE_SIZE
 from node.inference import builder, probe
 from node.inference import manifest as m
 from node.inference.builder import build_image, copy_image
-from node.inference.image import image_info, open_session, verify_image
+from node.inference.image import image_info, verify_image
+from node.inference.model import open_model
 from node.inference.probe import mapped_addresses
 from telemetry.errors import PenumbraError
 
@@ -56,25 +57,33 @@ def test_every_tensor_has_pages_of_its_own(tiny_image):
     assert all(tensor.offset == tensor.first_page * PAGE_SIZE for tensor in manifest.tensors)
 
 
-def test_a_session_maps_what_the_manifest_says_and_nothing_else(image):
+@pytest.mark.parametrize("checked", [False, True])
+def test_a_model_maps_what_the_manifest_says_and_nothing_else(image, checked):
     manifest = m.load_manifest(image)
-    session = open_session(image, 1)
-    mapped = mapped_addresses(image / m.WEIGHTS, (*manifest.tensors, *manifest.originals))
-    assert set(mapped) == {tensor.name for tensor in manifest.tensors}
-    assert session.get_outputs()[0].name == "logits"
+    model = open_model(image, 1, checked=checked)
+    found = mapped_addresses(image / m.WEIGHTS, (*manifest.tensors, *manifest.originals))
+    assert {name for name, places in found.items() if places} == {
+        tensor.name for tensor in manifest.mapped(checked)
+    }
+    assert max(map(len, found.values())) == 1
+    assert model.checked == checked
 
 
 def test_every_matrix_norm_and_table_is_in_the_manifest(tiny_image):
     found = {(tensor.role, tensor.layer) for tensor in m.load_manifest(tiny_image).tensors}
-    roles = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down", "norm")
+    roles = ("attn_qkv", "attn_output", "ffn_gate_up", "ffn_down", "norm", "check")
     assert found >= {(role, layer) for role in roles for layer in range(tiny_gemma.LAYERS)}
     assert found >= {("head", None), ("embed", None), ("rope", None), ("norm", None)}
     assert "other" not in {role for role, _ in found}
 
 
-def test_only_the_embedding_table_is_read_in_part(tiny_image):
-    sparse = {tensor.name for tensor in m.load_manifest(tiny_image).tensors if tensor.sparse}
-    assert sparse == {"token_embd.weight", "token_embd.scale"}
+def test_tables_are_read_by_row(tiny_image):
+    manifest = m.load_manifest(tiny_image)
+    rows = {tensor.name: tensor.rows for tensor in manifest.tensors if tensor.rows}
+    rotary = {f"rope.{kind}.{part}" for kind in ("local", "global") for part in ("cos", "sin")}
+    assert rows == dict.fromkeys(("token_embd.weight", "token_embd.scale"), manifest.shape.vocab) | (
+        dict.fromkeys(rotary, manifest.shape.context)
+    )
 
 
 def test_both_slots_bear_one_image_id(tiny_images):
@@ -119,7 +128,7 @@ def test_progress_never_goes_back(tiny_gguf, tmp_path):
     assert (fractions[0], fractions[-1]) == (0.0, 1.0)
 
 
-@pytest.mark.parametrize("step", ["lay_out", "sentencepiece_model", "_protect", "_flush"])
+@pytest.mark.parametrize("step", ["lay_out", "sentencepiece_model", "calibrate", "_protect", "_flush"])
 def test_an_interrupted_build_leaves_nothing_half_made(tiny_gguf, tmp_path, monkeypatch, step):
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -172,7 +181,7 @@ def test_a_truncated_file_is_named(image, name):
         verify_image(image)
 
 
-@pytest.mark.parametrize("name", [m.GRAPH, m.TOKENIZER, m.DIGESTS])
+@pytest.mark.parametrize("name", [*m.GRAPHS, m.TOKENIZER, m.DIGESTS])
 def test_a_flipped_bit_in_a_small_file_is_noticed(image, name):
     flip(image / name, (image / name).stat().st_size // 2)
     with pytest.raises(PenumbraError, match=f"{name}: damaged"):
@@ -181,7 +190,7 @@ def test_a_flipped_bit_in_a_small_file_is_noticed(image, name):
 
 def test_the_first_bad_page_is_named_with_its_tensor(image):
     manifest = m.load_manifest(image)
-    first = next(tensor for tensor in manifest.tensors if tensor.role == "ffn_up" and tensor.layer == 1)
+    first = next(tensor for tensor in manifest.tensors if tensor.role == "ffn_gate_up" and tensor.layer == 1)
     later = manifest.tensors[-1]
     flip(image / m.WEIGHTS, later.offset)
     flip(image / m.WEIGHTS, first.offset + PAGE_SIZE + 17)
@@ -189,7 +198,7 @@ def test_the_first_bad_page_is_named_with_its_tensor(image):
         verify_image(image)
     page = first.first_page + 1
     assert f"weights.bin: page {page} (byte offset {page * PAGE_SIZE})" in error.value.what
-    assert f"tensor {first.name} (role ffn_up, layer 1) is damaged; 1 more pages" in error.value.what
+    assert f"tensor {first.name} (role ffn_gate_up, layer 1) is damaged; 1 more pages" in error.value.what
 
 
 def test_a_bad_original_and_a_bad_parity_page_are_noticed(image):
@@ -215,8 +224,8 @@ def test_every_flipped_bit_of_a_manifest_is_noticed(image):
 
 
 def test_a_manifest_of_another_version_is_refused(image):
-    rewrite_manifest(image, format=2)
-    with pytest.raises(PenumbraError, match="image format 2; this version reads format 1"):
+    rewrite_manifest(image, format=1)
+    with pytest.raises(PenumbraError, match="image format 1; this version reads format 2"):
         verify_image(image)
 
 
@@ -238,10 +247,11 @@ def test_an_image_for_another_machine_is_refused(image, field, value):
         verify_image(image)
 
 
-def test_a_graph_that_does_not_load_is_refused(image):
-    (image / m.GRAPH).write_bytes(b"not a graph")
-    with pytest.raises(PenumbraError, match=r"model\.onnx: ONNX Runtime cannot load it"):
-        open_session(image, 1)
+@pytest.mark.parametrize("graph", m.GRAPHS)
+def test_a_graph_that_does_not_load_is_refused(image, graph):
+    (image / graph).write_bytes(b"not a graph")
+    with pytest.raises(PenumbraError, match=f"{graph}: ONNX Runtime cannot load it"):
+        open_model(image, 1, checked=graph == m.CHECKED_TRUNK)
 
 
 @pytest.mark.parametrize("kind", ["weight", "scale"])
@@ -250,38 +260,37 @@ def test_an_image_that_would_be_packed_anew_is_refused(image, kind, offset):
     """ONNX Runtime loads it without a word, and computes on memory of its own."""
     manifest = m.load_manifest(image)
     for tensor in (*manifest.originals, *manifest.tensors):
-        if tensor.name == f"blk.1.ffn_up.{kind}":
+        if tensor.name == f"blk.1.ffn_gate_up.{kind}":
             flip(image / m.WEIGHTS, tensor.offset + offset)
     with pytest.raises(
-        PenumbraError, match=r"not the known answer|does not compute on the image's blk\.1\.ffn_up"
+        PenumbraError, match=r"not the known answer|does not compute on the image's blk\.1\.ffn_gate_up"
     ):
-        open_session(image, 1)
+        open_model(image, 1)
 
 
 def test_an_image_that_computes_something_else_is_refused(image):
     norm = next(tensor for tensor in m.load_manifest(image).tensors if tensor.name == "blk.1.ffn_norm.weight")
     flip(image / m.WEIGHTS, norm.offset + 3)
     with pytest.raises(PenumbraError, match="not the known answer"):
-        open_session(image, 1)
+        open_model(image, 1)
 
 
 def test_where_the_kernel_hides_pages_the_known_answer_must_do(tiny_image, monkeypatch):
     monkeypatch.setattr(probe, "can_observe", lambda: False)
-    open_session(tiny_image, 1)
+    open_model(tiny_image, 1)
 
 
 def test_a_struck_packed_weight_does_not_load(image):
     packed = next(tensor for tensor in m.load_manifest(image).tensors if tensor.name.endswith(".packed"))
     flip(image / m.WEIGHTS, packed.offset + 100)
     with pytest.raises(PenumbraError, match="ONNX Runtime cannot load it"):
-        open_session(image, 1)
+        open_model(image, 1)
 
 
 def test_dimensions_the_operators_cannot_take_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(tiny_gemma, "FFN", 48)
     monkeypatch.setattr(tiny_gemma, "_Q5", tiny_gemma._F32)
     monkeypatch.setattr(tiny_gemma, "_Q8", tiny_gemma._F32)
-    path = tiny_gemma.write_tiny_gguf(tmp_path / "odd.gguf")
+    path = tiny_gemma.write_tiny_gguf(tmp_path / "odd.gguf", size=tiny_gemma.Size(ffn=48))
     with pytest.raises(PenumbraError, match="feed_forward_length is 48; it must be a multiple of 32"):
         build_image(path, tmp_path / "images")
 

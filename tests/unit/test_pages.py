@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fdir.pages import PAGE_SIZE, PageTable, Span, WeightMemory, live_mappings, page_digests
-from node.inference.image import open_session
+from fdir.pages import BLOCK_PAGES, PAGE_SIZE, PageTable, Span, WeightMemory, live_mappings, page_digests
 from node.inference.manifest import WEIGHTS, attach_weights, load_manifest, load_page_table
-from node.inference.probe import run_probes, same
+from node.inference.model import Model, open_model
+from node.inference.probe import run_probes, run_screen, same
 from telemetry.errors import PenumbraError
 
 
@@ -31,13 +31,21 @@ def manifest(image):
 
 
 @pytest.fixture
-def session(image):
-    return open_session(image, 1)
+def model(image):
+    return open_model(image, 1)
 
 
 @pytest.fixture
-def memory(image, manifest, session):
+def memory(image, manifest, model):
     return attach_weights(image, manifest)
+
+
+def test_a_checked_model_has_its_checksums_watched(image, manifest):
+    model = open_model(image, 1, checked=True)
+    memory = attach_weights(image, manifest, checked=True)
+    assert {tensor.name for tensor in memory.tensors} == {tensor.name for tensor in manifest.tensors}
+    assert memory.scan() == []
+    assert model.check_limits is not None
 
 
 def test_sound_memory_has_no_bad_page(memory):
@@ -46,14 +54,17 @@ def test_sound_memory_has_no_bad_page(memory):
 
 
 def test_what_a_scan_covers(memory, manifest):
-    whole = [tensor for tensor in manifest.tensors if tensor.read and not tensor.sparse]
+    whole = [tensor for tensor in manifest.mapped(False) if tensor.read and not tensor.rows]
     assert memory.live_bytes == sum(tensor.page_count for tensor in whole) * PAGE_SIZE
-    assert 0 < memory.live_blocks < memory.block_count
+    by_row = sum(-(-tensor.page_count // BLOCK_PAGES) for tensor in memory.tensors if tensor.rows)
+    assert len(memory.live_blocks) >= len(whole)
+    assert len(memory.row_blocks) == by_row
+    assert memory.block_count > len(memory.live_blocks) + by_row
 
 
 def test_a_flip_is_found_and_named_for_every_role(memory, manifest):
-    for role in {tensor.role for tensor in manifest.tensors if tensor.read and not tensor.sparse}:
-        tensor = next(tensor for tensor in manifest.tensors if tensor.role == role and not tensor.sparse)
+    for role in {tensor.role for tensor in memory.tensors if tensor.read and not tensor.rows}:
+        tensor = next(tensor for tensor in memory.tensors if tensor.role == role and not tensor.rows)
         page = tensor.first_page + tensor.page_count - 1
         view = memory.page_view(page)
         view[5] ^= 0x80
@@ -65,7 +76,8 @@ def test_a_flip_is_found_and_named_for_every_role(memory, manifest):
 
 
 def test_several_bad_pages_come_in_file_order_from_a_pool_too(memory):
-    pages = [memory.tensors[index].first_page for index in (0, 9, 20) if memory.tensors[index].read]
+    live = [tensor for tensor in memory.tensors if tensor.read and not tensor.rows]
+    pages = [live[index].first_page for index in (0, 9, 20)]
     for page in pages:
         memory.page_view(page)[0] ^= 1
     with ThreadPoolExecutor(2) as pool:
@@ -73,57 +85,63 @@ def test_several_bad_pages_come_in_file_order_from_a_pool_too(memory):
     assert [bad.page for bad in memory.scan()] == sorted(pages)
 
 
-def test_writing_memory_changes_the_answer_and_writing_back_restores_it(memory, manifest, session):
-    expected = run_probes(session, manifest.shape)
-    head = next(tensor for tensor in manifest.tensors if tensor.role == "head")
-    view = memory.page_view(head.first_page + 1)
-    view ^= 0x40
-    assert not same(run_probes(session, manifest.shape), expected)
-    view ^= 0x40
-    assert same(run_probes(session, manifest.shape), expected)
+def results(model: Model) -> list[np.ndarray]:
+    return [*run_probes(model.trunk, model.shape), *run_screen(model.screen)]
 
 
-def test_what_is_said_not_to_be_read_does_not_matter(memory, manifest, session):
-    expected = run_probes(session, manifest.shape)
-    for tensor in manifest.tensors:
+@pytest.mark.parametrize("role", ["attn_qkv", "ffn_down", "head"])
+def test_writing_memory_changes_the_answer_and_writing_back_restores_it(memory, model, role):
+    expected = results(model)
+    tensor = next(tensor for tensor in memory.tensors if tensor.role == role)
+    view = memory.page_view(tensor.first_page + 1)
+    view ^= 0x40
+    assert not same(results(model), expected)
+    view ^= 0x40
+    assert same(results(model), expected)
+
+
+def test_what_is_said_not_to_be_read_does_not_matter(memory, model):
+    expected = results(model)
+    for tensor in memory.tensors:
         if not tensor.read:
             for page in range(tensor.first_page, tensor.first_page + tensor.page_count):
                 memory.page_view(page)[:] = 0xFF
-    assert same(run_probes(session, manifest.shape), expected)
+    assert same(results(model), expected)
 
 
-def test_embedding_rows_are_checked_by_token(memory, manifest):
-    table = next(tensor for tensor in manifest.tensors if tensor.name == "token_embd.weight")
-    vocab = manifest.shape.vocab
-    row_bytes = table.length // vocab
-    struck = vocab - 1
+@pytest.mark.parametrize(("role", "name"), [("embed", "token_embd.weight"), ("rope", "rope.global.sin")])
+def test_rows_are_checked_by_number(memory, role, name):
+    table = next(tensor for tensor in memory.tensors if tensor.name == name)
+    row_bytes = table.length // table.rows
+    struck = table.rows - 1
     memory.page_view((table.offset + struck * row_bytes) // PAGE_SIZE)[(struck * row_bytes) % PAGE_SIZE] ^= 1
     assert memory.scan() == []
-    assert memory.scan_pages(memory.row_pages(np.array([0, 1]), vocab)) == []
-    (bad,) = memory.scan_pages(memory.row_pages(np.array([[0], [struck]]), vocab))
-    assert bad.role == "embed"
+    assert memory.scan_pages(memory.row_pages(role, np.array([0, 1]))) == []
+    (bad,) = memory.scan_pages(memory.row_pages(role, np.array([[0], [struck]])))
+    assert bad.role == role
+    assert [bad] == memory.scan_blocks(memory.row_blocks)
 
 
-def test_row_pages_cover_all_bytes_of_the_rows(memory, manifest):
-    vocab = manifest.shape.vocab
-    for rows in ([0], [63, 64, 65], list(range(vocab))):
+def test_row_pages_cover_all_bytes_of_the_rows(memory):
+    for role, rows in (("embed", [0]), ("embed", [63, 64, 65]), ("rope", [0, 255]), ("rope", range(256))):
         expected = {
             byte // PAGE_SIZE
-            for tensor in manifest.tensors
-            if tensor.sparse
+            for tensor in memory.tensors
+            if tensor.rows and tensor.role == role
             for row in rows
             for byte in (
-                tensor.offset + row * (tensor.length // vocab),
-                tensor.offset + (row + 1) * (tensor.length // vocab) - 1,
+                tensor.offset + row * (tensor.length // tensor.rows),
+                tensor.offset + (row + 1) * (tensor.length // tensor.rows) - 1,
             )
         }
-        assert memory.row_pages(np.array(rows), vocab).tolist() == sorted(expected)
-    assert memory.row_pages(np.array([], np.int64), vocab).tolist() == []
+        assert memory.row_pages(role, np.array(rows)).tolist() == sorted(expected)
+    assert memory.row_pages("embed", np.array([], np.int64)).tolist() == []
+    assert memory.row_pages("norm", np.array([0])).tolist() == []
 
 
-def test_addresses_are_those_of_the_file_offsets(memory, image, manifest):
+def test_addresses_are_those_of_the_file_offsets(memory, image):
     raw = (image / WEIGHTS).read_bytes()
-    for tensor in manifest.tensors:
+    for tensor in memory.tensors:
         assert memory.page_view(tensor.first_page).tobytes() == raw[tensor.offset :][:PAGE_SIZE]
         assert memory.address(tensor.offset + 3) == memory.page_address(tensor.first_page) + 3
 
@@ -136,13 +154,13 @@ def test_pages_of_no_tensor_have_no_address(memory, manifest):
             memory.page_address(page)
 
 
-def test_without_a_session_the_first_tensor_is_named(image, manifest):
+def test_without_a_model_the_first_tensor_is_named(image, manifest):
     with pytest.raises(PenumbraError, match=f"tensor {manifest.tensors[0].name} .* is not mapped"):
         attach_weights(image, manifest)
 
 
-def test_two_sessions_are_refused(image, manifest, session):
-    other = open_session(image, 1)
+def test_two_models_are_refused(image, manifest, model):
+    other = open_model(image, 1)
     with pytest.raises(PenumbraError, match="mapped 2 times"):
         attach_weights(image, manifest)
     del other
@@ -160,8 +178,8 @@ def test_digests_of_other_pages_are_refused(manifest):
         PageTable.from_bytes(bytes(16), manifest.weight_pages, manifest.parity_pages, manifest.tensors)
 
 
-def test_a_table_survives_writing_and_reading(memory, manifest):
-    raw = memory.table.to_bytes()
+def test_a_table_survives_writing_and_reading(image, manifest):
+    raw = load_page_table(image, manifest).to_bytes()
     again = PageTable.from_bytes(raw, manifest.weight_pages, manifest.parity_pages, manifest.tensors)
     assert again.to_bytes() == raw
 
@@ -195,8 +213,8 @@ def test_mappings_of_this_and_of_another_process_are_found(tmp_path):
         ]
 
 
-def test_attach_needs_every_tensor(memory, image, manifest, session):
+def test_attach_needs_every_tensor(memory, image, manifest):
     """A tensor that lies where nothing is mapped, though its neighbours are."""
     ghost = manifest.originals[0]
     with pytest.raises(PenumbraError, match=f"{ghost.name} .* is not mapped"):
-        WeightMemory.attach(image / WEIGHTS, (*manifest.tensors, ghost), memory.table)
+        WeightMemory.attach(image / WEIGHTS, (*memory.tensors, ghost), memory.table)

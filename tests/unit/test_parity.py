@@ -11,9 +11,9 @@ import pytest
 from fdir import parity
 from fdir.pages import PAGE_SIZE, MappedTensor, PageTable, WeightMemory
 from fdir.parity import DATA_PAGES, PARITY_PAGES, ParityFile, encode, golden_page, group_count, repair
-from node.inference.image import open_session
 from node.inference.manifest import PARITY, WEIGHTS, attach_weights, load_manifest
-from node.inference.probe import run_probes, same
+from node.inference.model import open_model
+from node.inference.probe import run_probes, run_screen, same
 
 PAGES = 100
 """Not a multiple of the group size: the last groups are short."""
@@ -35,7 +35,7 @@ class Bench:
         self.parity_path.write_bytes(extra)
         tensor = MappedTensor(
             name="t", role="other", layer=None, offset=0, length=pages * PAGE_SIZE,
-            first_page=0, page_count=pages, sparse=False, read=True,
+            first_page=0, page_count=pages, read=True,
         )  # fmt: skip
         self.table = PageTable.build(memoryview(self.good.tobytes()), memoryview(bytes(extra)), [tensor])
         self.live = self.good.copy()
@@ -183,16 +183,20 @@ def test_where_direct_reading_is_refused_the_cache_is_dropped(tmp_path, monkeypa
 def test_a_live_session_answers_as_before_once_repaired(tiny_image, tmp_path):
     image = Path(shutil.copytree(tiny_image, tmp_path / "a"))
     manifest = load_manifest(image)
-    session = open_session(image, 1)
+    model = open_model(image, 1)
     memory = attach_weights(image, manifest)
-    expected = run_probes(session, manifest.shape)
-    struck = [tensor.first_page for tensor in manifest.tensors if tensor.role in {"head", "ffn_up", "norm"}]
+
+    def results() -> list[np.ndarray]:
+        return [*run_probes(model.trunk, model.shape), *run_screen(model.screen)]
+
+    expected = results()
+    struck = [tensor.first_page for tensor in memory.tensors if tensor.role in {"head", "ffn_down", "norm"}]
     for page in struck:
         memory.page_view(page)[:64] ^= 0x7F
-    assert not same(run_probes(session, manifest.shape), expected)
+    assert not same(results(), expected)
     bad = [bad.page for bad in memory.scan()]
     assert bad == sorted(struck)
     outcome = repair(memory, ParityFile(image / PARITY, memory.table), bad, image / WEIGHTS)
     assert outcome.lost == ()
     assert sorted(outcome.from_parity + outcome.from_file) == bad
-    assert same(run_probes(session, manifest.shape), expected)
+    assert same(results(), expected)
