@@ -71,6 +71,8 @@ class MissionClock:
         """Mission seconds a second of physical time."""
         self.locked = False
         """True while the bus steers the clock."""
+        self.known = False
+        """True once the bus has told the time: until then it is the host's idea of it."""
         self._base_t_ns = t_ns
         self._base_mono_ns = mono_ns
         self._slew_ns = 0
@@ -115,6 +117,6 @@ class MissionClock:
         self._slew_ns = 0 if big else error_ns
         self._base_mono_ns = mono_ns
         self.rate = message.rate
-        self.locked = True
+        self.locked = self.known = True
         self._heard_mono_ns = mono_ns
         return actions

@@ -173,9 +173,17 @@ class Commanding:
         match arguments:
             case commands.Ping():
                 report(Stage.PROGRESS)
-            case commands.Infer(job=job, prompt=prompt, max_tokens=max_tokens):
+            case commands.Infer():
                 try:
-                    self._jobs.submit(connection, job, prompt, max_tokens)
+                    self._jobs.submit(
+                        connection,
+                        arguments.job,
+                        arguments.prompt,
+                        arguments.max_tokens,
+                        sampling=arguments.sampling,
+                        priority=arguments.priority,
+                        deadline_ns=arguments.deadline_ns,
+                    )
                 except JobConflict as error:
                     raise CommandFailed("job_exists", str(error)) from None
             case commands.Cancel(job=job):

@@ -178,6 +178,11 @@ class HousekeepingService:
             commands_accepted=security.accepted,
             commands_rejected=sum(security.rejected.values()),
             garbage_messages=s.intake.garbage + s.commanding.dropped,
+            jobs_active=len(s.runner.running),
+            batch=power.point.batch,
+            threads=s.worker.threads,
+            prefill_tokens=counters.prefill_tokens,
+            compute_trips=counters.compute_trips,
         )
 
     def _token_rate_hz(self, now_s: float) -> float:

@@ -13,7 +13,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+import msgspec
+
+from node.scheduler import Task
+from telemetry.commands import DEFAULT_PRIORITY
 from telemetry.packets import Certificate, Packet, Result
+from telemetry.sampling import GREEDY, Sampling
 
 _SCHEMA = (
     """CREATE TABLE IF NOT EXISTS jobs (
@@ -25,7 +30,10 @@ _SCHEMA = (
         state TEXT NOT NULL,
         tokens INTEGER NOT NULL DEFAULT 0,
         cancel INTEGER NOT NULL DEFAULT 0,
-        finish TEXT
+        finish TEXT,
+        priority INTEGER NOT NULL DEFAULT 5,
+        deadline_ns INTEGER,
+        sampling BLOB
     )""",
     "CREATE INDEX IF NOT EXISTS jobs_open ON jobs(number) WHERE state != 'done'",
     """CREATE TABLE IF NOT EXISTS job_blocks (
@@ -36,6 +44,12 @@ _SCHEMA = (
         PRIMARY KEY (job, first)
     ) WITHOUT ROWID""",
 )
+_ADDED_COLUMNS = {
+    "priority": "INTEGER NOT NULL DEFAULT 5",
+    "deadline_ns": "INTEGER",
+    "sampling": "BLOB",
+}
+"""Columns a database of a version before this one lacks, with what its jobs have in them."""
 MAX_TOKEN = 1 << 32
 NO_CERTIFICATE = Certificate(image_id="", epoch=0, kv_digest=bytes(8), chain=bytes(32))
 """Certificate of a closing result without tokens: nothing is released, so nothing is proven."""
@@ -45,7 +59,9 @@ class JobState(StrEnum):
     """State of a job."""
 
     QUEUED = "queued"
+    """Waits for a place in the batch: new, or parked."""
     ACTIVE = "active"
+    """Has a place in the batch, also while there is no worker."""
     DONE = "done"
 
 
@@ -63,7 +79,12 @@ class Job:
     cancel: bool
     """True when the ground asked to cancel it."""
     finish: str | None
-    """None while open; else `length`, `eos`, `cancelled` or `failed: ...`."""
+    """None while open; else as `telemetry.packets.Result.finish`."""
+    sampling: Sampling = GREEDY
+    priority: int = DEFAULT_PRIORITY
+    """9 goes first."""
+    deadline_ns: int | None = None
+    """Mission time at which it ends as it is; None: never."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +95,7 @@ class Submitted:
 
 
 class JobConflict(Exception):
-    """Another job with the same id but a different prompt or length exists."""
+    """Another job with the same id exists, with another prompt or other settings."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +142,7 @@ def _digest(result: Result) -> bytes:
 
 
 class JobQueue:
-    """Jobs in order of arrival; at most one is active.
+    """Jobs in order of arrival; which of them are active is decided by `node.scheduler`.
 
     Parameters
     ----------
@@ -133,58 +154,100 @@ class JobQueue:
         self._spool = spool
 
     def create(self, conn: sqlite3.Connection) -> None:
-        """Create the tables where they are missing."""
+        """Create the tables where they are missing, and add the columns an older database lacks."""
         for statement in _SCHEMA:
             conn.execute(statement)
+        present = {row[1] for row in conn.execute("PRAGMA table_info(jobs)")}
+        for column, definition in _ADDED_COLUMNS.items():
+            if column not in present:
+                conn.execute(f"ALTER TABLE jobs ADD COLUMN {column} {definition}")
 
-    def submit(self, conn: sqlite3.Connection, job: str, prompt: str, max_tokens: int) -> Submitted:
+    def submit(
+        self,
+        conn: sqlite3.Connection,
+        job: str,
+        prompt: str,
+        max_tokens: int,
+        *,
+        sampling: Sampling = GREEDY,
+        priority: int = DEFAULT_PRIORITY,
+        deadline_ns: int | None = None,
+    ) -> Submitted:
         """Queue a job. Asking again for the same job changes nothing.
 
         Raises
         ------
         JobConflict
-            A job of this id with another prompt or length is known.
+            A job of this id with another prompt or other settings is known.
         """
         digest = hashlib.sha256(prompt.encode()).digest()
-        row = conn.execute("SELECT prompt_sha256, max_tokens FROM jobs WHERE id = ?", (job,)).fetchone()
-        if row is not None:
-            if (bytes(row[0]), row[1]) != (digest, max_tokens):
-                raise JobConflict(f"job {job!r} exists with another prompt or max_tokens")
+        known = self.get(conn, job)
+        if known is not None:
+            (known_digest,) = conn.execute("SELECT prompt_sha256 FROM jobs WHERE id = ?", (job,)).fetchone()
+            asked = (digest, max_tokens, sampling, priority, deadline_ns)
+            before = (known.max_tokens, known.sampling, known.priority, known.deadline_ns)
+            if asked != (bytes(known_digest), *before):
+                raise JobConflict(f"job {job!r} exists with another prompt or other settings")
             return Submitted(new=False)
         conn.execute(
-            "INSERT INTO jobs (id, prompt, prompt_sha256, max_tokens, state) VALUES (?, ?, ?, ?, ?)",
-            (job, prompt, digest, max_tokens, JobState.QUEUED),
+            "INSERT INTO jobs (id, prompt, prompt_sha256, max_tokens, state, priority, deadline_ns, sampling)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                *(job, prompt, digest, max_tokens, JobState.QUEUED, priority, deadline_ns),
+                None if sampling == GREEDY else msgspec.msgpack.encode(sampling),
+            ),
         )
         return Submitted(new=True)
 
-    def next(self, conn: sqlite3.Connection) -> Job | None:
-        """Return the job to run: the active one, else the oldest queued one, now active. None: no work."""
+    def tasks(self, conn: sqlite3.Connection) -> tuple[list[Task], list[Task]]:
+        """Return the (active, queued) jobs in order of arrival, as the scheduler sees them."""
+        active: list[Task] = []
+        queued: list[Task] = []
+        rows = conn.execute(
+            "SELECT id, number, priority, deadline_ns, cancel, state FROM jobs WHERE state != 'done'"
+            " ORDER BY number"
+        )
+        for job, number, priority, deadline_ns, cancel, state in rows:
+            task = Task(job, number, priority, deadline_ns, bool(cancel))
+            (active if state == JobState.ACTIVE else queued).append(task)
+        return active, queued
+
+    def activate(self, conn: sqlite3.Connection, job: str) -> None:
+        """Note that an open job has a place in the batch."""
+        conn.execute("UPDATE jobs SET state = 'active' WHERE id = ? AND state = 'queued'", (job,))
+
+    def park(self, conn: sqlite3.Connection, job: str) -> int | None:
+        """Note that an active job gave up its place; return its tokens so far, None if it is not active."""
         row = conn.execute(
-            "SELECT id FROM jobs WHERE state != 'done' ORDER BY state = 'active' DESC, number LIMIT 1"
+            "UPDATE jobs SET state = 'queued' WHERE id = ? AND state = 'active' RETURNING tokens", (job,)
         ).fetchone()
-        if row is None:
-            return None
-        conn.execute("UPDATE jobs SET state = ? WHERE id = ?", (JobState.ACTIVE, row[0]))
-        return self.get(conn, row[0])
+        return None if row is None else int(row[0])
 
     def get(self, conn: sqlite3.Connection, job: str) -> Job | None:
         """Return one job, None when it is not known."""
         row = conn.execute(
-            "SELECT id, prompt, max_tokens, state, tokens, cancel, finish FROM jobs WHERE id = ?", (job,)
+            "SELECT id, prompt, max_tokens, state, tokens, cancel, finish, sampling, priority, deadline_ns"
+            " FROM jobs WHERE id = ?",
+            (job,),
         ).fetchone()
         if row is None:
             return None
-        return Job(row[0], row[1], row[2], JobState(row[3]), row[4], bool(row[5]), row[6])
+        return Job(
+            id=row[0],
+            prompt=row[1],
+            max_tokens=row[2],
+            state=JobState(row[3]),
+            tokens=row[4],
+            cancel=bool(row[5]),
+            finish=row[6],
+            sampling=GREEDY if row[7] is None else msgspec.msgpack.decode(row[7], type=Sampling),
+            priority=row[8],
+            deadline_ns=row[9],
+        )
 
-    def cancelled(self, conn: sqlite3.Connection) -> list[str]:
-        """Return the open jobs that the ground asked to cancel, in order of arrival."""
-        rows = conn.execute("SELECT id FROM jobs WHERE state != 'done' AND cancel = 1 ORDER BY number")
-        return [row[0] for row in rows]
-
-    def active(self, conn: sqlite3.Connection) -> Job | None:
-        """Return the active job without starting another."""
-        row = conn.execute("SELECT id FROM jobs WHERE state = 'active'").fetchone()
-        return None if row is None else self.get(conn, row[0])
+    def active(self, conn: sqlite3.Connection) -> list[str]:
+        """Return the active jobs in order of arrival."""
+        return [row[0] for row in conn.execute("SELECT id FROM jobs WHERE state = 'active' ORDER BY number")]
 
     def store_block(self, conn: sqlite3.Connection, result: Result, t_ns: int) -> StoreOutcome:
         """Store a committed block: spool it and advance its job, or say why it is dropped.

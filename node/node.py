@@ -112,7 +112,13 @@ class Node:
             on_safe=self._on_fdir_safe,
         )
         self._runner = JobRunner(
-            database, jobs, self.recorder, send=self._worker.send, on_fault=self._worker.report_fault
+            database,
+            jobs,
+            self.recorder,
+            batch=lambda: self._power.point.batch,
+            mission_ns=self._mission_ns,
+            send=self._worker.send,
+            on_fault=self._worker.report_fault,
         )
         self._worker.on_ready = self._runner.worker_ready
         self._worker.on_gone = self._runner.worker_gone
@@ -146,8 +152,10 @@ class Node:
             link=self._bus_link,
             recorder=self.recorder,
             send=self._worker.send,
-            busy=lambda: self._runner.running is not None,
+            busy=lambda: bool(self._runner.running),
             blocked=lambda: self._runner.blocked,
+            redundant=lambda: self._modes.mode in config.worker.redundant_modes,
+            on_batch=self._runner.look,
             on_sunlit=lambda fraction: self._change_mode(modes.Sunlight(fraction)),
             cap_w=identity.boot.cap_w,
         )
@@ -254,11 +262,19 @@ class Node:
             board=config.board.kind,
             python=platform.python_version(),
             onnxruntime=_version("onnxruntime"),
-            resumed_job=None if active is None else active.id,
+            resumed_job=active[0] if active else None,
+            resumed_jobs=active,
         )
         _log.info("boot %d, state %s, image %s", boot.boot, config.state_dir, image)
         for packet in (report, *trouble):
             self.recorder.post(packet)
+
+    def _mission_ns(self) -> int | None:
+        """Return mission time for the deadlines of jobs; None before the bus has told it.
+
+        A job that is ended too early is lost work; on the host's idea of the time alone none is.
+        """
+        return self.recorder.now_ns() if self._clock.known else None
 
     def _on_ack(self, ack: Ack) -> None:
         self._downlink.on_ack(ack)

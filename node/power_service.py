@@ -14,6 +14,7 @@ from node.config import NodeConfig
 from node.inference import protocol
 from node.power.forecast import UmbraPass
 from node.power.governor import Governor, PowerInputs, Setpoint
+from node.power.operating_point import OperatingPoint
 from node.recorder import Recorder
 from telemetry import bus, topics
 from telemetry.link import Link, LinkDown
@@ -48,6 +49,10 @@ class PowerService:
         Tells whether the worker has a job.
     blocked
         Tells whether results cannot be stored: the worker is then paced down.
+    redundant
+        Tells whether every epoch is to be decoded twice now.
+    on_batch
+        Called when the batch of the operating point has changed.
     on_sunlit
         Called with the forecast sunlit fraction at each turn, when it is known.
     cap_w
@@ -66,6 +71,8 @@ class PowerService:
         send: Callable[[protocol.Message], bool],
         busy: Callable[[], bool],
         blocked: Callable[[], bool],
+        redundant: Callable[[], bool],
+        on_batch: Callable[[], None],
         on_sunlit: Callable[[float], None],
         cap_w: float | None,
     ) -> None:
@@ -74,6 +81,13 @@ class PowerService:
         self.setpoint: Setpoint | None = None
         self.sunlit: float | None = None
         self.umbra: UmbraPass | None = None
+        self.point = OperatingPoint(
+            threads=config.model.threads, batch=config.worker.batch, duty=config.power.min_duty
+        )
+        """Operating point of the worker now."""
+        self.choose: Callable[[Setpoint], OperatingPoint] = self._by_duty
+        """Which operating point carries a setpoint out, asked at each turn. Threads and batch must not be
+        above those configured: the worker has room for no more."""
         self._config = config
         self._board = board
         self._view = view
@@ -83,6 +97,8 @@ class PowerService:
         self._send = send
         self._busy = busy
         self._blocked = blocked
+        self._redundant = redundant
+        self._on_batch = on_batch
         self._on_sunlit = on_sunlit
         self._governor = Governor(config.power)
         self._planned: tuple[Setpoint, float] | None = None
@@ -127,9 +143,24 @@ class PowerService:
             busy=self._busy(),
         )
         self.setpoint = self._governor.handle(inputs, now_s)
-        duty = self._config.power.min_duty if self._blocked() else self.setpoint.duty
-        self._send(protocol.Pace(duty=duty))
+        self._operate(self.choose(self.setpoint))
         self._report(self.setpoint, now_s)
+
+    def _by_duty(self, setpoint: Setpoint) -> OperatingPoint:
+        """Carry a setpoint out by pacing alone, with all threads and the whole batch."""
+        return OperatingPoint(
+            threads=self._config.model.threads, batch=self._config.worker.batch, duty=setpoint.duty
+        )
+
+    def _operate(self, point: OperatingPoint) -> None:
+        resized = point.batch != self.point.batch
+        self.point = point
+        duty = self._config.power.min_duty if self._blocked() else point.duty
+        self._send(
+            protocol.Pace(duty=duty, threads=point.threads, batch=point.batch, redundant=self._redundant())
+        )
+        if resized:
+            self._on_batch()
 
     def _report(self, setpoint: Setpoint, now_s: float) -> None:
         if self._planned is not None:

@@ -48,8 +48,11 @@ def worker_command(config: NodeConfig) -> list[str]:
     return [
         *(sys.executable, "-m", "node.inference.worker"),
         *("--image", str(config.image_dir), "--arena", str(config.arena_path)),
-        *("--threads", str(config.model.threads), "--epoch-tokens", str(w.epoch_tokens)),
-        *("--epoch-seconds", str(w.epoch_s), "--positions", str(w.positions), "--retries", str(w.retries)),
+        *("--threads", str(config.model.threads), "--seats", str(w.seats), "--batch", str(w.batch)),
+        *("--positions", str(w.positions), "--epoch-tokens", str(w.epoch_tokens)),
+        *("--epoch-seconds", str(w.epoch_s), "--overhead-budget", str(w.overhead_budget)),
+        *("--retries", str(w.retries)),
+        *(["--checked"] if w.checked else []),
     ]
 
 

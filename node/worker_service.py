@@ -18,6 +18,7 @@ from node import state
 from node.boards import Board
 from node.config import NodeConfig
 from node.inference import protocol
+from node.job_runner import JobMessage
 from node.recorder import Evidence, Recorder
 from node.worker_process import REAP_S, WorkerExit, WorkerProcess
 from telemetry.database import Database, StoreFull
@@ -38,6 +39,8 @@ class WorkerCounters:
     epochs_dirty: int = 0
     strikes_detected: int = 0
     strikes_repaired: int = 0
+    compute_trips: int = 0
+    prefill_tokens: int = 0
     restarts: int = 0
     generation: int = 0
     scans_ms: list[float] = field(default_factory=list)
@@ -80,7 +83,7 @@ class WorkerService:
         self.counters = WorkerCounters()
         self.on_ready: Callable[[], None] = lambda: None
         self.on_gone: Callable[[], None] = lambda: None
-        self.on_job_message: Callable[[protocol.Block | protocol.JobError], None] = lambda _: None
+        self.on_job_message: Callable[[JobMessage], None] = lambda _: None
         self._config = config
         self._command = list(command)
         self._recorder = recorder
@@ -97,6 +100,11 @@ class WorkerService:
         self._reported: tuple[recovery.ReportFault, int] | None = None
         """Fault whose recovery is under way, and when it was detected, CLOCK_REALTIME, ns."""
         self._group: asyncio.TaskGroup | None = None
+
+    @property
+    def threads(self) -> int:
+        """Processor cores the worker uses, as it told last; 0 while there is none."""
+        return 0 if self._status is None else self._status.threads
 
     @property
     def state(self) -> recovery.WorkerState:
@@ -241,7 +249,7 @@ class WorkerService:
         match message:
             case protocol.Pong():
                 self._watch(health.Pong(message.key))
-            case protocol.Block() | protocol.JobError():
+            case protocol.Block() | protocol.JobError() | protocol.Parked():
                 self.on_job_message(message)
             case protocol.Status():
                 self._count(message)
@@ -257,18 +265,19 @@ class WorkerService:
             self._board.set_worker(self._process.pid)
         self._watch(health.Arm())
         self._events.put_nowait(recovery.Ready())
-        resumed = f", holds job {message.resumed_job}" if message.resumed_job else ""
+        held = ", ".join(resumed.job for resumed in message.resumed)
         self._recorder.event(
             Severity.INFO,
             "worker.ready",
-            f"worker generation {message.generation} ready after {message.load_s:.2f} s{resumed}",
+            f"worker generation {message.generation} ready after {message.load_s:.2f} s"
+            + (f", holds {held}" if held else ""),
             {
                 "generation": message.generation,
                 "pid": message.pid,
                 "image_id": message.image_id,
                 "onnxruntime": message.onnxruntime,
-                "resumed_job": message.resumed_job,
-                "resumed_tokens": message.resumed_tokens,
+                "resumed_jobs": held,
+                "resumed_tokens": sum(resumed.tokens for resumed in message.resumed),
                 "load_s": message.load_s,
             },
         )
@@ -281,6 +290,7 @@ class WorkerService:
         self.counters.epochs_clean += clean
         self.counters.epochs_dirty += dirty
         self.counters.tokens_discarded += status.tokens_discarded - (before.tokens_discarded if before else 0)
+        self.counters.prefill_tokens += status.prefill_tokens - (before.prefill_tokens if before else 0)
         if clean or dirty:
             self.counters.scans_ms.append(status.scan_ms)
         self._status = status
@@ -302,6 +312,9 @@ class WorkerService:
             self._redo_since_ns = None
 
     def _report_strike(self, strike: protocol.Strike) -> None:
+        if strike.region == "compute":
+            self._report_trip(strike)
+            return
         repaired = strike.recovered_ns is not None
         self.counters.strikes_detected += 1
         self.counters.strikes_repaired += repaired
@@ -310,6 +323,28 @@ class WorkerService:
                 monitor=f"{strike.region}.digest",
                 level=Level.IN_WORKER_REPAIR,
                 outcome=Outcome.REPAIRED if repaired else Outcome.ESCALATED,
+                action=strike.method,
+                detected_ns=strike.detected_ns,
+                recovered_ns=strike.recovered_ns,
+                region=strike.region,
+                page=strike.page,
+                role=strike.role,
+                evidence=strike.evidence,
+            )
+        )
+
+    def _report_trip(self, strike: protocol.Strike) -> None:
+        """Report a computation that failed a check: its epoch is thrown away and decoded again."""
+        self.counters.compute_trips += 1
+        if strike.method == "none":
+            outcome = Outcome.ESCALATED
+        else:
+            outcome = Outcome.STARTED if strike.recovered_ns is None else Outcome.REDONE
+        self._recorder.post(
+            FdirReport(
+                monitor="compute.check",
+                level=Level.EPOCH_REDO,
+                outcome=outcome,
                 action=strike.method,
                 detected_ns=strike.detected_ns,
                 recovered_ns=strike.recovered_ns,

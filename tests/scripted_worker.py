@@ -1,8 +1,10 @@
 """A scripted worker for the tests of the node: speaks the real protocol, decodes nothing.
 
 The text it "generates" is a function of the job and the index of the token, so a resumed job must come
-out equal. Misbehaviour is asked for by the prompt (`!exit_at=N`, `!stall_at=N`, `!strike`, `!jobs_bad`)
-or, at start, by `--start` (`ok`, `exit`, `hang`, `wrong_generation`, `garbage`).
+out equal. Several jobs go on together, a block of each an epoch; the jobs under way are noted beside the
+socket, as the real worker's arena keeps them, and named by the next generation. Misbehaviour is asked for by
+the prompt (`!exit_at=N`, `!stall_at=N`, `!strike`, `!trip`, `!jobs_bad`) or, at start, by `--start` (`ok`,
+`exit`, `hang`, `wrong_generation`, `garbage`).
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import hashlib
+import json
 import os
 import re
 import signal
@@ -17,6 +20,7 @@ import socket
 import struct
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from node.inference import protocol as p
@@ -40,7 +44,9 @@ def text_of(job: str, count: int) -> bytes:
     return bytes(token(job, i) for i in range(count))
 
 
-def blocks(job: str, prompt: str, max_tokens: int, epoch_tokens: int) -> list[p.Block]:
+def blocks(
+    job: str, prompt: str, max_tokens: int, epoch_tokens: int, *, logprobs: bool = False
+) -> list[p.Block]:
     """Every block of a job, as a worker that is never disturbed sends them."""
     chain = chain_start(IMAGE_ID, job, prompt_tokens(prompt))
     out = []
@@ -59,9 +65,25 @@ def blocks(job: str, prompt: str, max_tokens: int, epoch_tokens: int) -> list[p.
                 certificate=certificate,
                 prompt_tokens=prompt_tokens(prompt) if first == 0 else None,
                 finish="length" if last else None,
+                logprobs=[-token / 128 for token in tokens] if logprobs else None,
             )
         )
     return out
+
+
+@dataclass
+class Job:
+    """A job under way."""
+
+    start: p.Start
+    pending: list[p.Block]
+    park: bool = False
+    finish: str | None = None
+    """How it was told to end."""
+
+    def option(self, name: str) -> int | None:
+        found = re.search(rf"!{name}=(\d+)", self.start.prompt)
+        return int(found[1]) if found else None
 
 
 class ScriptedWorker:
@@ -69,14 +91,15 @@ class ScriptedWorker:
         self.args = args
         self.socket = socket.socket(socket.AF_UNIX)
         self.reader: p.Reader[p.FromSupervisor] = p.Reader(p.FromSupervisor)
-        self.job: p.Start | None = None
-        self.pending: list[p.Block] = []
-        self.cancelled = False
-        self.duty = 1.0
+        self.jobs: dict[str, Job] = {}
+        """Active jobs, in the order of their starts."""
+        self.held = Path(args.socket).with_name("held-jobs.json")
+        self.pace = p.Pace(duty=1.0, threads=2, batch=args.batch, redundant=False)
         self.committed = 0
+        self.prefilled = 0
         self.struck = 0
         self.status_at = 0.0
-        self.block_at = 0.0
+        self.epoch_at = 0.0
 
     def send(self, message: p.Message) -> None:
         self.socket.sendall(p.encode(message))
@@ -91,14 +114,14 @@ class ScriptedWorker:
         if start in ("hang", "garbage"):
             time.sleep(600)
         generation = self.args.generation + (start == "wrong_generation")
+        held = json.loads(self.held.read_text()) if self.held.exists() else {}
         self.send(
             p.Ready(
                 generation=generation,
                 pid=os.getpid(),
                 image_id=IMAGE_ID,
                 onnxruntime="none",
-                resumed_job=None,
-                resumed_tokens=0,
+                resumed=[p.Resumed(job=job, tokens=tokens) for job, tokens in held.items()],
                 load_s=0.01,
             )
         )
@@ -116,14 +139,16 @@ class ScriptedWorker:
                 self.take(message)
             self.step()
 
-    def take(self, message: p.Message) -> None:
+    def take(self, message: p.FromSupervisor) -> None:
         match message:
             case p.Ping(key=key):
                 self.send(p.Pong(key=key))
-            case p.Pace(duty=duty):
-                self.duty = duty
-            case p.Cancel(job=job):
-                self.cancelled = self.job is not None and self.job.job == job
+            case p.Pace():
+                self.pace = message
+            case p.Park(job=job) if job in self.jobs:
+                self.jobs[job].park = True
+            case p.Cancel(job=job, finish=finish) if job in self.jobs:
+                self.jobs[job].finish = finish
             case p.Start():
                 self.start(message)
 
@@ -131,23 +156,28 @@ class ScriptedWorker:
         if "!jobs_bad" in message.prompt:
             self.send(p.JobError(job=message.job, reason="the prompt is too long"))
             return
-        self.job = message
-        self.cancelled = False
-        every = blocks(message.job, message.prompt, message.max_tokens, self.args.epoch_tokens)
+        if message.job in self.jobs or len(self.jobs) >= (self.pace.batch or 1):
+            self.send(p.Fatal(reason=f"{message.job} was started beyond the batch, or twice"))
+            sys.exit(1)
+        every = blocks(
+            message.job,
+            message.prompt,
+            message.max_tokens,
+            self.args.epoch_tokens,
+            logprobs=message.sampling.logprobs,
+        )
         skip = 1 if "!gap" in message.prompt else 0
         known = message.known_tokens
-        self.pending = [b for b in every if b.first + len(b.tokens) > known][skip:]
+        pending = [b for b in every if b.first + len(b.tokens) > known][skip:]
         if "!repeat" in message.prompt:
-            self.pending = every
+            pending = every
+        self.prefilled += len(prompt_tokens(message.prompt))
+        self.jobs[message.job] = Job(message, pending)
 
-    def option(self, name: str) -> int | None:
-        found = re.search(rf"!{name}=(\d+)", self.job.prompt) if self.job else None
-        return int(found[1]) if found else None
-
-    def misbehave_once(self, name: str, first: int) -> bool:
+    def misbehave_once(self, job: Job, name: str, first: int) -> bool:
         """True at the block the prompt names, the first time only: a file remembers it over restarts."""
         mark = Path(self.args.socket).with_name(f"mark-{name}-{first}")
-        if self.option(name) != first or ("!always" not in self.job.prompt and mark.exists()):
+        if job.option(name) != first or ("!always" not in job.start.prompt and mark.exists()):
             return False
         mark.touch()
         return True
@@ -157,38 +187,66 @@ class ScriptedWorker:
         if now >= self.status_at:
             self.status_at = now + 0.2
             self.status()
-        if not self.pending or self.job is None or now < self.block_at:
+        if now < self.epoch_at:
             return
-        self.block_at = now + self.args.block_s
-        block = self.pending.pop(0)
-        if self.cancelled:
-            self.send(p.Block(**{**_fields(block), "tokens": [], "text": b"", "finish": "cancelled"}))
-            self.pending = []
+        self.epoch_at = now + self.args.block_s
+        for name, job in list(self.jobs.items()):
+            self.advance(job)
+            if job.park or job.finish is not None or not job.pending:
+                del self.jobs[name]
+        # In one step: it may be killed at any moment.
+        draft = self.held.with_suffix(".new")
+        draft.write_text(json.dumps({n: j.pending[0].first for n, j in self.jobs.items()}))
+        draft.rename(self.held)
+
+    def advance(self, job: Job) -> None:
+        """End an epoch of one job."""
+        block = job.pending.pop(0)
+        if job.finish is not None:
+            ending = {"tokens": [], "text": b"", "finish": job.finish, "logprobs": None}
+            self.send(p.Block(**{**_fields(block), **ending}))
             return
-        if self.misbehave_once("exit_at", block.first):
+        if self.misbehave_once(job, "exit_at", block.first):
             os._exit(3)
-        if self.misbehave_once("stall_at", block.first):
+        if self.misbehave_once(job, "stall_at", block.first):
             time.sleep(600)
-        if self.misbehave_once("fatal_at", block.first):
+        if self.misbehave_once(job, "fatal_at", block.first):
             self.send(p.Fatal(reason="retries exhausted"))
             sys.exit(1)
-        if "!strike" in self.job.prompt and block.first == 0:
-            self.struck = 1
-            now_ns = time.time_ns()
+        if block.first == 0:
+            self.strike(job.start.prompt)
+        self.committed += len(block.tokens)
+        self.send(block)
+        if job.park and job.pending:
+            self.send(p.Parked(job=block.job))
+
+    def strike(self, prompt: str) -> None:
+        now_ns = time.time_ns()
+        if "!strike" in prompt:
+            self.struck += 1
             self.send(
                 p.Strike(
                     region="weights",
                     page=12,
-                    role="ffn_up",
+                    role="ffn_gate_up",
                     detected_ns=now_ns,
                     recovered_ns=now_ns + 1_000_000,
                     method="parity",
                 )
             )
-        self.committed += len(block.tokens)
-        self.send(block)
-        if block.finish is not None:
-            self.job = None
+        if "!trip" in prompt:
+            self.struck += 1
+            self.send(
+                p.Strike(
+                    region="compute",
+                    page=3,
+                    role="matmul",
+                    detected_ns=now_ns,
+                    recovered_ns=now_ns + 2_000_000,
+                    method="redo",
+                    evidence={"residual": 7.5},
+                )
+            )
 
     def status(self) -> None:
         dirty = self.struck
@@ -201,6 +259,11 @@ class ScriptedWorker:
                 scan_ms=1.5,
                 step_ms=1.0,
                 scrub_pass_s=None,
+                active=len(self.jobs),
+                batch=self.pace.batch or 1,
+                threads=self.pace.threads or 1,
+                prefill_tokens=self.prefilled,
+                tokens_s=0.0,
             )
         )
 
@@ -215,6 +278,7 @@ def main() -> int:
     parser.add_argument("--socket", required=True)
     parser.add_argument("--generation", type=int, required=True)
     parser.add_argument("--epoch-tokens", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--block-s", type=float, default=0.02)
     parser.add_argument("--start", default="ok")
     args, _ = parser.parse_known_args()

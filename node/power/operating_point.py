@@ -1,4 +1,4 @@
-"""The operating point: what of the worker the power side can turn, between two epochs and without a reload."""
+"""The operating point: what of the worker the power side can turn between two epochs, without a reload."""
 
 from __future__ import annotations
 

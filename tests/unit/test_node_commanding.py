@@ -21,6 +21,7 @@ from telemetry.database import Database, StoreFull
 from telemetry.frame import decode_frame
 from telemetry.keys import Key, KeyRing
 from telemetry.packets import Mode, Packet, SecurityReport, Stage, Verification
+from telemetry.sampling import Sampling
 from telemetry.spool import Spool
 
 RING = KeyRing([Key("g", b"k" * 32)])
@@ -117,6 +118,20 @@ async def test_each_command_is_executed_after_it_is_durable(tmp_path: Path, argu
     assert (job is not None) == isinstance(arguments, commands.Infer)
 
 
+async def test_a_job_is_queued_with_all_that_was_asked(tmp_path: Path) -> None:
+    sampling = Sampling(temperature=0.5, seed=9, stop=("x",), logprobs=True)
+    asked = commands.Infer(
+        job="j", prompt="p", max_tokens=4, sampling=sampling, priority=8, deadline_ns=5_000
+    )
+    async with open_ground(tmp_path) as ground:
+        assert stages(await ground.send(ground.sign(asked))) == DONE
+        job = await ground.database.run(lambda c: ground.jobs.get(c, "j"))
+        assert job is not None
+        assert (job.sampling, job.priority, job.deadline_ns) == (sampling, 8, 5_000)
+        other = commands.Infer(job="j", prompt="p", max_tokens=4, priority=8, deadline_ns=5_000)
+        assert (Stage.COMPLETED, False, "job_exists") in stages(await ground.send(ground.sign(other)))
+
+
 async def test_ping_reports_every_stage(tmp_path: Path) -> None:
     async with open_ground(tmp_path) as ground:
         assert [s[0] for s in stages(await ground.send(ground.sign(commands.Ping())))] == list(Stage)
@@ -169,7 +184,7 @@ async def test_what_cannot_be_made_durable_is_not_executed_and_may_be_sent_again
     async with open_ground(tmp_path) as ground:
         payload = ground.sign(commands.Infer(job="j", prompt="p", max_tokens=4))
 
-        def full(*_: object) -> None:
+        def full(*_: object, **__: object) -> None:
             raise StoreFull("no room")
 
         with monkeypatch.context() as patch:

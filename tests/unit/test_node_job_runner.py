@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from scripted_worker import blocks
@@ -17,6 +18,7 @@ from node.recorder import Recorder
 from telemetry.database import Database
 from telemetry.frame import decode_frame
 from telemetry.packets import Event, Result
+from telemetry.sampling import Sampling
 from telemetry.spool import Spool
 
 
@@ -24,6 +26,8 @@ class Desk:
     """A runner with its store, and what it sends to a worker that is not there."""
 
     def __init__(self, database: Database, capacity: int) -> None:
+        self.batch = 1
+        self.mission_ns: int | None = 0
         self.database = database
         self.spool = Spool("n", 1, capacity)
         self.queue = JobQueue(self.spool)
@@ -34,6 +38,8 @@ class Desk:
             database,
             self.queue,
             self.recorder,
+            batch=lambda: self.batch,
+            mission_ns=lambda: self.mission_ns,
             send=self.send,
             on_fault=lambda monitor, reason: self.faults.append(f"{monitor}: {reason}"),
         )
@@ -42,9 +48,14 @@ class Desk:
         self.sent.append(message)
         return True
 
-    async def submit(self, job: str, tokens: int = 8) -> None:
-        await self.database.run(lambda c: self.queue.submit(c, job, "p", tokens))
+    async def submit(self, job: str, tokens: int = 8, **settings: Any) -> None:
+        await self.database.run(lambda c: self.queue.submit(c, job, "p", tokens, **settings))
         self.runner.look()
+
+    def take_sent(self) -> list[protocol.Message]:
+        """Return what was sent since the last call."""
+        sent, self.sent = self.sent, []
+        return sent
 
     async def settle(self) -> None:
         await until(self.runner._inbox.empty)
@@ -84,7 +95,7 @@ async def open_desk(tmp_path: Path, capacity: int = 1 << 20) -> AsyncIterator[De
     await database.close()
 
 
-async def test_a_ready_worker_gets_one_job_at_a_time(tmp_path: Path) -> None:
+async def test_a_ready_worker_gets_as_many_jobs_as_the_batch_has_places(tmp_path: Path) -> None:
     async with open_desk(tmp_path) as desk:
         await desk.submit("a")
         await desk.submit("b")
@@ -99,6 +110,189 @@ async def test_a_ready_worker_gets_one_job_at_a_time(tmp_path: Path) -> None:
         assert desk.sent[1:] == [protocol.Start(job="b", prompt="p", max_tokens=8)]
         assert desk.runner.tokens_stored == 8
         assert await desk.events() == ["job.started", "job.finished", "job.started"]
+
+
+def start(job: str, known: int = 0, tokens: int = 8, **fields: Any) -> protocol.Start:
+    return protocol.Start(job=job, prompt="p", max_tokens=tokens, known_tokens=known, **fields)
+
+
+async def test_blocks_of_several_jobs_come_interleaved_and_each_job_keeps_its_own_count(
+    tmp_path: Path,
+) -> None:
+    async with open_desk(tmp_path) as desk:
+        desk.batch = 3
+        sampling = Sampling(seed=4, logprobs=True)
+        await desk.submit("a", 12)
+        await desk.submit("b", 8, sampling=sampling, priority=7)
+        for job in "cd":
+            await desk.submit(job)
+        desk.runner.worker_ready()
+        await desk.settle()
+        assert desk.take_sent() == [start("b", sampling=sampling), start("a", tokens=12), start("c")]
+        assert desk.runner.running == {"a", "b", "c"}
+        of = {job: blocks(job, "p", 12 if job == "a" else 8, 4, logprobs=job == "b") for job in "abc"}
+        for index in range(2):
+            for job in "cab":
+                desk.runner.offer(of[job][index])
+        await desk.settle()
+        assert [(await desk.job(job)).finish for job in "abcd"] == [None, "length", "length", None]
+        assert desk.take_sent() == [start("d")]
+        stored = [p for p in await desk.packets() if isinstance(p, Result)]
+        assert [(p.job, p.first) for p in stored] == [(job, at) for at in (0, 4) for job in "cab"]
+        logprobs = [p.logprobs for p in stored if p.job == "b"]
+        assert logprobs == [block.logprobs for block in of["b"]]
+        assert None not in logprobs
+        assert desk.runner.tokens_stored == 24
+
+
+async def test_a_higher_job_takes_a_place_when_the_lower_one_has_left_it(tmp_path: Path) -> None:
+    async with open_desk(tmp_path) as desk:
+        desk.batch = 2
+        for job in "ab":
+            await desk.submit(job, 12)
+        desk.runner.worker_ready()
+        await desk.settle()
+        desk.take_sent()
+        await desk.submit("urgent", priority=9)
+        await desk.settle()
+        assert desk.take_sent() == [protocol.Park(job="b")]
+        desk.runner.look()
+        desk.runner.offer(blocks("b", "p", 12, 4)[0])
+        await desk.settle()
+        assert desk.take_sent() == [], "the place is not free yet, and it is not asked for twice"
+        desk.runner.offer(protocol.Parked(job="b"))
+        await desk.settle()
+        assert desk.take_sent() == [start("urgent")]
+        assert (await desk.job("b")).state == "queued"
+        for block in blocks("urgent", "p", 8, 4):
+            desk.runner.offer(block)
+        await desk.settle()
+        assert desk.take_sent() == [start("b", 4, 12)]
+        assert (await desk.events())[-4:] == ["job.parked", "job.started", "job.finished", "job.resumed"]
+
+
+async def test_a_job_that_ends_while_it_is_to_be_parked_is_done(tmp_path: Path) -> None:
+    async with open_desk(tmp_path) as desk:
+        await desk.submit("a")
+        desk.runner.worker_ready()
+        await desk.settle()
+        await desk.submit("urgent", priority=9)
+        await desk.settle()
+        for block in blocks("a", "p", 8, 4):
+            desk.runner.offer(block)
+        desk.runner.offer(protocol.Parked(job="a"))
+        await desk.settle()
+        assert (await desk.job("a")).finish == "length"
+        assert desk.sent == [start("a"), protocol.Park(job="a"), start("urgent")]
+
+
+async def test_a_smaller_batch_parks_the_lowest_and_a_larger_one_takes_it_back(tmp_path: Path) -> None:
+    async with open_desk(tmp_path) as desk:
+        desk.batch = 3
+        await desk.submit("low", priority=1)
+        for job in "ab":
+            await desk.submit(job)
+        desk.runner.worker_ready()
+        await desk.settle()
+        desk.take_sent()
+        desk.batch = 1
+        desk.runner.look()
+        await desk.settle()
+        assert desk.take_sent() == [protocol.Park(job="b"), protocol.Park(job="low")]
+        for job in ("b", "low"):
+            desk.runner.offer(protocol.Parked(job=job))
+        await desk.settle()
+        assert desk.runner.running == {"a"}
+        desk.batch = 2
+        desk.runner.look()
+        await desk.settle()
+        assert desk.take_sent() == [start("b")]
+
+
+async def test_a_restarted_worker_gets_the_jobs_that_had_places_from_where_each_was(tmp_path: Path) -> None:
+    async with open_desk(tmp_path) as desk:
+        desk.batch = 2
+        for job in "ab":
+            await desk.submit(job, 12)
+        desk.runner.worker_ready()
+        await desk.settle()
+        desk.take_sent()
+        # Of the same priority and with a deadline: it would go first, were the places free.
+        await desk.submit("c", deadline_ns=10**6)
+        desk.runner.offer(blocks("b", "p", 12, 4)[0])
+        desk.runner.worker_gone()
+        desk.runner.offer(blocks("b", "p", 12, 4)[1])
+        desk.runner.worker_ready()
+        await desk.settle()
+        assert desk.take_sent() == [start("a", 0, 12), start("b", 8, 12)]
+        # Meanwhile the batch shrinks: the job that has no place at the worker yet is parked here.
+        desk.runner.worker_gone()
+        desk.batch = 1
+        desk.runner.worker_ready()
+        await desk.settle()
+        assert desk.take_sent() == [start("a", 0, 12)]
+        assert (await desk.job("b")).state == "queued"
+
+
+async def test_deadlines_end_active_jobs_at_the_worker_and_others_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "DEADLINE_TICK_S", 0.01)
+    async with open_desk(tmp_path) as desk:
+        desk.mission_ns = None
+        await desk.submit("a", deadline_ns=100)
+        await desk.submit("b", deadline_ns=200)
+        desk.runner.worker_ready()
+        await desk.settle()
+        assert desk.take_sent() == [start("a")]
+        desk.mission_ns = 99
+        desk.runner.look()
+        await asyncio.sleep(0.05)
+        assert desk.take_sent() == []
+        desk.mission_ns = 100
+        await until(lambda: desk.sent != [])
+        assert desk.take_sent() == [protocol.Cancel(job="a", finish="deadline")]
+        block = blocks("a", "p", 8, 4)[0]
+        desk.runner.offer(protocol.Block(**{**fields(block), "finish": "deadline"}))
+        await desk.settle()
+        assert (await desk.job("a")).finish == "deadline"
+        assert desk.take_sent() == [start("b")]
+        # The worker dies before it could end b: it is ended here, and not started again.
+        desk.mission_ns = 250
+        desk.runner.worker_gone()
+        desk.runner.look()
+        await desk.settle()
+        assert (await desk.job("b")).finish == "deadline"
+        closing = [p for p in await desk.packets() if isinstance(p, Result)][-1]
+        assert (closing.job, closing.first, closing.tokens, closing.finish) == ("b", 0, [], "deadline")
+        desk.runner.worker_ready()
+        await desk.settle()
+        assert desk.take_sent() == []
+
+
+async def test_a_worker_lost_while_the_disk_is_asked_gets_nothing_and_the_next_gets_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_desk(tmp_path) as desk:
+        await desk.submit("a")
+        await desk.settle()
+        run = desk.database.run
+
+        async def lose_the_worker(function: Any) -> Any:
+            result = await run(function)
+            desk.runner.worker_gone()
+            return result
+
+        monkeypatch.setattr(desk.database, "run", lose_the_worker)
+        desk.runner.worker_ready()
+        await until(desk.runner._inbox.empty)
+        await asyncio.sleep(0.05)
+        monkeypatch.setattr(desk.database, "run", run)
+        assert desk.take_sent() == []
+        assert (await desk.job("a")).state == "active"
+        desk.runner.worker_ready()
+        await desk.settle()
+        assert desk.take_sent() == [start("a")]
 
 
 async def test_after_a_restart_waiting_blocks_are_stored_before_the_job_goes_on(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import hashlib
 import sqlite3
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -18,7 +20,9 @@ from node.jobs import (
     Stored,
     Submitted,
 )
+from node.scheduler import Task
 from telemetry.packets import Result
+from telemetry.sampling import Sampling
 from telemetry.spool import Spool, SpoolRefused
 
 
@@ -61,31 +65,105 @@ def test_submit_is_idempotent_and_another_job_of_the_same_id_is_refused(
     for prompt, tokens in (("other", 8), ("hello", 9)):
         with pytest.raises(JobConflict):
             queue.submit(connection, "j", prompt, tokens)
-    queue.next(connection)
+    queue.activate(connection, "j")
     queue.store_block(connection, block(0, [1], finish="eos"), 0)
     # The prompt is gone, its digest is not.
     assert queue.get(connection, "j").prompt == ""  # type: ignore[union-attr]
     assert queue.submit(connection, "j", "hello", 8) == Submitted(new=False)
 
 
-def test_jobs_run_one_at_a_time_in_order_of_arrival(connection: sqlite3.Connection) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sampling": Sampling(seed=2)},
+        {"sampling": Sampling()},
+        {"priority": 6},
+        {"deadline_ns": 8},
+        {"deadline_ns": None},
+    ],
+)
+def test_a_job_of_other_settings_is_another_job(
+    connection: sqlite3.Connection, change: dict[str, object]
+) -> None:
     queue, _ = opened(connection)
-    assert queue.next(connection) is None
-    for name in ("b", "a"):
-        queue.submit(connection, name, name, 4)
-    assert queue.active(connection) is None
-    assert queue.next(connection).id == "b"  # type: ignore[union-attr]
-    assert queue.next(connection).id == "b"  # type: ignore[union-attr]
-    assert queue.active(connection).id == "b"  # type: ignore[union-attr]
-    queue.store_block(connection, block(0, [1], "b", "length"), 0)
-    assert queue.next(connection).id == "a"  # type: ignore[union-attr]
-    assert queue.counts(connection) == (1, 1, 1)
+    settings: dict[str, Any] = {"sampling": Sampling(seed=1), "priority": 7, "deadline_ns": 9}
+    queue.submit(connection, "j", "hello", 8, **settings)
+    assert queue.submit(connection, "j", "hello", 8, **settings) == Submitted(new=False)
+    with pytest.raises(JobConflict):
+        queue.submit(connection, "j", "hello", 8, **{**settings, **change})
+    job = queue.get(connection, "j")
+    assert job is not None
+    assert (job.sampling, job.priority, job.deadline_ns) == (Sampling(seed=1), 7, 9)
+
+
+def test_several_jobs_are_active_and_one_can_be_parked(connection: sqlite3.Connection) -> None:
+    queue, _ = opened(connection)
+    for number, name in enumerate("cab"):
+        queue.submit(connection, name, name, 4, priority=number, deadline_ns=number or None)
+    assert queue.tasks(connection) == (
+        [],
+        [Task("c", 1, 0), Task("a", 2, 1, 1), Task("b", 3, 2, 2)],
+    )
+    for name in "bc":
+        queue.activate(connection, name)
+    assert queue.active(connection) == ["c", "b"]
+    for name in "bc":
+        assert queue.store_block(connection, block(0, [1], name), 0) == Stored(1, None)
+    assert queue.park(connection, "c") == 1
+    assert queue.park(connection, "c") is None
+    assert queue.park(connection, "a") is None
+    assert queue.active(connection) == ["b"]
+    assert queue.store_block(connection, block(1, [1], "c"), 0) == NotActive()
+    queue.activate(connection, "c")
+    assert queue.store_block(connection, block(1, [1], "c", "length"), 0) == Stored(2, "length")
+    queue.activate(connection, "c")
+    active, queued = queue.tasks(connection)
+    assert ([t.job for t in active], [t.job for t in queued]) == (["b"], ["a"])
+    assert queue.counts(connection) == (2, 1, 3)
+
+
+LAST_SCHEMA = """CREATE TABLE jobs (
+        number INTEGER PRIMARY KEY AUTOINCREMENT,
+        id TEXT NOT NULL UNIQUE,
+        prompt TEXT NOT NULL,
+        prompt_sha256 BLOB NOT NULL,
+        max_tokens INTEGER NOT NULL,
+        state TEXT NOT NULL,
+        tokens INTEGER NOT NULL DEFAULT 0,
+        cancel INTEGER NOT NULL DEFAULT 0,
+        finish TEXT
+    )"""
+"""The table as the version before this one made it."""
+
+
+def test_a_database_of_the_version_before_opens_and_its_jobs_go_on(connection: sqlite3.Connection) -> None:
+    connection.execute(LAST_SCHEMA)
+    digest = hashlib.sha256(b"p").digest()
+    rows = [("old", "active", 2, None), ("waits", "queued", 0, None), ("gone", "done", 5, "eos")]
+    for name, state, tokens, finish in rows:
+        connection.execute(
+            "INSERT INTO jobs (id, prompt, prompt_sha256, max_tokens, state, tokens, finish)"
+            " VALUES (?, 'p', ?, 8, ?, ?, ?)",
+            (name, digest, state, tokens, finish),
+        )
+    for _ in range(2):  # the second time there is nothing left to add
+        queue, _ = opened(connection)
+    assert queue.tasks(connection) == ([Task("old", 1)], [Task("waits", 2)])
+    old = queue.get(connection, "old")
+    assert old is not None
+    assert (old.tokens, old.sampling, old.priority, old.deadline_ns) == (2, Sampling(), 5, None)
+    assert queue.submit(connection, "old", "p", 8) == Submitted(new=False)
+    assert queue.submit(connection, "gone", "p", 8) == Submitted(new=False)
+    assert queue.store_block(connection, block(2, [3], "old", "length"), 0) == Stored(3, "length")
+    queue.submit(connection, "new", "p", 8, sampling=Sampling(top_k=3), priority=0, deadline_ns=-1)
+    assert queue.tasks(connection)[1] == [Task("waits", 2), Task("new", 4, 0, -1)]
+    assert queue.counts(connection) == (2, 2, 8)
 
 
 def test_a_block_is_stored_spooled_and_counted_once(connection: sqlite3.Connection) -> None:
     queue, _ = opened(connection)
     queue.submit(connection, "j", "p", 8)
-    queue.next(connection)
+    queue.activate(connection, "j")
     assert queue.store_block(connection, block(0, [1, 2]), 0) == Stored(2, None)
     assert queue.store_block(connection, block(0, [1, 2]), 0) == Duplicate(same=True)
     assert queue.store_block(connection, block(0, [1, 3]), 0) == Duplicate(same=False)
@@ -113,7 +191,7 @@ def test_blocks_of_unknown_or_waiting_jobs_are_dropped(connection: sqlite3.Conne
 def test_a_token_that_is_none_is_refused(connection: sqlite3.Connection, token: int) -> None:
     queue, _ = opened(connection)
     queue.submit(connection, "j", "p", 8)
-    queue.next(connection)
+    queue.activate(connection, "j")
     with pytest.raises(ValueError, match="token"):
         queue.store_block(connection, block(0, [token]), 0)
 
@@ -121,7 +199,7 @@ def test_a_token_that_is_none_is_refused(connection: sqlite3.Connection, token: 
 def test_what_the_spool_refuses_changes_nothing(connection: sqlite3.Connection) -> None:
     queue, spool = opened(connection, capacity=1500)
     queue.submit(connection, "j", "p", 10_000)
-    queue.next(connection)
+    queue.activate(connection, "j")
     tokens = 0
     with pytest.raises(SpoolRefused):  # noqa: PT012 - the loop ends by it
         while True:
@@ -145,14 +223,13 @@ def test_cancel_is_remembered_and_finish_closes_with_an_empty_result(connection:
     assert queue.cancel(connection, "j") is None
     queue.submit(connection, "j", "p", 8)
     assert queue.cancel(connection, "j").state is JobState.QUEUED  # type: ignore[union-attr]
-    assert queue.cancelled(connection) == ["j"]
+    assert [task.cancel for task in queue.tasks(connection)[1]] == [True]
     assert queue.finish(connection, "j", "cancelled", 0)
     assert not queue.finish(connection, "j", "cancelled", 0)
     assert not queue.finish(connection, "unknown", "cancelled", 0)
-    assert queue.cancelled(connection) == []
+    assert queue.tasks(connection) == ([], [])
     assert queue.cancel(connection, "j").state is JobState.DONE  # type: ignore[union-attr]
     assert results(connection) == 1
-    assert queue.next(connection) is None
 
 
 @given(
@@ -166,12 +243,14 @@ def test_any_order_of_blocks_gives_a_prefix_of_the_text_each_token_once(
     connection = sqlite3.connect(":memory:", isolation_level=None)
     queue, _ = opened(connection)
     queue.submit(connection, "j", "p", total)
-    queue.next(connection)
+    queue.activate(connection, "j")
     text = list(range(1000, 1000 + total))
     stored: list[int] = []
     for number, restart in walk:
         if restart:
-            assert queue.next(connection) is not None or len(stored) == total
+            parked = queue.park(connection, "j")
+            assert parked == (None if len(stored) == total else len(stored))
+            queue.activate(connection, "j")
         first = min(number * size, total)
         part = text[first : first + size]
         if not part:

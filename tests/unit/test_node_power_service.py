@@ -14,6 +14,8 @@ from node.bus_view import STALE_S, BusView
 from node.clock import MissionClock
 from node.config import NodeConfig
 from node.inference import protocol
+from node.power.governor import Setpoint
+from node.power.operating_point import OperatingPoint
 from node.power_service import PowerService
 from telemetry import bus
 from telemetry.errors import PenumbraError
@@ -73,6 +75,8 @@ class Rig:
         self.sent: list[protocol.Message] = []
         self.sunlit: list[float] = []
         self.blocked = False
+        self.redundant = False
+        self.resized = 0
         self.config = NodeConfig.load(EXAMPLE)
         recorder: Any = self.posted
         self.service = PowerService(
@@ -85,19 +89,26 @@ class Rig:
             send=self.send,
             busy=lambda: True,
             blocked=lambda: self.blocked,
+            redundant=lambda: self.redundant,
+            on_batch=self.on_batch,
             on_sunlit=self.sunlit.append,
             cap_w=None,
         )
+
+    def on_batch(self) -> None:
+        # By now the worker has been told, and the service shows the new point.
+        assert self.pace.batch == self.service.point.batch
+        self.resized += 1
 
     def send(self, message: protocol.Message) -> bool:
         self.sent.append(message)
         return True
 
     @property
-    def duty(self) -> float:
+    def pace(self) -> protocol.Pace:
         pace = self.sent[-1]
         assert isinstance(pace, protocol.Pace)
-        return pace.duty
+        return pace
 
 
 def test_each_turn_paces_the_worker_and_a_plan_is_sent_on_change_only() -> None:
@@ -126,7 +137,30 @@ def test_a_commanded_cap_binds_and_blocked_results_pace_to_the_minimum() -> None
     assert rig.posted.packets[-1].reason == "command"
     rig.blocked = True
     rig.service._turn(2.0)
-    assert rig.duty == rig.config.power.min_duty
+    assert rig.pace.duty == rig.config.power.min_duty
+
+
+def test_all_threads_and_the_whole_batch_are_used_unless_another_point_is_chosen() -> None:
+    rig = Rig()
+    rig.view.handle(EPS, 0.0)
+    rig.service._turn(0.0)
+    assert rig.service.setpoint is not None
+    assert rig.pace == protocol.Pace(duty=rig.service.setpoint.duty, threads=2, batch=8, redundant=False)
+    assert rig.resized == 0
+
+    def lower(setpoint: Setpoint) -> OperatingPoint:
+        return OperatingPoint(threads=1, batch=2, duty=setpoint.duty / 2)
+
+    rig.service.choose = lower
+    rig.redundant = True
+    for turn in (1, 2):
+        rig.service._turn(turn * 0.25)
+        duty = rig.service.setpoint.duty / 2
+        assert rig.pace == protocol.Pace(duty=duty, threads=1, batch=2, redundant=True)
+    assert rig.resized == 1
+    rig.blocked = True
+    rig.service._turn(0.75)
+    assert rig.pace.duty == rig.config.power.min_duty
 
 
 def test_the_forecast_is_reported_once_the_bus_gave_an_orbit() -> None:

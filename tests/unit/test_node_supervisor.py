@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
+
 from node.config import NodeConfig
 from node.runtime import OneLine, describe, worker_command
 
@@ -28,10 +30,16 @@ def test_the_worker_command_carries_the_configuration() -> None:
         "--arena": str(config.arena_path),
         "--threads": "2",
         "--epoch-tokens": "32",
-        "--positions": "1024",
+        "--seats": "10",
+        "--batch": "8",
+        "--positions": "4096",
+        "--overhead-budget": "0.02",
         "--retries": "6",
         "--epoch-seconds": "1.0",
     }
+    worker = msgspec.structs.replace(config.worker, checked=True)
+    checked = worker_command(msgspec.structs.replace(config, worker=worker))
+    assert checked == [*command, "--checked"]
 
 
 def fail() -> None:
