@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from node.inference.arena import KvArena
+from node.inference.arena import ARENA_VERSION, KV_PAGE, ArenaShape, KvArena
 from node.inference.guard import ComputeGuard
+from node.inference.manifest import image_id
 from node.inference.model import Model
 
 PREFILL_CHUNK: Final = 64
@@ -166,3 +167,29 @@ class BatchDecoder:
                     cache[f"{name}.{layer}"] = value
             self._caches[first, count] = cache
         return cache
+
+
+def arena_shape(model: Model, positions: int, seats: int) -> ArenaShape:
+    """Return the shape of an arena for a model.
+
+    Parameters
+    ----------
+    model
+        The model.
+    positions
+        Longest prompt and text together: at most the model's context, in whole KV pages.
+    seats
+        Sequences it holds.
+    """
+    shape = model.shape
+    return ArenaShape(
+        version=ARENA_VERSION,
+        image_id=image_id(model.manifest),
+        layers=shape.layers,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        positions=max(min(positions, shape.context) // KV_PAGE, 1) * KV_PAGE,
+        window=shape.window,
+        global_every=shape.global_every,
+        seats=seats,
+    )

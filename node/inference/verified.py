@@ -190,6 +190,11 @@ class VerifiedBatch:
     # Jobs.
 
     @property
+    def seats(self) -> int:
+        """Jobs the arena holds."""
+        return len(self._arena.seats)
+
+    @property
     def active(self) -> list[str]:
         """Active jobs in order of admission."""
         return list(self._active)

@@ -1,4 +1,4 @@
-"""The inference worker: a process of its own that decodes, proves and repairs, one thread, no policy.
+"""The inference worker: a process of its own that decodes a batch, proves and repairs; one thread, no policy.
 
     python -m node.inference.worker --socket PATH --generation N --image DIR --arena PATH ...
 
@@ -10,6 +10,7 @@ between two runs of the model. Exit codes: 0 ordered stop, 2 the configuration o
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import os
 import select
@@ -17,20 +18,21 @@ import signal
 import socket
 import sys
 import time
-from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
 import onnxruntime as ort
 
 from node.inference import protocol
-from node.inference.arena import ARENA_VERSION, ArenaShape, KvArena
-from node.inference.decoder import Decoder
-from node.inference.image import open_session
-from node.inference.manifest import TOKENIZER, image_id, load_manifest
+from node.inference.arena import KvArena
+from node.inference.decoder import arena_shape
+from node.inference.manifest import TOKENIZER, image_id
+from node.inference.model import open_model
+from node.inference.sequence import JobSpec, Rules
 from node.inference.tokenizer import Tokenizer
-from node.inference.verified import BeyondRepair, VerifiedDecoder
+from node.inference.verified import BeyondRepair, Policy, VerifiedBatch
 from node.inference.weights import ProtectedWeights
 from telemetry.errors import PenumbraError
 
@@ -84,56 +86,66 @@ class Channel:
             raise SupervisorGone(f"socket: {error.strerror}") from error
 
 
+class Cores:
+    """The processor cores this process computes on.
+
+    ONNX Runtime cannot change its threads once a session is loaded; the kernel can change where they run.
+
+    Parameters
+    ----------
+    most
+        Cores used at first, and at most: the threads of the session, or fewer where there are fewer cores.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._all = sorted(os.sched_getaffinity(0))[:most]
+        self.used = len(self._all)
+
+    def use(self, count: int) -> None:
+        """Compute on so many cores from now on, 1 to `most`: all threads of the process, and those to come."""
+        self.used = min(max(count, 1), len(self._all))
+        chosen = self._all[: self.used]
+        for thread in os.listdir("/proc/self/task"):
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.sched_setaffinity(int(thread), chosen)
+
+
 class Worker:
     """Serve one supervisor until it says stop."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         started = time.monotonic()
         self._channel = Channel(args.socket)
+        self._cores = Cores(args.threads)
         self._duty = START_DUTY
         self._stop = False
-        self._starts: deque[protocol.Start] = deque()
-        self._cancelled: set[str] = set()
+        self._known: dict[str, int] = {}
         self._early: list[protocol.Strike] | None = []
-        manifest = load_manifest(args.image)
-        shape = manifest.shape
-        self._arena = KvArena(
-            args.arena,
-            ArenaShape(
-                version=ARENA_VERSION,
-                image_id=image_id(manifest),
-                layers=shape.layers,
-                kv_heads=shape.kv_heads,
-                positions=min(args.positions, shape.context),
-                head_dim=shape.head_dim,
-            ),
-        )
-        session = open_session(args.image, args.threads)
-        self._weights = ProtectedWeights(args.image, manifest, args.threads)
+        model = open_model(args.image, args.threads, checked=args.checked)
+        manifest, image = model.manifest, image_id(model.manifest)
+        arena = KvArena(args.arena, arena_shape(model, args.positions, args.seats))
+        self._weights = ProtectedWeights(args.image, manifest, args.threads, checked=args.checked)
         self._tokenizer = Tokenizer(args.image / TOKENIZER)
-        self._decoder = VerifiedDecoder(
-            Decoder(session, shape, self._arena.kv),
-            self._arena,
+        self._engine = VerifiedBatch(
+            model,
+            arena,
             self._weights,
-            image_id=image_id(manifest),
-            block_tokens=args.epoch_tokens,
-            epoch_s=args.epoch_seconds,
-            retries=args.retries,
-            eos=manifest.eos,
-            text=self._tokenizer.token_bytes,
+            Rules(image, args.epoch_tokens, manifest.eos, self._tokenizer.token_bytes),
+            Policy(epoch_s=args.epoch_seconds, budget=args.overhead_budget, retries=args.retries),
             report=self._report,
             between=self._between,
+            executor=ThreadPoolExecutor(1, "penumbra-rows") if args.threads > 1 else None,
         )
-        self._decoder.check_idle()
-        resumed = self._decoder.resume()
+        self._engine.batch = min(max(args.batch, 1), args.seats)
+        self._engine.redundant = args.redundant
+        resumed = self._engine.resume()
         self._channel.send(
             protocol.Ready(
                 generation=args.generation,
                 pid=os.getpid(),
-                image_id=image_id(manifest),
+                image_id=image,
                 onnxruntime=ort.__version__,
-                resumed_job=self._decoder.job if resumed else None,
-                resumed_tokens=self._decoder.generated if resumed else 0,
+                resumed=[protocol.Resumed(job=one.job, tokens=len(one.generated)) for one in resumed],
                 load_s=time.monotonic() - started,
             )
         )
@@ -144,42 +156,56 @@ class Worker:
 
     def run(self) -> int:
         """Serve until told to stop; return the exit code."""
-        active = False
         while not self._stop:
-            if not active and self._starts:
-                active = self._start(self._starts.popleft())
-            elif active:
-                active = self._epoch()
+            if self._engine.active:
+                self._epoch()
             else:
                 self._idle()
         return EXIT_STOP
 
-    def _start(self, start: protocol.Start) -> bool:
-        """Take up a job; return True when there is something to decode."""
-        if self._decoder.job != start.job:
-            prompt = self._tokenizer.encode(start.prompt)
-            try:
-                self._decoder.begin(start.job, prompt, start.max_tokens)
-            except ValueError as error:
-                self._channel.send(protocol.JobError(job=start.job, reason=str(error)))
-                return False
-        for block in self._decoder.blocks(start.known_tokens):
-            self._channel.send(block)
-        self._known = start.known_tokens
-        return self._decoder.finish is None
-
-    def _epoch(self) -> bool:
-        block = self._decoder.run_epoch(lambda: self._decoder.job in self._cancelled)
-        if block is not None and block.first >= self._known:
-            self._channel.send(block)
-        self._between(self._decoder.counters.scan_ms / 1e3)
+    def _epoch(self) -> None:
+        progress = self._engine.run_epoch()
+        for block in progress.blocks:
+            self._send_block(block)
+        for job in progress.parked:
+            self._channel.send(protocol.Parked(job=job))
+        for job, reason in progress.refused:
+            self._channel.send(protocol.JobError(job=job, reason=reason))
+        self._between(self._engine.counters.scan_ms / 1e3)
         self._send_status()
-        return self._decoder.finish is None
 
     def _idle(self) -> None:
-        self._decoder.check_idle()
+        self._engine.check_idle()
         self._send_status()
-        self._wait(IDLE_CHECK_S, lambda: bool(self._starts) or self._stop)
+        self._wait(IDLE_CHECK_S, lambda: bool(self._engine.active) or self._stop)
+
+    def _start(self, start: protocol.Start) -> None:
+        """Take up a job, and send what the supervisor does not know of it."""
+        spec = JobSpec(start.job, self._tokenizer.encode(start.prompt), start.max_tokens, start.sampling)
+        try:
+            blocks = self._engine.admit(spec, start.known_tokens)
+        except ValueError as error:
+            self._channel.send(protocol.JobError(job=start.job, reason=str(error)))
+            return
+        self._known[start.job] = start.known_tokens
+        for block in blocks:
+            self._send_block(block)
+
+    def _send_block(self, block: protocol.Block) -> None:
+        """Send a block unless the supervisor has it: a job that starts again makes it again."""
+        if block.first >= self._known.get(block.job, 0):
+            self._channel.send(block)
+        if block.finish is not None:
+            self._known.pop(block.job, None)
+
+    def _pace(self, pace: protocol.Pace) -> None:
+        self._duty = min(max(pace.duty, 0.01), 1.0)
+        if pace.threads is not None:
+            self._cores.use(pace.threads)
+        if pace.batch is not None:
+            self._engine.batch = min(max(pace.batch, 1), self._engine.seats)
+        if pace.redundant is not None:
+            self._engine.redundant = pace.redundant
 
     def _report(self, strike: protocol.Strike) -> None:
         if self._early is None:
@@ -207,17 +233,19 @@ class Worker:
             match message:
                 case protocol.Ping(key=key):
                     self._channel.send(protocol.Pong(key=key))
-                case protocol.Pace(duty=duty):
-                    self._duty = min(max(duty, 0.01), 1.0)
+                case protocol.Pace():
+                    self._pace(message)
                 case protocol.Start():
-                    self._starts.append(message)
-                case protocol.Cancel(job=job):
-                    self._cancelled.add(job)
+                    self._start(message)
+                case protocol.Park(job=job):
+                    self._engine.park(job)
+                case protocol.Cancel(job=job, finish=finish):
+                    self._engine.cancel(job, finish)
                 case protocol.Shutdown():
                     self._stop = True
 
     def _send_status(self) -> None:
-        counters = self._decoder.counters
+        counters = self._engine.counters
         self._channel.send(
             protocol.Status(
                 tokens_committed=counters.tokens_committed,
@@ -227,6 +255,11 @@ class Worker:
                 scan_ms=counters.scan_ms,
                 step_ms=counters.step_ms,
                 scrub_pass_s=self._weights.scrub_pass_s,
+                active=len(self._engine.active),
+                batch=self._engine.batch,
+                threads=self._cores.used,
+                prefill_tokens=counters.prefill_tokens,
+                tokens_s=counters.tokens_s,
             )
         )
 
@@ -253,10 +286,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--image", type=Path, required=True, help="directory of the image slot")
     parser.add_argument("--arena", type=Path, required=True, help="file of the KV arena")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--epoch-tokens", type=int, default=32)
-    parser.add_argument("--epoch-seconds", type=float, default=1.0)
-    parser.add_argument("--positions", type=int, default=1024)
+    parser.add_argument("--seats", type=int, default=10, help="sequences the arena holds")
+    parser.add_argument("--batch", type=int, default=8, help="sequences decoded together, until a Pace")
+    parser.add_argument("--positions", type=int, default=4096, help="longest prompt and text together")
+    parser.add_argument("--overhead-budget", type=float, default=0.01, help="share of time for proofs")
+    parser.add_argument("--epoch-seconds", type=float, default=1.0, help="longest epoch")
+    parser.add_argument("--epoch-tokens", type=int, default=32, help="tokens of a block")
     parser.add_argument("--retries", type=int, default=6)
+    parser.add_argument("--checked", action="store_true", help="check every matrix product by a checksum")
+    parser.add_argument("--redundant", action="store_true", help="compute epochs twice, until a Pace")
     return parser.parse_args(argv)
 
 
