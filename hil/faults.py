@@ -7,10 +7,10 @@ names *fractions*, not addresses: where in memory it lands is known only when it
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from enum import StrEnum
-from itertools import pairwise
+from itertools import groupby
 from pathlib import Path
 
 import msgspec
@@ -65,8 +65,9 @@ class Strike(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """CLOCK_REALTIME just before the write, ns: comparable with the `detected_ns` of FDIR reports."""
     address: int
     page: int
-    """Page of weights.bin, or plane * positions + position of a KV row: as in FDIR reports."""
+    """Page of weights.bin, or position of a KV row: as in FDIR reports."""
     role: str
+    """Of the tensor: as in the manifest; `k` or `v` of a KV row."""
     tensor: str
     byte: int
     """Offset in the page (weights) or in the row (KV)."""
@@ -78,6 +79,16 @@ class Strike(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Physical time the fault waited for memory to strike (worker loading, no job), s."""
     job: str = ""
     """KV only: the job whose row was struck."""
+    seat: int | None = None
+    """KV only: where the job sat."""
+    bank: str = ""
+    """KV only: `global` or `window`."""
+    layer: int | None = None
+    """KV only: layer of the model."""
+    head: int | None = None
+    """KV only: head of keys and values."""
+    moved: bool = False
+    """KV only: the seat's rows were being moved as the flip landed, so it may have hit what they left."""
 
 
 class StrikeFate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -97,14 +108,19 @@ class StrikeFate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class Commit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A state of the KV arena, seen from outside when it changed."""
+    """A state of a seat of the KV arena, seen from outside when it changed."""
 
     t_ns: int
     """CLOCK_REALTIME when it was first seen, ns."""
     serial: int
     job: str
+    """Empty: the seat is free."""
     generated: int
     finish: str | None
+    seat: int = 0
+    base: int = 0
+    """First position of the window rows."""
+    parked: bool = False
 
 
 def draw_faults(
@@ -161,16 +177,17 @@ def attribute(
 ) -> list[StrikeFate]:
     """Match each strike with the FDIR report that answers it.
 
-    The answer to a strike is the first report on its page that was repaired, or made, after it landed, and
-    before the memory was given up. A strike without an answer is *masked* when its memory was given up
-    before a proof must have seen it (the worker died, its job ended, the watch ended), else *missed*.
+    The answer to a strike is the first report on its page (for a KV row: its job, bank and position) that was
+    repaired, or made, after it landed, and before the memory was given up. A strike without an answer is
+    *masked* when its memory was given up before a proof must have seen it (the worker died, its job ended,
+    was parked or begun again, its row left the window, the watch ended), else *missed*.
 
     Parameters
     ----------
     strikes, reports
         In any order. Only reports with a `region` count.
     commits
-        States of the arena in order of time.
+        States of the arena's seats in order of time; those of one look have the same time.
     worker_deaths
         For each worker that died, its pid and when it was seen dead, CLOCK_REALTIME ns.
     end_ns
@@ -187,7 +204,8 @@ def attribute(
             (
                 report
                 for report in by_page[strike.target.value, strike.page]
-                if strike.t_ns <= (report.recovered_ns or report.detected_ns)
+                if _same_row(strike, report)
+                and strike.t_ns <= (report.recovered_ns or report.detected_ns)
                 and report.detected_ns <= gone_ns
             ),
             None,
@@ -199,6 +217,27 @@ def attribute(
     return fates
 
 
+def epochs_between(commits: Iterable[Commit], start_ns: int, end_ns: int, job: str | None = None) -> int:
+    """Count the commits of tokens of a job in a stretch of time, both ends excluded.
+
+    Without `job`, those of the job that has the most: jobs that are decoded together commit together.
+    """
+    generated: dict[str, int] = {}
+    grown: Counter[str] = Counter()
+    for commit in commits:
+        if commit.generated > generated.get(commit.job, 0) and start_ns < commit.t_ns < end_ns:
+            grown[commit.job] += 1
+        generated[commit.job] = commit.generated
+    return max(grown.values(), default=0) if job is None else grown[job]
+
+
+def _same_row(strike: Strike, report: FdirReport) -> bool:
+    """Tell whether a report on the same position is about the row that was struck. Jobs may change seats."""
+    if strike.target is not Target.KV:
+        return True
+    return report.role == strike.bank and report.evidence.get("job", strike.job) == strike.job
+
+
 def _given_up(
     strike: Strike, commits: Sequence[Commit], worker_deaths: dict[int, int], end_ns: int
 ) -> tuple[int, str]:
@@ -206,12 +245,36 @@ def _given_up(
     if strike.target is Target.WEIGHTS:
         if strike.pid in worker_deaths:
             return worker_deaths[strike.pid], "its worker died, and the memory with it"
-    else:
-        # Rows outlive the worker, but not their job.
-        for commit in commits:
-            if commit.t_ns > strike.t_ns and (commit.job != strike.job or commit.finish is not None):
-                return commit.t_ns, "its job ended, and the row is not read again"
-    return end_ns, "the watch ended"
+        return end_ns, "the watch ended"
+    return min(
+        ((t_ns, why) for t_ns, why in _row_ends(strike, commits) if t_ns > strike.t_ns),
+        default=(end_ns, "the watch ended"),
+    )
+
+
+def _row_ends(strike: Strike, commits: Sequence[Commit]) -> Iterator[tuple[int, str]]:
+    """Yield when a KV row may have gone out of use, and why. Rows outlive the worker, but not their job."""
+    generated, held_by, held, left_ns = 0, dict[int, str](), False, None
+    for t_ns, look in groupby(commits, lambda commit: commit.t_ns):
+        for commit in look:
+            held_by[commit.seat] = commit.job
+            if commit.job != strike.job:
+                continue
+            if commit.finish is not None:
+                yield t_ns, "its job ended, and the row is not read again"
+            if commit.generated < generated:
+                yield t_ns, "its job began again, and the row was written anew"
+            if strike.bank == "window" and commit.base > strike.page:
+                yield t_ns, "its row left the window, and is not read again"
+            generated = commit.generated
+        # While two jobs change places neither has a seat: only a job that does not come back has ended.
+        was_held, held = held, strike.job in held_by.values()
+        if held:
+            left_ns = None
+        elif was_held:
+            left_ns = t_ns
+    if left_ns is not None:
+        yield left_ns, "its job ended, and the row is not read again"
 
 
 def _answered(strike: Strike, report: FdirReport, commits: Sequence[Commit]) -> StrikeFate:
@@ -223,14 +286,20 @@ def _answered(strike: Strike, report: FdirReport, commits: Sequence[Commit]) -> 
         reason=report.monitor,
         detect_ms=max(0.0, (report.detected_ns - strike.t_ns) / 1e6),
         repair_ms=None if recovered_ns is None else max(0.0, (recovered_ns - strike.t_ns) / 1e6),
-        commits_before_detection=_blocks_between(commits, strike.t_ns, report.detected_ns),
+        commits_before_detection=_commits_since(strike, commits, report.detected_ns),
     )
 
 
 def _unanswered(strike: Strike, commits: Sequence[Commit], gone_ns: int, why_gone: str) -> StrikeFate:
-    blocks = _blocks_between(commits, strike.t_ns, gone_ns + 1)
+    if strike.target is Target.KV:
+        last = next((commit for commit in reversed(commits) if commit.job == strike.job), None)
+        if last is not None and last.parked and strike.t_ns < last.t_ns < gone_ns:
+            gone_ns, why_gone = last.t_ns, "its job was parked, and its rows wait for their next proof"
+    blocks = _commits_since(strike, commits, gone_ns + 1)
     # One block may follow: its proof can have passed the page before the strike landed.
     missed = blocks > 1 or gone_ns - strike.t_ns > PROOF_BOUND_S * 1e9
+    if missed and strike.moved:
+        missed, why_gone = False, "it landed while its seat was being moved, maybe in what the rows had left,"
     return StrikeFate(
         strike=strike,
         fate=Fate.MISSED if missed else Fate.MASKED,
@@ -239,11 +308,6 @@ def _unanswered(strike: Strike, commits: Sequence[Commit], gone_ns: int, why_gon
     )
 
 
-def _blocks_between(commits: Sequence[Commit], start_ns: int, end_ns: int) -> int:
-    """Count the blocks of tokens committed in a stretch of time, both ends excluded."""
-    grown = 0
-    for before, now in pairwise(commits):
-        since = before.generated if before.job == now.job else 0
-        if now.generated > since and start_ns < now.t_ns < end_ns:
-            grown += 1
-    return grown
+def _commits_since(strike: Strike, commits: Sequence[Commit], end_ns: int) -> int:
+    job = strike.job if strike.target is Target.KV else None
+    return epochs_between(commits, strike.t_ns, end_ns, job)

@@ -1,7 +1,7 @@
 """The injector: lets the flight's bit flips land in the worker's live memory, from outside, on time.
 
-It also keeps the watch that tells afterwards what a flip could have touched: every state of the KV arena
-(one a committed block), and when workers die.
+It also keeps the watch that tells afterwards what a flip could have touched: every state of the seats of the
+KV arena (one a committed epoch), and when workers die.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 
-from hil.faults import Commit, Fault, Strike, Target
+from hil.faults import Commit, Fault, Strike, Target, epochs_between
 from hil.memory import NotThere, WorkerMemory
 from hil.processes import WORKER_MODULE, all_processes, read_process
 from node.config import NodeConfig
@@ -78,6 +78,7 @@ class Injector:
         self._name: Hashable | None = None
         self._name_before: Hashable | None = None
         self._next_find_s = 0.0
+        self._seats: dict[int, Commit] = {}
 
     @property
     def waiting(self) -> int:
@@ -88,6 +89,17 @@ class Injector:
     def not_injected(self) -> int:
         """Faults of the list that have not landed."""
         return len(self._due) + len(self._coming)
+
+    @property
+    def idle(self) -> bool:
+        """True while no job is being decoded."""
+        return not any(
+            commit.job and commit.finish is None and not commit.parked for commit in self._seats.values()
+        )
+
+    def epochs_since(self, start_ns: int) -> int:
+        """Return how many epochs have been committed since a time, CLOCK_REALTIME ns."""
+        return epochs_between(self.commits, start_ns, time.time_ns())
 
     async def run(self) -> None:
         """Watch and strike until cancelled.
@@ -132,9 +144,11 @@ class Injector:
         if self._pid is not None and self._name is None:
             name = self._computing()
             self._name = name if name != self._name_before else None
-        commit = self._memory.arena.commit()
-        if commit is not None and (not self.commits or commit.serial != self.commits[-1].serial):
-            self.commits.append(commit)
+        for commit in self._memory.arena.commits():
+            known = self._seats.get(commit.seat)
+            if known is None or commit.serial != known.serial:
+                self._seats[commit.seat] = commit
+                self.commits.append(commit)
 
 
 def find_worker_of(arena: Path) -> int | None:

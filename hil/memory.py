@@ -16,7 +16,15 @@ import numpy as np
 
 from fdir.pages import MappedTensor, Span, live_mappings
 from hil.faults import Commit, Fault, Strike, Target
-from node.inference.arena import PAGE, ArenaShape, ArenaState, newest_state, read_record
+from node.inference.arena_layout import (
+    BANKS,
+    PAGE,
+    ArenaShape,
+    Bank,
+    SeatState,
+    newest_state,
+    read_record,
+)
 from node.inference.manifest import WEIGHTS, load_manifest
 from telemetry.errors import PenumbraError
 
@@ -104,12 +112,12 @@ class WeightSite:
 class WeightSites:
     """The protected bits of an image: every tensor a step reads whole, without the padding of its last page.
 
-    Embedding rows (`sparse`) are left out: only those of the tokens in use are ever read. So is what the
-    session reads while loading only.
+    Tensors a step reads some rows of (`rows`) are left out: most of their rows are never read. So is what
+    the session reads while loading only.
     """
 
     def __init__(self, tensors: Sequence[MappedTensor]) -> None:
-        self._tensors = [tensor for tensor in tensors if tensor.read and not tensor.sparse]
+        self._tensors = [tensor for tensor in tensors if tensor.read and not tensor.rows]
         self._ends = np.cumsum([tensor.length * 8 for tensor in self._tensors], dtype=np.int64)
         if not self._tensors:
             raise ValueError("the image has no protected weights")
@@ -128,8 +136,74 @@ class WeightSites:
         return WeightSite(tensor, tensor.offset + byte, bit)
 
 
+@dataclass(frozen=True)
+class RowSite:
+    """One bit of a KV row in use."""
+
+    seat: int
+    job: str
+    bank: Bank
+    plane: int
+    """Of the bank, see `node.inference.arena_layout`."""
+    position: int
+    """Absolute."""
+    row: int
+    """In the bank."""
+    byte: int
+    """Offset in the row."""
+    bit: int
+
+
+class RowSites:
+    """The bits of all rows that the committed epochs of jobs under way have written.
+
+    Seats that are free, parked or finished are left out: no proof looks at them now.
+
+    Parameters
+    ----------
+    shape, states
+        What an arena tells about itself; one state a seat.
+    """
+
+    def __init__(self, shape: ArenaShape, states: Sequence[SeatState]) -> None:
+        self._shape = shape
+        self._areas: list[tuple[int, SeatState, Bank, int]] = []
+        for seat, state in enumerate(states):
+            if state.phase == "active":
+                for bank in BANKS:
+                    base = state.base if bank == "window" else 0
+                    self._areas.append((seat, state, bank, base))
+        rows = [shape.planes_of(bank) * (state.positions - base) for _, state, bank, base in self._areas]
+        self._ends = np.cumsum(rows, dtype=np.int64)
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def locate(self, where: float) -> RowSite:
+        """Return the bit at a fraction, 0 to 1 (1 excluded), of all bits.
+
+        Raises
+        ------
+        NotThere
+            There is no row.
+        """
+        if not self.rows:
+            raise NotThere("no KV row in use")
+        row_bits = self._shape.head_dim * 32
+        bits = self.rows * row_bits
+        at, in_row = divmod(min(int(where * bits), bits - 1), row_bits)
+        area = int(np.searchsorted(self._ends, at, side="right"))
+        seat, state, bank, base = self._areas[area]
+        first = int(self._ends[area - 1]) if area else 0
+        plane, row = divmod(at - first, state.positions - base)
+        byte, bit = divmod(in_row, 8)
+        return RowSite(seat, state.job, bank, plane, base + row, row, byte, bit)
+
+
 class ArenaView:
-    """The KV arena read from outside, through its file. Layout: `node.inference.arena`.
+    """The KV arena read from outside, through its file. Layout: `node.inference.arena_layout`.
 
     Parameters
     ----------
@@ -140,29 +214,30 @@ class ArenaView:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def read(self) -> tuple[ArenaShape, ArenaState] | None:
-        """Return shape and committed state, None while there is no arena or its records are not whole."""
+    def read(self) -> tuple[ArenaShape, list[SeatState]] | None:
+        """Return shape and state of each seat, None while there is no arena or its records are not whole."""
         try:
             with self.path.open("rb", buffering=0) as file:
-                head = file.read(3 * PAGE)
+                head = file.read(PAGE)
+                shape = read_record(head, 0, ArenaShape)
+                if shape is None:
+                    return None
+                head += file.read((shape.state_pages - 1) * PAGE)
         except OSError:
             return None
-        shape, state = read_record(head, 0, ArenaShape), newest_state(head)
-        return None if shape is None or state is None else (shape, state)
+        states = [state for seat in range(shape.seats) if (state := newest_state(head, seat)) is not None]
+        return (shape, states) if len(states) == shape.seats else None
 
-    def commit(self) -> Commit | None:
-        """Return the committed state as a `Commit` seen now, None as in `read`."""
-        found = self.read()
-        if found is None:
-            return None
-        state = found[1]
-        return Commit(
-            t_ns=time.time_ns(),
-            serial=state.serial,
-            job=state.job,
-            generated=state.generated,
-            finish=state.finish,
-        )
+    def commits(self) -> list[Commit]:
+        """Return the committed state of each seat, seen now; none as in `read`."""
+        found, now_ns = self.read(), time.time_ns()
+        return [
+            Commit(
+                t_ns=now_ns, serial=state.serial, job=state.job, generated=state.generated,
+                finish=state.finish, seat=seat, base=state.base, parked=state.parked,
+            )
+            for seat, state in enumerate(found[1] if found else ())
+        ]  # fmt: skip
 
 
 class WorkerMemory:
@@ -228,37 +303,42 @@ class WorkerMemory:
         found = self.arena.read()
         if found is None:
             raise NotThere("no KV arena yet")
-        shape, state = found
-        if not state.job or state.finish is not None or state.positions == 0:
-            raise NotThere("no KV row in use")
-        row_bits = shape.head_dim * 32
-        bits = shape.planes * state.positions * row_bits
-        row, at = divmod(min(int(fault.where * bits), bits - 1), row_bits)
-        plane, position = divmod(row, state.positions)
-        byte, bit = divmod(at, 8)
-        page = plane * shape.positions + position
-        offset = shape.offsets()["kv"] + page * shape.head_dim * 4 + byte
+        shape, states = found
+        site = RowSites(shape, states).locate(fault.where)
+        offset = shape.row_offset(site.bank, site.plane, site.seat, site.row) + site.byte
         address = _address(memory.pid, self.arena.path, offset)
         t_ns = time.time_ns()
-        before, after = memory.flip(address, bit)
-        # plane = (layer * 2 + (0 for K, 1 for V)) * kv_heads + head
-        layer, is_v = divmod(plane // shape.kv_heads, 2)
+        before, after = memory.flip(address, site.bit)
+        layer_kv, head = divmod(site.plane, shape.kv_heads)
+        layer = shape.layers_of(site.bank)[layer_kv // 2]
+        role = "v" if layer_kv % 2 else "k"
         return Strike(
             index=fault.index,
             target=fault.target,
             pid=memory.pid,
             t_ns=t_ns,
             address=address,
-            page=page,
-            role="v" if is_v else "k",
-            tensor=f"layer {layer}, position {position}",
-            byte=byte,
-            bit=bit,
+            page=site.position,
+            role=role,
+            tensor=f"{role} of layer {layer}, head {head}, position {site.position}",
+            byte=site.byte,
+            bit=site.bit,
             before=before,
             after=after,
             deferred_s=deferred_s,
-            job=state.job,
+            job=site.job,
+            seat=site.seat,
+            bank=site.bank,
+            layer=layer,
+            head=head,
+            moved=self._moved(site.seat, states[site.seat]),
         )
+
+    def _moved(self, seat: int, before: SeatState) -> bool:
+        """Tell whether a seat was given to another job, or its window slid, since a state was read."""
+        found = self.arena.read()
+        now = found[1][seat] if found else SeatState()
+        return (now.job, now.base) != (before.job, before.base)
 
 
 def _address(pid: int, path: Path, offset: int) -> int:

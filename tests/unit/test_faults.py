@@ -13,11 +13,13 @@ from telemetry.packets import FdirReport, Level, Outcome
 MS = 1_000_000
 
 
-def strike(t_ms: float = 100.0, target: Target = Target.WEIGHTS, page: int = 7, job: str = "") -> Strike:
+def strike(t_ms: float = 100.0, target: Target = Target.WEIGHTS, **fields: object) -> Strike:
+    kv: dict[str, object] = {"job": "a", "bank": "global", "role": "k"} if target is Target.KV else {}
+    defaults: dict[str, object] = {"page": 7, "role": "head"} | kv
     return Strike(
-        index=0, target=target, pid=42, t_ns=int(t_ms * MS), address=0x1000, page=page, role="head",
-        tensor="t", byte=3, bit=1, before=0, after=2, job=job,
-    )  # fmt: skip
+        index=0, target=target, pid=42, t_ns=int(t_ms * MS), address=0x1000, tensor="t", byte=3, bit=1,
+        before=0, after=2, **defaults | fields,
+    )  # type: ignore[arg-type]  # fmt: skip
 
 
 def report(
@@ -27,21 +29,28 @@ def report(
     region: str = "weights",
     page: int | None = 7,
     outcome: Outcome = Outcome.REPAIRED,
+    **evidence: str,
 ) -> FdirReport:
     return FdirReport(
         monitor=f"{region}.digest", level=Level.IN_WORKER_REPAIR, outcome=outcome, action="parity",
-        detected_ns=int(detected_ms * MS), region=region, page=page, role="head",
+        detected_ns=int(detected_ms * MS), region=region, page=page,
+        role=evidence.pop("bank", "global") if region == "kv" else "head", evidence=evidence,
         recovered_ns=None if recovered_ms is None else int(recovered_ms * MS),
-    )  # fmt: skip
+    )  # type: ignore[arg-type]  # fmt: skip
 
 
-def commits(*times_ms: float, job: str = "a", finish: str | None = None) -> list[Commit]:
-    """Blocks of job `a`, one at each time; the last with `finish`."""
+def commits(*times_ms: float, job: str = "a", seat: int = 0, **last_fields: object) -> list[Commit]:
+    """Epochs of job `a`, one at each time; the last with `last_fields`."""
     *early, last = [
-        Commit(t_ns=int(t * MS), serial=n, job=job, generated=32 * n, finish=None)
+        Commit(t_ns=int(t * MS), serial=n, job=job, generated=32 * n, finish=None, seat=seat)
         for n, t in enumerate(times_ms)
     ]
-    return [*early, msgspec.structs.replace(last, finish=finish)]
+    return [*early, msgspec.structs.replace(last, **last_fields)]
+
+
+def in_time(*lists: list[Commit]) -> list[Commit]:
+    """What several seats did, in order of time."""
+    return sorted((commit for one in lists for commit in one), key=lambda commit: (commit.t_ns, commit.seat))
 
 
 def test_same_seed_same_list() -> None:
@@ -150,7 +159,7 @@ def test_weights_masked_only_by_an_end_soon_after() -> None:
 
 def test_kv_row_outlives_the_worker() -> None:
     fate = only(
-        [strike(100, Target.KV, job="a")],
+        [strike(100, Target.KV)],
         [report(5000, 5001, region="kv")],
         worker_deaths={42: 200 * MS},
         commits=commits(50),
@@ -159,7 +168,7 @@ def test_kv_row_outlives_the_worker() -> None:
 
 
 def test_kv_masked_when_its_job_ends_at_the_proof_under_way() -> None:
-    row = strike(100, Target.KV, job="a")
+    row = strike(100, Target.KV)
     assert only([row], [], commits=commits(50, 120, finish="eos")).fate is Fate.MASKED
     assert only([row], [], commits=commits(50) + commits(120, job="b")).fate is Fate.MASKED
     assert only([row], [], commits=commits(50, 120, 600, finish="eos")).fate is Fate.MISSED
@@ -167,7 +176,7 @@ def test_kv_masked_when_its_job_ends_at_the_proof_under_way() -> None:
 
 def test_kv_report_after_the_job_ended_is_not_its_answer() -> None:
     later = report(900, 901, region="kv")
-    row = strike(100, Target.KV, job="a")
+    row = strike(100, Target.KV)
     assert only([row], [later], commits=commits(50, 120, finish="eos")).fate is Fate.MASKED
 
 
@@ -176,3 +185,72 @@ def test_a_new_job_counts_as_a_block_once_it_has_tokens() -> None:
     first = Commit(t_ns=200 * MS, serial=10, job="b", generated=32, finish=None)
     fate = only([strike(100)], [report(350, 351)], commits=[*commits(50), begun, first])
     assert fate.commits_before_detection == 1
+
+
+def test_kv_report_must_be_about_the_same_job_and_bank() -> None:
+    row = strike(100, Target.KV, job="a", bank="window")
+    others = [
+        report(350, 351, region="kv", bank="global", job="a"),
+        report(350, 351, region="kv", bank="window", job="b"),
+        report(350, 351, region="kv", bank="window", job="a", page=8),
+    ]
+    assert only([row], others).fate is Fate.MISSED
+    mine = report(350, 351, region="kv", bank="window", job="a", seat="3")
+    assert only([row], [*others, mine]).fate is Fate.REPAIRED
+
+
+def test_jobs_that_commit_together_count_as_one_epoch() -> None:
+    both = in_time(commits(50, 120, 600), commits(51, 121, 601, job="b", seat=1))
+    assert only([strike(100)], [report(350, 351)], commits=both).commits_before_detection == 1
+    assert only([strike(100)], [report(700, 701)], commits=both).commits_before_detection == 2
+    row = strike(100, Target.KV, job="b")
+    seen = in_time(commits(50, 120, 200, 300, 600), commits(51, 301, job="b", seat=1))
+    answer = report(350, 351, region="kv", job="b")
+    assert only([row], [answer], commits=seen).commits_before_detection == 1
+
+
+def test_a_job_that_changes_its_seat_has_not_ended() -> None:
+    here = commits(50)
+    away = [Commit(t_ns=150 * MS, serial=9, job="", generated=0, finish=None)]
+    there = [Commit(t_ns=200 * MS, serial=3, job="a", generated=0, finish=None, seat=1)]
+    row = strike(100, Target.KV)
+    answer = report(400, 401, region="kv", job="a")
+    assert only([row], [answer], commits=[*here, *away, *there]).fate is Fate.REPAIRED
+    gone = only([row], [answer], commits=[*here, *away])
+    assert gone.fate is Fate.MASKED
+    assert "job ended" in gone.reason
+
+
+def test_a_row_that_left_the_window_is_not_read_again() -> None:
+    seen = commits(50, 120, base=8)
+    assert "left the window" in only([strike(100, Target.KV, bank="window")], [], commits=seen).reason
+    assert only([strike(100, Target.KV, bank="window", page=8)], [], commits=seen).fate is Fate.MISSED
+    assert only([strike(100, Target.KV, bank="global")], [], commits=seen).fate is Fate.MISSED
+
+
+def test_a_job_that_began_again_has_new_rows() -> None:
+    seen = [*commits(50, 90), *commits(150, 200, 300, 400)]
+    fate = only([strike(100, Target.KV)], [], commits=seen)
+    assert fate.fate is Fate.MASKED
+    assert "began again" in fate.reason
+
+
+def test_rows_of_a_parked_job_wait_for_their_proof() -> None:
+    seen = commits(50, 120, parked=True)
+    fate = only([strike(100, Target.KV)], [], commits=seen)
+    assert fate.fate is Fate.MASKED
+    assert "parked" in fate.reason
+    resumed = [msgspec.structs.replace(seen[-1], t_ns=500 * MS, parked=False)]
+    answer = report(600, 601, region="kv", job="a")
+    assert only([strike(100, Target.KV)], [answer], commits=[*seen, *resumed]).fate is Fate.REPAIRED
+    assert only([strike(100, Target.KV)], [], commits=[*seen, *resumed]).fate is Fate.MISSED
+    struck_later = strike(300, Target.KV)
+    assert only([struck_later], [], commits=seen).fate is Fate.MISSED
+
+
+def test_a_flip_into_rows_on_the_move_is_not_held_against_the_proof() -> None:
+    row = strike(100, Target.KV, moved=True)
+    fate = only([row], [], commits=commits(50, 120, 600))
+    assert fate.fate is Fate.MASKED
+    assert "moved" in fate.reason
+    assert only([row], [report(350, 351, region="kv")], commits=commits(50, 120, 600)).fate is Fate.REPAIRED

@@ -6,6 +6,7 @@ import asyncio
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,9 @@ from fdir.pages import MappedTensor
 from hil import memory as memory_module
 from hil.faults import Fault, Strike, Target, draw_faults
 from hil.injector import Injector, find_worker_of, inject_once
-from hil.memory import ArenaView, NotThere, ProcessMemory, WeightSites, WorkerMemory
+from hil.memory import ArenaView, NotThere, ProcessMemory, RowSite, RowSites, WeightSites, WorkerMemory
 from node.config import NodeConfig
-from node.inference.arena import ARENA_VERSION, ArenaShape, ArenaState, KvArena
+from node.inference.arena import ARENA_VERSION, ArenaShape, KvArena, SeatState
 from node.inference.manifest import MANIFEST, WEIGHTS, encode_manifest, load_manifest
 from telemetry.errors import PenumbraError
 
@@ -40,7 +41,7 @@ for line in sys.stdin:
 
 
 def tensor(name: str, first_page: int, length: int, **extra: object) -> MappedTensor:
-    fields = {"role": "ffn_up", "layer": 0, "sparse": False, "read": True} | extra
+    fields = {"role": "ffn_gate_up", "layer": 0, "read": True} | extra
     return MappedTensor(
         name=name,
         offset=first_page * PAGE,
@@ -52,12 +53,16 @@ def tensor(name: str, first_page: int, length: int, **extra: object) -> MappedTe
 
 
 TENSORS = (
-    tensor("embed", 0, 2 * PAGE, role="embed", layer=None, sparse=True),
-    tensor("up", 2, PAGE + 100),
+    tensor("embed", 0, 2 * PAGE, role="embed", layer=None, rows=8),
+    tensor("gate_up", 2, PAGE + 100),
     tensor("once", 4, PAGE, role="scale", read=False),
     tensor("head", 5, 300, role="head", layer=None),
 )
-SHAPE = ArenaShape(version=ARENA_VERSION, image_id="0" * 16, layers=2, kv_heads=1, positions=24, head_dim=8)
+SHAPE = ArenaShape(
+    version=ARENA_VERSION, image_id="0" * 16, layers=3, kv_heads=2, head_dim=16, positions=64, window=32,
+    global_every=3, seats=3,
+)  # fmt: skip
+ACTIVE = SeatState(job="j", prompt_tokens=5, generated=4, positions=8, max_tokens=9)
 
 
 @dataclass
@@ -125,11 +130,11 @@ def test_sites_cover_protected_bits_evenly_and_nothing_else() -> None:
     assert sites.bits == 8 * (PAGE + 100 + 300)
     seen = {(s.offset, s.bit) for i in range(sites.bits) for s in [sites.locate((i + 0.5) / sites.bits)]}
     assert len(seen) == sites.bits
-    up = range(2 * PAGE, 3 * PAGE + 100)
+    gate_up = range(2 * PAGE, 3 * PAGE + 100)
     head = range(5 * PAGE, 5 * PAGE + 300)
-    assert {offset for offset, _ in seen} == {*up, *head}
+    assert {offset for offset, _ in seen} == {*gate_up, *head}
     assert sites.locate(np.nextafter(1.0, 0.0)).tensor.name == "head"
-    assert sites.locate(0.0).tensor.name == "up"
+    assert sites.locate(0.0).tensor.name == "gate_up"
 
 
 def test_an_image_without_protected_weights_is_refused() -> None:
@@ -141,7 +146,7 @@ def test_weight_flip_lands_in_the_process_and_not_in_the_file(bench: Bench) -> N
     before = (bench.image / WEIGHTS).read_bytes()
     strike = bench.memory().strike(bench.pid, fault())
     offset = strike.page * PAGE + strike.byte
-    assert (strike.tensor, strike.role, strike.target) == ("up", "ffn_up", Target.WEIGHTS)
+    assert (strike.tensor, strike.role, strike.target) == ("gate_up", "ffn_gate_up", Target.WEIGHTS)
     assert strike.before == before[offset]
     assert strike.before ^ strike.after == 1 << strike.bit
     assert bench.byte("w", offset) == strike.after
@@ -149,63 +154,111 @@ def test_weight_flip_lands_in_the_process_and_not_in_the_file(bench: Bench) -> N
     assert (bench.image / WEIGHTS).read_bytes() == before
 
 
+def test_row_sites_cover_the_written_rows_of_active_seats_evenly_and_nothing_else() -> None:
+    states = [
+        SeatState(job="a", positions=20, base=16),
+        SeatState(job="b", positions=9, parked=True),
+        SeatState(job="c", positions=3),
+    ]
+    sites = RowSites(SHAPE, states)
+    # 1 global layer and 2 window layers, K and V, 2 heads each.
+    assert sites.rows == 4 * 20 + 8 * 4 + 4 * 3 + 8 * 3
+    bits = sites.rows * 16 * 32
+    step = 16 * 32 // 4
+    found = [sites.locate((i + 0.5) / bits) for i in range(0, bits, step)]
+    seen = {(s.seat, s.job, s.bank, s.plane, s.position, s.row) for s in found}
+    assert seen == {
+        *((0, "a", "global", plane, at, at) for plane in range(4) for at in range(20)),
+        *((0, "a", "window", plane, at, at - 16) for plane in range(8) for at in range(16, 20)),
+        *((2, "c", "global", plane, at, at) for plane in range(4) for at in range(3)),
+        *((2, "c", "window", plane, at, at) for plane in range(8) for at in range(3)),
+    }
+    one_row = {(s.byte, s.bit) for i in range(16 * 32) for s in [sites.locate((i + 0.5) / bits)]}
+    assert one_row == {(byte, bit) for byte in range(64) for bit in range(8)}
+    assert sites.locate(np.nextafter(1.0, 0.0)) == RowSite(2, "c", "window", 7, 2, 2, 63, 7)
+    with pytest.raises(NotThere, match="no KV row"):
+        RowSites(SHAPE, [SeatState()] * 3).locate(0.5)
+
+
 def test_kv_flip_lands_in_a_committed_row(bench: Bench) -> None:
-    bench.arena.commit(ArenaState(job="j", prompt_tokens=5, generated=4, positions=8, max_tokens=9))
+    for seat in (0, 2):
+        bench.arena.reserve(seat, 64)
+        bench.arena.seats[seat].commit(msgspec.structs.replace(ACTIVE, job=f"j{seat}", base=8 * (seat == 2)))
+    bench.arena.seats[2].commit(msgspec.structs.replace(bench.arena.seats[2].state, positions=11))
     kv = bench.arena.kv
-    kv[:] = np.arange(kv.size, dtype=np.float32).reshape(kv.shape)
-    clean = kv.copy()
-    for where in (0.0, 0.37, 0.62, 0.9999):
+    rng = np.random.default_rng(1)
+    for rows in kv.values():
+        rows[:] = rng.random(rows.shape)
+    clean = {bank: rows.copy() for bank, rows in kv.items()}
+    seen = set()
+    for where in np.linspace(0, 0.9999, 40):
         strike = bench.memory().strike(bench.pid, fault(where, Target.KV))
-        bad = np.argwhere(kv.view(np.uint32) != clean.view(np.uint32))
+        bank = strike.bank
+        assert bank in {"global", "window"}
+        other = "window" if bank == "global" else "global"
+        assert np.array_equal(kv[other], clean[other])
+        bad = np.argwhere(kv[bank].view(np.uint32) != clean[bank].view(np.uint32))
         assert len(bad) == 1
-        plane, position, word = (int(n) for n in bad[0])
-        assert position < 8
-        assert strike.page == plane * SHAPE.positions + position
+        layer_kv, seat, head, row, word = (int(n) for n in bad[0])
+        base = 8 if seat == 2 and bank == "window" else 0
+        assert (strike.seat, strike.job, strike.head) == (seat, f"j{seat}", head)
+        assert strike.page == base + row < (8 if seat == 0 else 11)
         assert strike.byte // 4 == word
-        assert strike.role == ("v" if plane % 2 else "k")
-        assert strike.tensor == f"layer {plane // 2}, position {position}"
-        assert strike.job == "j"
-        change = int(kv.view(np.uint32)[plane, position, word]) ^ int(
-            clean.view(np.uint32)[plane, position, word]
-        )
-        assert change == 1 << (8 * (strike.byte % 4) + strike.bit)
-        kv[:] = clean
+        assert strike.role == ("v" if layer_kv % 2 else "k")
+        assert strike.layer == SHAPE.layers_of(bank)[layer_kv // 2]
+        assert strike.tensor == f"{strike.role} of layer {strike.layer}, head {head}, position {strike.page}"
+        assert not strike.moved
+        words = [int(rows[bank].view(np.uint32)[tuple(bad[0])]) for rows in (kv, clean)]
+        assert words[0] ^ words[1] == 1 << (8 * (strike.byte % 4) + strike.bit)
+        kv[bank][:] = clean[bank]
+        seen.add((seat, bank, strike.role))
+    assert len(seen) == 8
+
+
+def test_a_flip_while_the_seat_changes_says_so(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.arena.reserve(0, 64)
+    bench.arena.seats[0].commit(ACTIVE)
+    flip = ProcessMemory.flip
+
+    def slow(self: ProcessMemory, address: int, bit: int) -> tuple[int, int]:
+        bench.arena.seats[0].commit(msgspec.structs.replace(ACTIVE, job="other"))
+        return flip(self, address, bit)
+
+    monkeypatch.setattr(ProcessMemory, "flip", slow)
+    assert bench.memory().strike(bench.pid, fault(0.5, Target.KV)).moved
 
 
 @pytest.mark.parametrize(
     "state",
     [
-        ArenaState(),
-        ArenaState(job="j", prompt_tokens=5),
-        ArenaState(job="j", prompt_tokens=5, generated=4, positions=8, finish="eos"),
+        SeatState(),
+        SeatState(job="j", prompt_tokens=5),
+        SeatState(job="j", prompt_tokens=5, generated=4, positions=8, parked=True),
+        SeatState(job="j", prompt_tokens=5, generated=4, positions=8, finish="eos"),
     ],
 )
-def test_no_kv_row_in_use_is_not_struck(bench: Bench, state: ArenaState) -> None:
-    bench.arena.commit(state)
-    clean = bench.arena.kv.copy()
+def test_no_kv_row_in_use_is_not_struck(bench: Bench, state: SeatState) -> None:
+    bench.arena.reserve(1, 64)
+    bench.arena.seats[1].commit(state)
     with pytest.raises(NotThere, match="no KV row"):
         bench.memory().strike(bench.pid, fault(0.5, Target.KV))
-    assert np.array_equal(bench.arena.kv, clean)
+    assert not any(rows.any() for rows in bench.arena.kv.values())
 
 
 def test_arena_view_agrees_with_the_arena(bench: Bench) -> None:
     view = ArenaView(bench.arena.path)
-    state = ArenaState(job="j", prompt_tokens=5, generated=4, positions=8)
-    bench.arena.commit(state)
-    assert view.read() == (SHAPE, bench.arena.state)
-    commit = view.commit()
-    assert commit is not None
-    assert (commit.job, commit.generated, commit.serial) == ("j", 4, bench.arena.state.serial)
-    bench.arena.kv[0, 0, 0] = 1.5
-    raw = bench.arena.path.read_bytes()
-    assert np.frombuffer(raw, "<f4", 1, SHAPE.offsets()["kv"])[0] == 1.5
-    assert len(raw) == bench.arena.size_bytes
+    bench.arena.seats[1].commit(ACTIVE)
+    assert view.read() == (SHAPE, [seat.state for seat in bench.arena.seats])
+    commits = view.commits()
+    assert [(c.seat, c.job, c.generated) for c in commits] == [(0, "", 0), (1, "j", 4), (2, "", 0)]
+    assert commits[1].serial == bench.arena.seats[1].state.serial
+    assert len({c.t_ns for c in commits}) == 1
 
 
 def test_arena_that_is_missing_short_or_broken_reads_as_none(tmp_path: Path) -> None:
     path = tmp_path / "arena"
     assert ArenaView(path).read() is None
-    assert ArenaView(path).commit() is None
+    assert ArenaView(path).commits() == []
     path.write_bytes(bytes(100))
     assert ArenaView(path).read() is None
     path.write_bytes(os.urandom(5 * PAGE))
@@ -281,7 +334,8 @@ def test_kv_fault_waits_for_a_row_in_use(bench: Bench) -> None:
     )
     injector.step(10.0)
     assert injector.waiting == injector.not_injected == 1
-    bench.arena.commit(ArenaState(job="j", prompt_tokens=5, generated=4, positions=8))
+    bench.arena.reserve(0, 64)
+    bench.arena.seats[0].commit(ACTIVE)
     injector.step(12.5)
     assert injector.waiting == 0
     assert [s.deferred_s for s in heard] == [2.5]
@@ -330,17 +384,28 @@ def test_a_worker_that_loads_is_not_struck(bench: Bench) -> None:
     other.communicate()
 
 
-def test_watch_notes_commits_once_and_the_death_of_a_worker(bench: Bench) -> None:
+def test_watch_notes_commits_of_each_seat_once_and_the_death_of_a_worker(bench: Bench) -> None:
     injector = make(bench, [], lambda: 0.0)
-    bench.arena.commit(ArenaState(job="j", generated=1))
+    seats, begun_ns = bench.arena.seats, time.time_ns()
     injector.step(0.0)
+    assert injector.idle
+    seats[0].commit(SeatState(job="j", generated=1))
+    seats[2].commit(SeatState(job="k", generated=5))
     injector.step(0.1)
-    bench.arena.commit(ArenaState(job="j", generated=2))
     injector.step(0.2)
-    assert [c.generated for c in injector.commits] == [1, 2]
+    seats[0].commit(SeatState(job="j", generated=2))
+    injector.step(0.3)
+    assert [(c.seat, c.generated) for c in injector.commits if c.job] == [(0, 1), (2, 5), (0, 2)]
+    assert injector.epochs_since(begun_ns) == 2
+    assert not injector.idle
+    seats[0].commit(SeatState(job="j", generated=2, finish="eos"))
+    seats[2].commit(SeatState(job="k", generated=5, parked=True))
+    injector.step(0.4)
+    assert injector.idle
+    assert injector.epochs_since(begun_ns) == 2
     bench.process.kill()
     bench.process.wait()
-    injector.step(0.3)
+    injector.step(0.5)
     assert list(injector.worker_deaths) == [bench.pid]
 
 
