@@ -27,6 +27,7 @@ from telemetry.packets import (
     Stage,
     Stream,
 )
+from telemetry.sampling import Sampling
 
 S = 1_000_000_000
 ISS = bus.BusOrbit(
@@ -241,7 +242,7 @@ async def test_commanded_safe_mode_stops_the_worker_and_keeps_the_job(tmp_path: 
 
 
 async def test_active_and_queued_jobs_can_be_cancelled_and_bad_ones_fail_alone(tmp_path: Path) -> None:
-    async with open_bench(tmp_path) as bench:
+    async with open_bench(tmp_path, worker__batch="1") as bench:
         bench.worker_arguments = ["--block-s", "0.1"]
         await bench.start()
         await bench.execute(commands.Infer(job="first", prompt="x", max_tokens=400))
@@ -262,6 +263,62 @@ async def test_active_and_queued_jobs_can_be_cancelled_and_bad_ones_fail_alone(t
         assert bench.events("job.gap")
         await bench.until(lambda: bench.finished("last") == "length", "end of the last job")
         assert bench.text("last") == text_of("last", 8)
+
+
+async def test_many_jobs_share_the_batch_by_priority_and_all_come_down_whole(tmp_path: Path) -> None:
+    async with open_bench(tmp_path, worker__batch="3") as bench:
+        bench.worker_arguments = ["--block-s", "0.1"]
+        await bench.start()
+        lengths = {f"j{number}": 60 + 4 * number for number in range(8)}
+        for job, length in lengths.items():
+            await bench.command(commands.Infer(job=job, prompt="x", max_tokens=length))
+        await bench.until(lambda: bench.new_housekeeping()[-1].jobs_active == 3, "a full batch")
+        await bench.until(lambda: bench.new_housekeeping()[-1].batch == 3, "the batch in housekeeping")
+        sampling = Sampling(seed=1, logprobs=True)
+        urgent = commands.Infer(job="urgent", prompt="!trip", max_tokens=40, sampling=sampling, priority=9)
+        await bench.execute(urgent)
+        await bench.until(lambda: len(bench.text("urgent")) >= 8, "tokens of the urgent job")
+        assert not all(bench.finished(job) for job in lengths)
+        bench.signal_worker(signal.SIGKILL)
+        lengths["urgent"] = 40
+        await bench.until(lambda: all(bench.finished(job) == "length" for job in lengths), "all ends", 40)
+        results = bench.archive.results(NODE)
+        for job, length in lengths.items():
+            assert bench.text(job) == text_of(job, length)
+            assert check_chain(IMAGE_ID, job, results[job]) == length
+            assert all((r.logprobs is not None) == (job == "urgent") for r in results[job])
+        (parked,) = bench.events("job.parked")
+        assert parked.evidence["job"] in lengths.keys() - {"urgent"}
+        report = bench.fdir("compute.check")[0]
+        assert (report.level, report.outcome, report.role) == (Level.EPOCH_REDO, Outcome.REDONE, "matmul")
+        latest = bench.new_housekeeping()[-1]
+        assert (latest.compute_trips, latest.threads) == (1, 2)
+        assert latest.prefill_tokens > 0
+        # The worker that was killed and the node's log agree on who was under way.
+        assert "holds " in bench.log()
+
+
+async def test_a_job_ends_at_its_deadline_active_or_not_once_mission_time_is_known(tmp_path: Path) -> None:
+    async with open_bench(tmp_path, worker__batch="1") as bench:
+        bench.worker_arguments = ["--block-s", "0.1"]
+        await bench.start()
+        # By the host's idea of the time it is long over.
+        deadline_ns = ISS_EPOCH_NS + 5 * S
+        await bench.command(commands.Infer(job="a", prompt="x", max_tokens=2000, deadline_ns=deadline_ns))
+        await bench.command(commands.Infer(job="b", prompt="x", max_tokens=2000, deadline_ns=deadline_ns))
+        await bench.until(lambda: len(bench.text("a")) >= 4, "tokens")
+        await bench.set_mission_time(ISS_EPOCH_NS)
+        await asyncio.sleep(1.0)
+        assert bench.finished("a") is None
+        await bench.set_mission_time(deadline_ns)
+        await bench.until(lambda: bench.finished("a") == "deadline", "end of the active job")
+        await bench.until(lambda: bench.finished("b") == "deadline", "end of the queued job")
+        assert bench.text("b") == b""
+        text = bench.text("a")
+        assert text == text_of("a", len(text))
+        assert check_chain(IMAGE_ID, "a", bench.archive.results(NODE)["a"]) == len(text)
+        await bench.execute(commands.Infer(job="c", prompt="x", max_tokens=8))
+        await bench.until(lambda: bench.finished("c") == "length", "a job after that")
 
 
 async def test_clock_modes_and_power_follow_the_bus(tmp_path: Path) -> None:
