@@ -28,6 +28,13 @@ class Slots(StrEnum):
     BOTH = "both"
 
 
+class OneSlot(StrEnum):
+    """A slot."""
+
+    A = "a"
+    B = "b"
+
+
 class BuildReport(msgspec.Struct, frozen=True, kw_only=True):
     """What `penumbra model build` did."""
 
@@ -43,6 +50,14 @@ class VerifyReport(msgspec.Struct, frozen=True, kw_only=True):
 
     images: list[ImageInfo]
     wall_s: float
+
+
+class SwitchReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What `penumbra model switch` and `rollback` did."""
+
+    before: str
+    active: str
+    image_id: str
 
 
 class InfoReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,13 +79,17 @@ SlotOption: TypeAlias = Annotated[Slots, typer.Option(help="Slot of the image.")
 
 
 @model_app.command()
-def build(
+def build(  # noqa: PLR0917 - options of the command
     gguf: Annotated[
         Path | None, typer.Option(help="GGUF of a Gemma 3 text model; by default the packaged Gemma 3 270M.")
     ] = None,
     images: Images = None,
     slot: SlotOption = Slots.A,
     force: Annotated[bool, typer.Option(help="Build even if the slot is up to date.")] = False,
+    context: Annotated[
+        int | None,
+        typer.Option(help="Positions a text may have; by default 4,096, or the model's own limit if less."),
+    ] = None,
     json: Json = None,
 ) -> None:
     """Build the image of a model. A second slot is a proven copy of the first."""
@@ -83,7 +102,7 @@ def build(
     with _progress_bar() as (progress, stage_s):
         progress("assemble", 0.0)
         model = gguf if gguf is not None else packaged_gguf(directory.parent / "gguf")
-        build_image(model, directory, first, force=force, progress=progress)
+        build_image(model, directory, first, force=force, context=context, progress=progress)
         for other in others:
             progress("copy", 1.0)
             copy_image(directory, first, other, force=force)
@@ -93,6 +112,28 @@ def build(
     for info in infos:
         typer.echo(f"{info.directory}: image {info.image_id}, {info.model}, {info.total_bytes / 1e6:.0f} MB")
     _write(json, report)
+
+
+@model_app.command()
+def switch(
+    slot: Annotated[OneSlot, typer.Argument(help="Slot to fly.")], images: Images = None, json: Json = None
+) -> None:
+    """Make a slot the active one, once its image is proven. A worker takes it when it next starts."""
+    from node.inference.slots import switch_slot  # noqa: PLC0415
+
+    before = switch_slot(_directory(images), slot.value)
+    _tell_switch(_directory(images), before, json)
+
+
+@model_app.command()
+def rollback(images: Images = None, json: Json = None) -> None:
+    """Go back to the slot that was active before the last switch, once its image is proven."""
+    from node.inference.slots import active_slot  # noqa: PLC0415
+    from node.inference.slots import rollback as go_back  # noqa: PLC0415
+
+    before = active_slot(_directory(images))
+    go_back(_directory(images))
+    _tell_switch(_directory(images), before, json)
 
 
 @model_app.command()
@@ -127,7 +168,8 @@ def info(images: Images = None, slot: SlotOption = Slots.A, json: Json = None) -
         console.print(
             f"{image.model}, GGUF {image.gguf_sha256[:16]}, ONNX Runtime {image.onnxruntime}, {image.cpu}\n"
             f"on disk {image.total_bytes / 1e6:.0f} MB, mapped {image.mapped_bytes / 1e6:.0f} MB, "
-            f"read by every step {image.live_bytes / 1e6:.0f} MB",
+            f"read by every step {image.live_bytes / 1e6:.0f} MB, "
+            f"read only while loading {image.original_bytes / 1e6:.0f} MB",
             highlight=False,
         )
     _write(json, report)
@@ -148,6 +190,17 @@ def _describe(directory: Path, slot: Slots) -> list[ImageInfo]:
     from node.inference.image import image_info  # noqa: PLC0415
 
     return [image_info(directory / name) for name in _slots(slot)]
+
+
+def _tell_switch(directory: Path, before: Slot, json: Path | None) -> None:
+    from node.inference.image import image_info  # noqa: PLC0415
+    from node.inference.slots import active_slot  # noqa: PLC0415
+
+    active = active_slot(directory)
+    image = image_info(directory / active)
+    change = "was active before" if active == before else f"instead of {before}"
+    typer.echo(f"{directory}: slot {active} is active, {change}; image {image.image_id}, {image.model}")
+    _write(json, SwitchReport(before=before, active=active, image_id=image.image_id))
 
 
 def _write(path: Path | None, report: msgspec.Struct) -> None:

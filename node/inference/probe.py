@@ -166,8 +166,7 @@ def prove_sessions(
 
     def was_read(tensor: MappedTensor) -> bool:
         return any(
-            present_pages(address, tensor.page_count).mean() >= _READ_SHARE
-            for address in places[tensor.name]
+            present_pages(address, tensor.page_count).mean() >= _READ_SHARE for address in places[tensor.name]
         )
 
     return answer, [tensor.name for tensor in packed if not was_read(tensor)]

@@ -63,10 +63,10 @@ def switch_slot(images: Path, slot: m.Slot) -> m.Slot:
         The slot's image is missing or damaged (nothing is changed then), or the file cannot be written.
     """
     verify_image(images / slot)
-    before = _recorded(images)
-    if before[:1] != (slot,):
-        _write(images, (slot, *(before[:1] or (_DEFAULT,))))
-    return before[0] if before else _DEFAULT
+    before = active_slot(images)
+    if before != slot:
+        _write(images, (slot, before))
+    return before
 
 
 def rollback(images: Path) -> m.Slot:
@@ -92,18 +92,13 @@ def rollback(images: Path) -> m.Slot:
 
 
 def _read(images: Path) -> tuple[m.Slot, ...]:
-    return _recorded(images) or (_DEFAULT,)
-
-
-def _recorded(images: Path) -> tuple[m.Slot, ...]:
-    """Return what the file says: the active slot and the one before it; nothing without a file."""
+    """Return the active slot and, if there was a switch, the one before it."""
     path = images / ACTIVE
     try:
-        text = path.read_bytes()
+        lines = path.read_bytes().split()
     except FileNotFoundError:
-        return ()
+        return (_DEFAULT,)
     known: dict[bytes, m.Slot] = {b"a": "a", b"b": "b"}
-    lines = text.split()
     if not 1 <= len(lines) <= 2 or any(line not in known for line in lines):
         raise PenumbraError(
             f"{path}: damaged: it names no slot", "delete it and run `penumbra model switch a` (or b)"

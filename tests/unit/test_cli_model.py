@@ -23,7 +23,7 @@ def test_build_verify_and_info_of_both_slots(tiny_gguf, tmp_path):
     assert output.count("Tiny Gemma") == 2
     built = json.loads(report.read_bytes())
     assert {image["directory"] for image in built["images"]} == {str(images / "a"), str(images / "b")}
-    assert {"quantise", "pack", "lay out", "probe", "parity"} <= set(built["stage_s"])
+    assert {"quantise", "pack", "calibrate", "screen", "lay out", "probe", "parity"} <= set(built["stage_s"])
 
     assert run("verify", "--slot", "both", "--images", images, "--json", report).count("whole") == 2
     assert len(json.loads(report.read_bytes())["images"]) == 2
@@ -48,3 +48,11 @@ def test_force_mends_a_damaged_second_slot(tiny_gguf, tmp_path):
         file.write(b"struck")
     run("build", "--slot", "both", "--gguf", tiny_gguf, "--images", tmp_path, "--force")
     run("verify", "--slot", "both", "--images", tmp_path)
+
+
+def test_a_context_beyond_the_model_is_refused(tiny_gguf, tmp_path):
+    with pytest.raises(PenumbraError, match=r"a context of 257 was asked for, the model was trained for 256"):
+        run("build", "--gguf", tiny_gguf, "--images", tmp_path, "--context", 257)
+    with pytest.raises(PenumbraError, match="a context of 10 was asked for"):
+        run("build", "--gguf", tiny_gguf, "--images", tmp_path, "--context", 10)
+    run("build", "--gguf", tiny_gguf, "--images", tmp_path, "--context", 64)
