@@ -1,20 +1,23 @@
 """The head: the largest logits of a hidden state, exact and proven to be the largest.
 
-A logit is defined to the bit. Weights are ``(code - 128) * scale``; the hidden state is rounded per block to
-39 bits below its largest magnitude (a float32 loses nothing but in elements 2^16 times smaller than the largest
-of their block), so that each block's sum of products fits float64 and is exact in any order. Block sums times
-scales are then added in float64 in a fixed order, and the total is rounded to float32. A logit is thus a
-function of its row and the hidden state only, whatever is computed beside it, on any number of threads.
+A logit is defined to the bit. Weights are ``(code - 128) * scale``. The hidden state is rounded per block
+to 39 bits below its largest magnitude (a float32 loses nothing, but in elements more than 2^15 times
+smaller than the largest of their block), so that each block's sum of products fits float64 and is exact in
+any order. Block sums times scales are added in float64 in a fixed order, and the total is rounded to
+float32. A logit is thus a function of its row and the hidden state only, whatever is computed beside it, on
+any number of threads.
 
-`ScreenedHead.top` runs the screen (`node.inference.screen` proves its bound), computes the most promising rows
-exactly, and has in the k-th best of them a threshold: a row whose bound is below it cannot be among the k
-largest. Rows at or above it are computed by falling bound, which may raise the threshold, until none is left.
+`ScreenedHead.top` runs the screen (`node.inference.screen` proves its bound), computes the most promising
+rows exactly, and has in the k-th best of them a threshold: a row whose bound is below it cannot be among
+the k largest. Rows at or above it are computed by falling bound, which may raise the threshold, until none
+is left.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -36,12 +39,26 @@ _SMALLEST_SCALE: Final = 1e-30
 _UNIT: Final = 2.0**-24
 """Largest relative error of one float32 rounding."""
 _LOGIT_ERROR: Final = 2.0**-23
-"""Largest relative error of an exact logit: one rounding to float32, and far less in float64."""
+"""Relative error of an exact logit by its rounding to float32, at most."""
+_STATE_ERROR: Final = 2.0**-36
+"""Its other error, over the norms of row and state, at most: an element is off by 2^-39 of the largest of its
+block, hence 32 of them by 2^-36.5 of the block's norm; float64 sums of up to 2^12 blocks add far less."""
 _Reals = NDArray[np.float64]
 
 
 class HeadFault(Exception):
     """A logit outside its proven bounds, or no number: memory or arithmetic failed. The epoch is dirty."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked of the head for one hidden state."""
+
+    k: int
+    """How many of the largest logits are to be proven, 1 or more."""
+    lowered: AbstractSet[int] = frozenset()
+    """Tokens whose logits will be lowered, and which therefore do not count among the `k`: every one of them
+    that has a larger logit than the last of the `k` is found besides."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +68,8 @@ class Candidates:
     Parameters
     ----------
     ids
-        int64, shape ``(n,)``, n >= k: token ids by falling logit, the lower id first where two are equal.
-        The first k are the k largest of the vocabulary.
+        int64, shape ``(n,)``: token ids by falling logit, the lower id first where two are equal. Down to
+        the k-th that counts (see `Wanted`) none of the vocabulary is missing.
     logits
         float32, shape ``(n,)``: exact logits of `ids`.
     rows
@@ -115,7 +132,7 @@ class ScreenedHead:
         self._row_bound: NDArray[np.float32] = quiet.bound[0].copy()
 
     def top(
-        self, hidden: NDArray[np.float32], k: Sequence[int], totals: Sequence[bool] | None = None
+        self, hidden: NDArray[np.float32], k: Sequence[int | Wanted], totals: Sequence[bool] | None = None
     ) -> list[Candidates]:
         """Return the largest logits of each hidden state.
 
@@ -124,7 +141,7 @@ class ScreenedHead:
         hidden
             float32, shape ``(B, width)``.
         k
-            How many of each are to be proven, 1 to vocab; B numbers.
+            What is to be proven of each, B times; a number, 1 to vocab, is `Wanted` with nothing lowered.
         totals
             Which need `Candidates.log_total`; B flags, None for none.
 
@@ -137,18 +154,25 @@ class ScreenedHead:
         norms, slack = self._feed(run, hidden)
         self._session.run_with_iobinding(run.binding)
         self._check_sums(run)
-        return [
-            self._select(
-                hidden[row],
-                run.bound[row],
-                run.peak[row],
-                float(norms[row]),
-                float(slack[row]),
-                k[row],
-                totals is not None and totals[row],
+        split = self._split(hidden)
+        grouped = run.bound.reshape(*run.peak.shape, -1)
+        asked = [each if isinstance(each, Wanted) else Wanted(each) for each in k]
+        count = min(max(each.k for each in asked) + FIRST, self._vocab)
+        firsts = np.stack([_best(*parts, count, count) for parts in zip(grouped, run.peak, strict=True)])
+        first_logits = self._exact(*split, firsts)
+        found = []
+        for number in range(len(hidden)):
+            state = _State(
+                split[0][number],
+                split[1][number],
+                run.bound[number],
+                run.peak[number],
+                float(norms[number]),
+                float(slack[number]),
             )
-            for row in range(len(hidden))
-        ]
+            with_total = totals is not None and totals[number]
+            found.append(self._select(state, firsts[number], first_logits[number], asked[number], with_total))
+        return found
 
     def exact(self, hidden: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return the exact logits of some rows of the table.
@@ -162,24 +186,28 @@ class ScreenedHead:
         rows
             int64, shape ``(n,)``.
         """
-        return self._exact(*self._split(hidden), rows)
+        blocks, offsets = self._split(hidden[np.newaxis])
+        logits: NDArray[np.float32] = self._exact(blocks, offsets, rows[np.newaxis])[0]
+        return logits
 
     def _split(self, hidden: NDArray[np.float32]) -> tuple[_Reals, _Reals]:
-        """Return the hidden state in blocks, rounded, and 128 times each block's sum."""
-        blocks = hidden.astype(np.float64).reshape(self._codes.shape[1:])
-        _, exponents = np.frexp(np.abs(blocks).max(axis=1, keepdims=True))
+        """Return the states in blocks, rounded, shape (B, blocks, block); and 128 times each block's sum."""
+        blocks = hidden.astype(np.float64).reshape(-1, *self._codes.shape[1:])
+        _, exponents = np.frexp(np.abs(blocks).max(axis=2, keepdims=True))
         exponents -= _EXACT_BITS
         rounded: _Reals = np.ldexp(np.rint(np.ldexp(blocks, -exponents)), exponents)
-        return rounded[:, :, np.newaxis], 128.0 * rounded.sum(axis=1)
+        return rounded, 128.0 * rounded.sum(axis=2)
 
     def _exact(self, blocks: _Reals, offsets: _Reals, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        logits = np.empty(len(rows), np.float32)
-        for first in range(0, len(rows), CHUNK):
-            part = rows[first : first + CHUNK]
-            codes = self._codes[part].astype(np.float64).transpose(1, 0, 2)
-            sums = np.matmul(codes, blocks)[:, :, 0].T
-            terms = (sums - offsets) * self._scales[part]
-            logits[first : first + CHUNK] = _fixed_sum(terms)
+        """Return the exact logits of `rows`, shape (B, n), each line for the state of that number."""
+        logits = np.empty(rows.shape, np.float32)
+        step = max(1, CHUNK // len(rows))
+        for first in range(0, rows.shape[1], step):
+            part = rows[:, first : first + step]
+            codes = self._codes[part].astype(np.float64).swapaxes(1, 2)
+            sums = np.matmul(codes, blocks[:, :, :, np.newaxis])[:, :, :, 0].swapaxes(1, 2)
+            terms = (sums - offsets[:, np.newaxis]) * self._scales[part]
+            logits[:, first : first + step] = _fixed_sum(terms)
         return logits
 
     def _run(self, batch: int) -> _Run:
@@ -191,13 +219,15 @@ class ScreenedHead:
         """Write the input of the screen; return each state's ``c``, and what is added to every bound."""
         bounds = self._bounds
         states = hidden.astype(np.float64)
-        rotated = states @ self._rotation
+        rotated = np.stack([state @ self._rotation for state in states])
         norms: _Reals = np.sqrt(np.square(rotated).sum(axis=1))
         if not np.isfinite(norms).all():
             raise HeadFault("a hidden state is not finite")
         norms[norms == 0] = 1
         rotated /= norms[:, np.newaxis]
-        slack = bounds.skew * bounds.row_norm * np.sqrt(np.square(states).sum(axis=1)) / norms
+        slack = (
+            (bounds.skew + _STATE_ERROR) * bounds.row_norm * np.sqrt(np.square(states).sum(axis=1)) / norms
+        )
         parts = (
             (run.high, rotated[:, : bounds.high], bounds.high_block, bounds.high_norm, bounds.high_scale, 8),
             (run.low, rotated[:, bounds.high :], bounds.low_block, bounds.low_norm, bounds.low_scale, 4),
@@ -220,63 +250,81 @@ class ScreenedHead:
 
     def _select(
         self,
-        hidden: NDArray[np.float32],
-        bound: NDArray[np.float32],
-        peak: NDArray[np.float32],
-        norm: float,
-        slack: float,
-        k: int,
+        state: _State,
+        rows: NDArray[np.int64],
+        logits: NDArray[np.float32],
+        asked: Wanted,
         with_total: bool,
     ) -> Candidates:
-        split = self._split(hidden)
-        grouped = bound.reshape(len(peak), -1)
-        rows = _best(grouped, peak, min(k + FIRST, self._vocab))
-        logits = self._checked(split, bound, rows, norm, slack)
-        cut = _cut(logits, k, norm, slack)
-        groups = np.flatnonzero(peak >= cut)
+        """Complete the rows already computed to all that can be asked for."""
+        self._prove(state, rows, logits)
+        grouped = state.bound.reshape(len(state.peak), -1)
+        counting = _counting(rows, logits, asked)
+        while len(counting) < asked.k and len(rows) < self._vocab:
+            count = min(2 * len(rows), self._vocab - len(rows))
+            part = _best(grouped, state.peak, count, count + len(rows))
+            rows, logits = self._extend(state, rows, logits, part)
+            counting = _counting(rows, logits, asked)
+        cut = state.cut(counting, asked.k)
+        groups = np.flatnonzero(state.peak >= cut)
         inside, places = np.nonzero(grouped[groups] >= cut)
         rest = groups[inside] * grouped.shape[1] + places
-        rest = rest[~np.isin(rest, rows)]
         if len(rest) > CHUNK:
-            rest = rest[np.argsort(-bound[rest], kind="stable")]
+            rest = rest[np.argsort(-state.bound[rest], kind="stable")]
         for first in range(0, len(rest), CHUNK):
             part = rest[first : first + CHUNK]
-            part = part[bound[part] >= cut]
+            part = part[state.bound[part] >= cut]
             if not len(part):
                 break
-            rows = np.concatenate((rows, part))
-            logits = np.concatenate((logits, self._checked(split, bound, part, norm, slack)))
-            cut = _cut(logits, k, norm, slack)
+            rows, logits = self._extend(state, rows, logits, part)
+            cut = state.cut(_counting(rows, logits, asked), asked.k)
+        log_total = self._log_total(state, rows, logits) if with_total else None
         order = np.lexsort((rows, -logits))
-        log_total = self._log_total(bound, rows, logits, norm) if with_total else None
         return Candidates(rows[order], logits[order], np.sort(rows), log_total)
 
-    def _checked(
-        self,
-        split: tuple[_Reals, _Reals],
-        bound: NDArray[np.float32],
-        rows: NDArray[np.int64],
-        norm: float,
-        slack: float,
-    ) -> NDArray[np.float32]:
-        """Return exact logits, each between its proven bounds."""
-        logits = self._exact(*split, rows)
-        value = logits / norm
-        upper = bound[rows].astype(np.float64)
+    def _extend(
+        self, state: _State, rows: NDArray[np.int64], logits: NDArray[np.float32], part: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        more = self._exact(state.blocks[np.newaxis], state.offsets[np.newaxis], part[np.newaxis])[0]
+        self._prove(state, part, more)
+        return np.concatenate((rows, part)), np.concatenate((logits, more))
+
+    def _prove(self, state: _State, rows: NDArray[np.int64], logits: NDArray[np.float32]) -> None:
+        """Check that exact logits are between their proven bounds; mark the rows as done."""
+        value = logits / state.norm
+        upper = state.bound[rows].astype(np.float64)
         lower = upper - 2.0 * self._row_bound[rows]
-        room = slack + _LOGIT_ERROR * np.abs(value)
+        room = state.slack + _LOGIT_ERROR * np.abs(value)
         if not ((value <= upper + room) & (value >= lower - room)).all():
             raise HeadFault("a logit is outside the bounds the screen proved for it")
-        return logits
+        state.bound[rows] = -np.inf
 
-    def _log_total(
-        self, bound: NDArray[np.float32], rows: NDArray[np.int64], logits: NDArray[np.float32], norm: float
-    ) -> float:
+    def _log_total(self, state: _State, rows: NDArray[np.int64], logits: NDArray[np.float32]) -> float:
         largest = float(logits.max())
-        estimate = (bound - self._row_bound) * np.float32(norm) - np.float32(largest)
-        np.exp(estimate, out=estimate)
-        estimate[rows] = np.exp(logits - np.float32(largest))
-        return largest + math.log(float(estimate.sum(dtype=np.float64)))
+        estimate = (state.bound - self._row_bound) * np.float32(state.norm) - np.float32(largest)
+        others = float(np.exp(estimate, out=estimate).sum(dtype=np.float64))
+        return largest + math.log(others + float(np.exp(logits.astype(np.float64) - largest).sum()))
+
+
+@dataclass(frozen=True)
+class _State:
+    """One hidden state, and what the screen says of it. Bounds are in units of `norm`."""
+
+    blocks: _Reals
+    offsets: _Reals
+    bound: NDArray[np.float32]
+    """Minus infinity for rows that were computed."""
+    peak: NDArray[np.float32]
+    norm: float
+    slack: float
+    """Added to every bound."""
+
+    def cut(self, logits: NDArray[np.float32], k: int) -> float:
+        """Return the least bound of a row that can be among the k largest, given the logits of some rows."""
+        if len(logits) < k:
+            return -math.inf
+        value = float(np.partition(logits, -k)[-k]) / self.norm
+        return value - self.slack - _LOGIT_ERROR * abs(value)
 
 
 class _Run:
@@ -298,10 +346,10 @@ class _Run:
 
 
 def quantize_input(values: _Reals, block: int, out: NDArray[np.float32]) -> None:
-    """Quantise rows to the grid on which MatMulNBits, accuracy_level 4, computes with the very same numbers.
+    """Quantise rows to the grid on which MatMulNBits (accuracy_level 4) computes with the very same numbers.
 
-    Each block becomes integers -127 to 127, one of them of magnitude 127, times a scale of 12 significant bits.
-    The products are exact in float32, and so is 1/127 of the largest, which the operator takes for the scale.
+    Each block becomes integers -127 to 127, one of magnitude 127, times a scale of 12 significant bits. The
+    products are exact in float32, and so is 1/127 of the largest, which the operator takes for the scale.
 
     Parameters
     ----------
@@ -321,28 +369,36 @@ def quantize_input(values: _Reals, block: int, out: NDArray[np.float32]) -> None
 
 
 def _fixed_sum(terms: _Reals) -> NDArray[np.float32]:
-    """Return the sum of each row, float32: halves are added to each other, so the order is the same for all."""
-    while (columns := terms.shape[1]) > 1:
+    """Return sums over the last axis, float32. Halves are added to each other: a fixed order."""
+    while (columns := terms.shape[-1]) > 1:
         half = columns // 2
-        folded = terms[:, :half] + terms[:, half : 2 * half]
+        folded = terms[..., :half] + terms[..., half : 2 * half]
         if columns % 2:
-            folded[:, 0] += terms[:, -1]
+            folded[..., 0] += terms[..., -1]
         terms = folded
-    return terms[:, 0].astype(np.float32)
+    return terms[..., 0].astype(np.float32)
 
 
-def _best(grouped: NDArray[np.float32], peak: NDArray[np.float32], count: int) -> NDArray[np.int64]:
-    """Return the `count` rows of largest bound: they lie in the `count` groups of largest peak."""
-    number = min(count, len(peak))
-    groups = np.argpartition(peak, -number)[-number:]
-    bounds = grouped[groups].reshape(-1)
+def _best(
+    grouped: NDArray[np.float32], peak: NDArray[np.float32], count: int, groups: int
+) -> NDArray[np.int64]:
+    """Return the `count` rows of largest bound, looked for in the `groups` groups of largest peak.
+
+    `count` groups are enough, and one more for each row that was marked as done since the peaks were taken.
+    """
+    number = min(groups, len(peak))
+    chosen = np.argpartition(peak, -number)[-number:]
+    bounds = grouped[chosen].reshape(-1)
     places = np.argpartition(bounds, -count)[-count:]
     size = grouped.shape[1]
-    return groups[places // size] * size + places % size
+    rows: NDArray[np.int64] = chosen[places // size] * size + places % size
+    return rows
 
 
-def _cut(logits: NDArray[np.float32], k: int, norm: float, slack: float) -> float:
-    """Return the least bound a row must have to be among the k largest, given logits of k rows or more."""
-    worst = float(np.partition(logits, -k)[-k])
-    value = worst / norm
-    return value - slack - _LOGIT_ERROR * abs(value)
+def _counting(rows: NDArray[np.int64], logits: NDArray[np.float32], asked: Wanted) -> NDArray[np.float32]:
+    """Return the logits of the rows that count among the `k`."""
+    if not asked.lowered:
+        return logits
+    counts = np.fromiter((row not in asked.lowered for row in rows.tolist()), bool, len(rows))
+    counting: NDArray[np.float32] = logits[counts]
+    return counting

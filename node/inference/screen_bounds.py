@@ -32,7 +32,7 @@ class ScreenBounds(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     row_bound: float
     """Largest row bound, in units of the norm of the rotated hidden state."""
     skew: float
-    """Norm of what the rotation and its inverse, both as stored, miss of 1."""
+    """What the rotation and its inverse miss of 1 together (Frobenius norm), rounding included."""
     sum_limit: float
     """Largest difference a sound screen shows between the sum of all bounds and what it must be, in units of
     the norm of the rotated hidden state."""
