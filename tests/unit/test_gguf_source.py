@@ -9,11 +9,15 @@ import gguf
 import numpy as np
 import pytest
 import tiny_gemma
+from gguf import GGMLQuantizationType as Type
 from gguf.quants import dequantize, quantize
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from node.inference.gguf_file import GgufFile
-from node.inference.gguf_source import GgufSource, packaged_gguf
+from node.inference.gguf_source import GgufSource, QuantMatrix, packaged_gguf
 from node.inference.gguf_source import quantize as quantize_8
+from node.inference.manifest import default_images_dir
 from telemetry.errors import PenumbraError
 
 
@@ -37,35 +41,100 @@ def test_metadata_and_tensors_are_those_the_package_reads(tiny_gguf):
     assert len(found.tensors) == len(reader.tensors)
 
 
-@pytest.mark.parametrize("name", ["blk.0.attn_q.weight", "blk.1.attn_k.weight"], ids=["Q5_0", "Q8_0"])
-def test_blocks_of_32_are_exact(tiny_gguf, name):
+EXACT = {
+    Type.Q8_0: (34, 32, (0,)),
+    Type.Q5_0: (22, 32, (0,)),
+    Type.Q6_K: (210, 256, (208,)),
+}
+"""By type: bytes and weights of a block, and where its 16-bit scales are."""
+Q4_K = (144, 256, (0, 2))
+ROWS, BLOCKS = 4, 2
+
+
+def blocks(size: int, scales: tuple[int, ...]) -> st.SearchStrategy[np.ndarray]:
+    """Rows of blocks of any bytes, with finite scales of any size."""
+    half = st.floats(-60000, 60000, width=16)
+    return st.tuples(
+        st.binary(min_size=ROWS * BLOCKS * size, max_size=ROWS * BLOCKS * size),
+        st.lists(half, min_size=ROWS * BLOCKS * len(scales), max_size=ROWS * BLOCKS * len(scales)),
+    ).map(lambda drawn: _with_scales(drawn[0], drawn[1], size, scales))
+
+
+def _with_scales(raw: bytes, halves: list[float], size: int, scales: tuple[int, ...]) -> np.ndarray:
+    found = np.frombuffer(raw, np.uint8).reshape(-1, size).copy()
+    values = np.array(halves, np.float16).reshape(-1, len(scales))
+    for number, at in enumerate(scales):
+        found[:, at : at + 2] = values[:, number : number + 1].view(np.uint8)
+    return found.reshape(ROWS, -1)
+
+
+@pytest.fixture(scope="module")
+def one_tensor(tmp_path_factory):
+    """Returns the matrix of a GGUF that holds these blocks."""
+    folder = tmp_path_factory.mktemp("one")
+
+    def read(raw: np.ndarray, kind: Type, weights: int) -> QuantMatrix:
+        return GgufSource(_write_one(folder, raw, kind)).matrix("one", len(raw), weights)
+
+    return read
+
+
+@pytest.mark.parametrize("kind", EXACT, ids=lambda kind: kind.name)
+@settings(max_examples=30)
+@given(data=st.data())
+def test_blocks_of_any_content_are_exact(one_tensor, kind, data):
+    size, weights, scales = EXACT[kind]
+    raw = data.draw(blocks(size, scales))
+    found = one_tensor(raw, kind, BLOCKS * weights).to_float()
+    assert np.array_equal(found, dequantize(raw, kind))
+
+
+@settings(max_examples=30)
+@given(raw=blocks(Q4_K[0], Q4_K[2]))
+def test_q4_k_is_within_its_bound(one_tensor, raw):
+    assert_within_half_a_step(one_tensor(raw, Type.Q4_K, BLOCKS * Q4_K[1]), dequantize(raw, Type.Q4_K))
+
+
+def assert_within_half_a_step(found: QuantMatrix, expected: np.ndarray) -> None:
+    """The bound stated for types without an exact form: 1/254 of the largest magnitude of the block of 32."""
+    largest = np.abs(expected.reshape(len(expected), -1, 32)).max(axis=2)
+    allowed = np.repeat(largest / 254 * (1 + 1e-4), 32, axis=1)
+    assert (np.abs(found.to_float() - expected) <= allowed).all()
+
+
+def test_norms_are_exact(tiny_gguf):
     source = GgufSource(tiny_gguf)
-    entry = source.file.tensors[name]
-    expected = dequantize(source.file.data(entry).reshape(entry.shape[0], -1), entry.kind)
-    matrix = source.matrix(name, *entry.shape)
-    assert matrix.block == 32
-    assert np.array_equal(matrix.to_float(), expected)
+    for name, (weights, kind) in tiny_gemma.tensors().items():
+        if weights.ndim == 1:
+            assert kind == Type.F32
+            assert np.array_equal(source.vector(name), weights)
 
 
-def test_blocks_of_16_are_exact(tmp_path):
-    """Q6_K has no quantiser in the package: random bytes are as good, with a sane outer scale."""
-    random = np.random.default_rng(5)
-    raw = random.integers(0, 256, (8, 2, 210), dtype=np.uint8)
-    raw[:, :, 208:] = np.full((8, 2, 1), 0.01, np.float16).view(np.uint8)
-    path = _write_one(tmp_path, raw.reshape(8, -1), gguf.GGMLQuantizationType.Q6_K)
-    matrix = GgufSource(path).matrix("one", 8, 512)
-    assert matrix.block == 16
-    assert np.array_equal(matrix.to_float(), dequantize(raw.reshape(8, -1), gguf.GGMLQuantizationType.Q6_K))
-
-
-@pytest.mark.parametrize("kind", [gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.Q4_0])
-def test_other_types_are_requantised_within_half_a_step(tmp_path, kind):
+@pytest.mark.parametrize("kind", [Type.F16, Type.Q4_0, Type.F32, Type.BF16], ids=lambda kind: kind.name)
+def test_other_types_are_requantised_within_half_a_step(one_tensor, kind):
     weights = np.random.default_rng(6).standard_normal((8, 64)).astype(np.float32)
     stored = quantize(weights, kind)
-    path = _write_one(tmp_path, stored, kind)
-    matrix = GgufSource(path).matrix("one", 8, 64)
-    steps = np.repeat(matrix.scales, 32, axis=1)
-    assert np.all(np.abs(matrix.to_float() - dequantize(stored, kind)) <= 0.5001 * steps)
+    assert_within_half_a_step(one_tensor(stored, kind, 64), dequantize(stored, kind))
+
+
+@pytest.mark.gemma
+def test_every_tensor_of_the_packaged_model_is_exact_or_within_its_bound():
+    source = GgufSource(packaged_gguf(default_images_dir().parent / "gguf"))
+    kinds: set[Type] = set()
+    for name, entry in source.file.tensors.items():
+        raw = source.file.data(entry)
+        kinds.add(entry.kind)
+        if len(entry.shape) == 1:
+            assert entry.kind == Type.F32
+            assert np.array_equal(source.vector(name), raw.view(np.float32))
+            continue
+        expected = dequantize(raw.reshape(entry.shape[0], -1), entry.kind)
+        found = source.matrix(name, *entry.shape)
+        if entry.kind in EXACT:
+            assert np.array_equal(found.to_float(), expected), name
+        else:
+            assert_within_half_a_step(found, expected)
+    assert kinds == {Type.F32, Type.Q4_K, Type.Q5_0, Type.Q6_K, Type.Q8_0}
 
 
 def test_a_block_of_zeros_stays_zero():
@@ -149,7 +218,7 @@ def test_a_bit_rotten_copy_of_the_packaged_model_is_refused(tmp_path):
         packaged_gguf(tmp_path)
 
 
-def _write_one(directory: Path, raw: np.ndarray, kind: gguf.GGMLQuantizationType) -> Path:
+def _write_one(directory: Path, raw: np.ndarray, kind: Type) -> Path:
     """The tiny model with one more tensor, named ``one``."""
     path = directory / "one.gguf"
     writer = gguf.GGUFWriter(path, "gemma3")
