@@ -8,7 +8,7 @@ A *seat* is the place of one sequence; its rows form two *banks*, one of the lay
 positions and one of those that attend to a window (`node.inference.arena_layout` has the layout).
 
 The file is sparse. `KvArena.reserve` gets the memory of a seat in steps of `KV_PAGE` positions before it is
-written, so that full shared memory is an error there, never a SIGBUS; `KvArena.release` gives it back.
+written, so that full shared memory is an error there, never a SIGBUS; `KvArena.release` makes it spare.
 
 A state is written only after everything it counts is in place, and to the older copy, so a process killed at
 any instant leaves the state before or after.
@@ -89,7 +89,9 @@ class Seat:
     state
         The last committed state.
     reserved
-        Positions the seat has memory for.
+        Positions the seat was promised memory for.
+    held
+        Positions it has memory for: some may be left from an earlier job, see `KvArena.release`.
     """
 
     def __init__(self, arena: KvArena, index: int) -> None:
@@ -109,7 +111,7 @@ class Seat:
             )
         self.global_rows, self.window_rows = self.banks["global"], self.banks["window"]
         self.state = SeatState()
-        self.reserved = 0
+        self.reserved = self.held = 0
         self._arena = arena
 
     def commit(self, state: SeatState) -> None:
@@ -177,7 +179,7 @@ class Seat:
 class KvArena:
     """Map the arena, alone.
 
-    Seats whose job another worker left keep their memory; the others give it back.
+    Seats whose job another worker left keep the memory of their committed rows; the rest is given back.
 
     Parameters
     ----------
@@ -233,7 +235,8 @@ class KvArena:
             for page in range(1, shape.state_pages):
                 self.write_record(page, SeatState())
             self.write_record(0, shape)
-        self._take_over()
+        else:
+            self._take_over()
 
     def view(self, name: str, dtype: npt.DTypeLike, *dims: int) -> npt.NDArray[Any]:
         """Return a section of the file as an array."""
@@ -260,19 +263,19 @@ class KvArena:
         if positions > room:
             raise ValueError(f"{positions} positions of {room}")
         positions = -(-positions // KV_PAGE) * KV_PAGE
-        if positions <= held.reserved:
-            return
-        wanted = list(self._new_ranges(seat, held.reserved, positions))
-        for offset, length in wanted:
-            try:
-                self._allocate(offset, length, f"{positions} positions of seat {seat}", wanted)
-            except ArenaFull:
-                self._give_back(wanted)
+        try:
+            self._hold(held, positions)
+        except ArenaFull:
+            if not self.trim():
                 raise
-        held.reserved = positions
+            self._hold(held, positions)
+        held.reserved = max(held.reserved, positions)
 
     def release(self, seat: int) -> None:
-        """Give back the memory of a free seat.
+        """Take the memory of a free seat as spare.
+
+        The next job of the seat uses it again, which spares the kernel its work. It is given back when
+        shared memory runs short, or by `trim`.
 
         Raises
         ------
@@ -282,10 +285,17 @@ class KvArena:
         held = self.seats[seat]
         if held.state.phase != "free":
             raise ValueError(f"seat {seat} is not free: {held.state.job}")
-        self._shrink(seat, 0)
+        held.reserved = 0
+
+    def trim(self) -> int:
+        """Give back all spare memory; return how many positions it was for."""
+        spare = sum(seat.held - seat.reserved for seat in self.seats)
+        for seat in self.seats:
+            self._shrink(seat, seat.reserved)
+        return spare
 
     def swap(self, i: int, j: int) -> None:
-        """Exchange two seats: rows, digests, parity, tokens, blocks, states and reserved memory.
+        """Exchange two seats: rows, digests, parity, tokens, blocks, states and promises of memory.
 
         The running digests go with the rows, so the next proof of a seat proves what was copied. Moving a
         job to a free seat never loses it: both seats name it for a moment, and a new worker keeps one.
@@ -305,9 +315,9 @@ class KvArena:
         for seat in (one, other):
             if any(rows.written != rows.proven for rows in seat.banks.values()):
                 raise ValueError(f"seat {seat.index} has an open epoch")
-        sizes = one.reserved, other.reserved
-        self.reserve(i, sizes[1])
-        self.reserve(j, sizes[0])
+        promised = one.reserved, other.reserved
+        self.reserve(i, promised[1])
+        self.reserve(j, promised[0])
         states = one.state, other.state
         if all(state.job for state in states):
             one.commit(SeatState())
@@ -321,8 +331,7 @@ class KvArena:
         # The seat that gets a job first: should this process die between the two, none is lost.
         for seat, state in sorted(((one, states[1]), (other, states[0])), key=lambda pair: not pair[1].job):
             seat.commit(state)
-        self._shrink(i, sizes[1])
-        self._shrink(j, sizes[0])
+        one.reserved, other.reserved = promised[1], promised[0]
 
     def copy_prefix(self, src: int, dst: int, positions: int) -> bool:
         """Copy the rows of the first positions of a seat to a free one, checked against their digests.
@@ -372,7 +381,7 @@ class KvArena:
         self._map[at : at + len(data)] = data
 
     def _take_over(self) -> None:
-        """Read the states; keep the memory of seats in use, give back that of the others."""
+        """Read the states; keep the memory of committed rows, give back all other."""
         jobs: set[str] = set()
         for seat in self.seats:
             seat.state = newest_state(self._map, seat.index) or SeatState()
@@ -380,18 +389,28 @@ class KvArena:
                 seat.commit(SeatState())
             if seat.state.job:
                 jobs.add(seat.state.job)
-                self.reserve(
-                    seat.index, max(seat.state.positions, seat.state.prompt_tokens + seat.state.generated)
-                )
-            else:
-                seat.reserved = self.shape.positions
-                self._shrink(seat.index, 0)
+                counted = seat.state.prompt_tokens + seat.state.generated
+                self.reserve(seat.index, max(seat.state.positions, counted))
+            seat.held = self.shape.rooms["global"]  # what the process before had got is not known
+        self.trim()
 
-    def _shrink(self, seat: int, positions: int) -> None:
-        held = self.seats[seat]
-        if positions < held.reserved:
-            self._give_back(self._new_ranges(seat, positions, held.reserved))
-            held.reserved = positions
+    def _hold(self, seat: Seat, positions: int) -> None:
+        """Get the memory for `positions`, beyond what the seat holds."""
+        if positions <= seat.held:
+            return
+        wanted = list(self._new_ranges(seat.index, seat.held, positions))
+        try:
+            for offset, length in wanted:
+                self._allocate(offset, length, f"{positions} positions of seat {seat.index}", wanted)
+        except ArenaFull:
+            self._give_back(wanted)
+            raise
+        seat.held = positions
+
+    def _shrink(self, seat: Seat, positions: int) -> None:
+        if positions < seat.held:
+            self._give_back(self._new_ranges(seat.index, positions, seat.held))
+            seat.held = positions
 
     def _new_ranges(self, seat: int, held: int, wanted: int) -> Iterator[tuple[int, int]]:
         """Yield offset and length of what `wanted` positions of a seat need beyond `held`, in whole pages."""

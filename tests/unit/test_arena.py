@@ -226,12 +226,41 @@ def test_memory_is_held_as_positions_are_reserved_and_given_back(path: Path) -> 
     fill(arena, 1, "a", (40, 5))
     with pytest.raises(ValueError, match="seat 1 is not free: a"):
         arena.release(1)
+    assert arena.trim() == 0
     arena.seats[1].clear()
     arena.release(0)
     arena.release(1)
+    assert [(seat.reserved, seat.held) for seat in arena.seats] == [(0, 704), (0, 64), (0, 0)]
+    held = held_bytes(path)
+    arena.reserve(0, 200)
+    assert held_bytes(path) == held
+    arena.release(0)
+    assert arena.trim() == 704 + 64
     assert held_bytes(path) == empty
     assert not arena.kv["global"].any()
     arena.close()
+
+
+def test_spare_memory_is_given_back_when_there_is_too_little(
+    arena: KvArena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arena.reserve(0, 700)
+    fill(arena, 2, "a", (40, 5))
+    whole = contents(arena, 2)
+    arena.release(0)
+    bound, allocate = held_bytes(arena.path) + PAGE, os.posix_fallocate
+
+    def bounded(file: int, offset: int, length: int) -> None:
+        if held_bytes(arena.path) + length > bound:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        allocate(file, offset, length)
+
+    monkeypatch.setattr(arena_module.os, "posix_fallocate", bounded)
+    arena.reserve(1, 500)
+    assert [(seat.reserved, seat.held) for seat in arena.seats] == [(0, 0), (512, 512), (64, 64)]
+    assert contents(arena, 2) == whole
+    with pytest.raises(ArenaFull):
+        arena.reserve(0, 500)
 
 
 def test_seats_without_a_job_give_their_memory_back_when_the_arena_is_taken_over(path: Path) -> None:
@@ -241,7 +270,7 @@ def test_seats_without_a_job_give_their_memory_back_when_the_arena_is_taken_over
     fill(arena, 1, "a", (40, 5))
     arena.close()
     again = KvArena(path, SHAPE)
-    assert [seat.reserved for seat in again.seats] == [0, KV_PAGE, 0]
+    assert [(seat.reserved, seat.held) for seat in again.seats] == [(0, 0), (KV_PAGE, KV_PAGE), (0, 0)]
     assert 0 < held_bytes(path) - empty < 100 * PAGE
     again.close()
 
@@ -309,11 +338,10 @@ def test_seats_change_places(path: Path, sizes: tuple[tuple[int, int], tuple[int
         fill(arena, 2, "b", sizes[1], seed=2)
     one, other = contents(arena, 0), contents(arena, 2)
     reserved = arena.seats[0].reserved, arena.seats[2].reserved
-    held = held_bytes(path)
     arena.swap(0, 2)
     assert (contents(arena, 0), contents(arena, 2)) == (other, one)
     assert (arena.seats[2].reserved, arena.seats[0].reserved) == reserved
-    assert held_bytes(path) == held
+    arena.trim()
     assert all(rows.prove() for seat in arena.seats for rows in seat.banks.values())
     arena.close()
     again = KvArena(path, SHAPE)
