@@ -1,7 +1,8 @@
 """The fault-free run a flight is compared with, and what protection costs, measured in pairs.
 
-Both run in a process of the bench on the image's own files: no injection, no proof, no arena. The text of
-the reference is what the model says; the flight must have said the same to the byte.
+Both run in a process of the bench on the image's own files. The reference has no injection, no proof, no
+batch and no windows: one job at a time, with the rows of all positions kept for every layer. Its text is what
+the model says; the flight must have said the same to the byte.
 """
 
 from __future__ import annotations
@@ -10,19 +11,26 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
+import msgspec
 
-from node.inference.arena import ARENA_VERSION, SHARED_MEMORY, ArenaShape, KvArena
-from node.inference.decoder import Decoder, greedy
-from node.inference.image import open_session
-from node.inference.manifest import TOKENIZER, image_id, load_manifest
+from node.inference.arena import SHARED_MEMORY, ArenaShape, KvArena
+from node.inference.decoder import PREFILL_CHUNK, BatchDecoder, Hidden, arena_shape
+from node.inference.guard import ComputeGuard, output_gain
+from node.inference.manifest import TOKENIZER, image_id
+from node.inference.model import Model, open_model
+from node.inference.sampling import StopMatcher, choose, wanted
+from node.inference.sequence import JobSpec, Rules
 from node.inference.tokenizer import Tokenizer
-from node.inference.verified import VerifiedDecoder
+from node.inference.verified import Policy, VerifiedBatch
 from node.inference.weights import ProtectedWeights
+from telemetry.sampling import GREEDY, Sampling
 
 OVERHEAD_PROMPT = (
     "The first satellites were simple machines. They carried a radio, a battery and little else, and"
@@ -41,30 +49,81 @@ class Overhead:
     """Tokens decoded in each run of a pair."""
 
 
-class _Plain:
-    """A decoder with its KV cache in ordinary memory, and the session it runs."""
+class ReferenceJob(NamedTuple):
+    """What is to be decoded for comparison."""
 
-    def __init__(self, image_dir: Path, positions: int, threads: int) -> None:
-        manifest = load_manifest(image_dir)
-        self.shape, self.eos = manifest.shape, manifest.eos
-        planes = self.shape.layers * 2 * self.shape.kv_heads
-        kv = np.zeros((planes, positions, self.shape.head_dim), np.float32)
-        self.tokenizer = Tokenizer(image_dir / TOKENIZER)
-        self.session = open_session(image_dir, threads)
-        self.decoder = Decoder(self.session, self.shape, kv)
+    job: str
+    prompt: str
+    tokens: int
+    """How many are wanted."""
+    sampling: Sampling = GREEDY
 
-    def decode(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
-        tokens = [greedy(self.decoder.prefill(prompt))]
-        while len(tokens) < max_tokens and tokens[-1] != self.eos:
-            tokens.append(greedy(self.decoder.step(tokens[-1], len(prompt) + len(tokens) - 1)))
-        return tokens
+
+class PlainDecoder:
+    """Decode one sequence at a time with nothing recorded and nothing proven.
+
+    Parameters
+    ----------
+    model
+        The model.
+    arena
+        Room for one sequence; its windows must hold all positions, see `full_arena`.
+    """
+
+    def __init__(self, model: Model, arena: KvArena) -> None:
+        self._head = model.head
+        self._decoder = BatchDecoder(model, arena, ComputeGuard(output_gain(model), model.check_limits))
+        self._text = Tokenizer(model.directory / TOKENIZER).token_bytes
+        arena.reserve(0, arena.shape.positions)
+
+    def decode(
+        self, prompt: Sequence[int], max_tokens: int, sampling: Sampling = GREEDY, eos: int = -1
+    ) -> list[int]:
+        """Return the tokens after `prompt`: `max_tokens`, or up to `eos` or a stop string."""
+        matcher = StopMatcher(sampling.stop) if sampling.stop else None
+        tokens: list[int] = []
+        seen = set(prompt)
+        hidden = self._read(prompt)
+        while True:
+            (candidates,) = self._head.top(hidden, [wanted(sampling, seen)])
+            token = choose(candidates, sampling, len(tokens), seen).token
+            tokens.append(token)
+            seen.add(token)
+            stopped = matcher is not None and matcher.feed(self._text([token]))
+            if stopped or token == eos or len(tokens) >= max_tokens:
+                return tokens
+            hidden = self._decoder.step([token], [len(prompt) + len(tokens) - 1])
+
+    def _read(self, prompt: Sequence[int]) -> Hidden:
+        for start in range(0, len(prompt), PREFILL_CHUNK):
+            hidden = self._decoder.prefill(0, prompt[start : start + PREFILL_CHUNK], start)
+        return hidden[None]
+
+
+@contextmanager
+def scratch_arena(shape: ArenaShape) -> Iterator[KvArena]:
+    """Yield an arena of the bench's own, on shared memory, gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix=f"penumbra-bench-{os.getpid()}-", dir=SHARED_MEMORY) as folder:
+        arena = KvArena(Path(folder) / "arena", shape)
+        try:
+            yield arena
+        finally:
+            arena.close()
+
+
+@contextmanager
+def full_arena(model: Model, positions: int) -> Iterator[KvArena]:
+    """Yield an arena of one seat whose window layers keep all positions, as if there were no windows."""
+    shape = arena_shape(model, positions, 1)
+    with scratch_arena(msgspec.structs.replace(shape, window=shape.positions)) as arena:
+        yield arena
 
 
 def run_reference(
     image_dir: Path,
-    jobs: Sequence[tuple[str, str, int]],
+    jobs: Sequence[ReferenceJob | tuple[str, str, int]],
     *,
-    positions: int = 1024,
+    positions: int = 4096,
     threads: int = 2,
     progress: Callable[[float], None] = lambda fraction: None,
 ) -> dict[str, list[int]]:
@@ -75,9 +134,9 @@ def run_reference(
     image_dir
         The image slot the flight used.
     jobs
-        (job id, prompt, number of tokens wanted) each.
+        What to decode; a plain (job id, prompt, number of tokens wanted) is decoded greedily.
     positions
-        KV positions; at least the longest prompt and text together.
+        Longest prompt and text together.
     threads
         Threads of the session. They do not change the text (measured.md).
     progress
@@ -88,13 +147,20 @@ def run_reference(
     dict
         Token ids by job, no longer than wanted (shorter only where the text ended).
     """
-    plain = _Plain(image_dir, positions, threads)
-    total = sum(count for _, _, count in jobs) or 1
+    model = open_model(image_dir, threads)
+    tokenizer = Tokenizer(image_dir / TOKENIZER)
+    wanted_jobs = [ReferenceJob(*job) for job in jobs]
+    total = sum(job.tokens for job in wanted_jobs) or 1
     done, texts = 0, {}
-    for job, prompt, count in jobs:
-        texts[job] = plain.decode(plain.tokenizer.encode(prompt), count) if count else []
-        done += count
-        progress(done / total)
+    with full_arena(model, positions) as arena:
+        plain = PlainDecoder(model, arena)
+        for job in wanted_jobs:
+            prompt = tokenizer.encode(job.prompt)
+            texts[job.job] = (
+                plain.decode(prompt, job.tokens, job.sampling, model.manifest.eos) if job.tokens else []
+            )
+            done += job.tokens
+            progress(done / total)
     return texts
 
 
@@ -103,6 +169,7 @@ def measure_overhead(
     *,
     epoch_tokens: int,
     epoch_s: float = 1.0,
+    budget: float = 0.01,
     tokens: int = 48,
     pairs: int = 8,
     threads: int = 2,
@@ -113,47 +180,39 @@ def measure_overhead(
     ----------
     image_dir
         The image slot.
-    epoch_tokens, epoch_s
-        Longest epoch as flown, tokens and s.
+    epoch_tokens, epoch_s, budget
+        Tokens of a block, longest epoch, s, and share of time for proofs, as flown.
     tokens, pairs
         Tokens of a run, and pairs of runs; the order within a pair alternates.
     """
-    plain = _Plain(image_dir, 512, threads)
-    prompt = plain.tokenizer.encode(OVERHEAD_PROMPT)
-    manifest = load_manifest(image_dir)
-    shape = plain.shape
-    with tempfile.TemporaryDirectory(prefix=f"penumbra-bench-{os.getpid()}-", dir=SHARED_MEMORY) as folder:
-        arena = KvArena(
-            Path(folder) / "arena",
-            ArenaShape(
-                version=ARENA_VERSION,
-                image_id=image_id(manifest),
-                layers=shape.layers,
-                kv_heads=shape.kv_heads,
-                positions=512,
-                head_dim=shape.head_dim,
-            ),
-        )
-        verified = VerifiedDecoder(
-            Decoder(plain.session, shape, arena.kv),
+    model = open_model(image_dir, threads)
+    tokenizer = Tokenizer(image_dir / TOKENIZER)
+    prompt = tokenizer.encode(OVERHEAD_PROMPT)
+    positions = len(prompt) + tokens + PREFILL_CHUNK
+    with (
+        full_arena(model, positions) as bare_arena,
+        scratch_arena(arena_shape(model, positions, 1)) as arena,
+        ThreadPoolExecutor(1) as executor,
+    ):
+        plain = PlainDecoder(model, bare_arena)
+        verified = VerifiedBatch(
+            model,
             arena,
-            ProtectedWeights(image_dir, manifest, threads),
-            image_id=image_id(manifest),
-            block_tokens=epoch_tokens,
-            epoch_s=epoch_s,
-            retries=0,
-            eos=-1,
-            text=plain.tokenizer.token_bytes,
+            ProtectedWeights(image_dir, model.manifest, threads),
+            Rules(image_id(model.manifest), epoch_tokens, -1, tokenizer.token_bytes),
+            Policy(epoch_s=epoch_s, budget=budget, retries=0),
             report=lambda strike: None,
+            executor=executor if threads > 1 else None,
         )
-        plain.eos = -1
 
         def protected(number: int) -> float:
             started = time.perf_counter()
-            verified.begin(f"pair-{number}", prompt, tokens)
-            while verified.finish is None:
+            verified.admit(JobSpec(f"pair-{number}", prompt, tokens))
+            while verified.active:
                 verified.run_epoch()
-            return time.perf_counter() - started
+            spent = time.perf_counter() - started
+            verified.drop(f"pair-{number}")
+            return spent
 
         def bare(number: int) -> float:
             started = time.perf_counter()
@@ -167,5 +226,4 @@ def measure_overhead(
             order = (protected, bare) if number % 2 else (bare, protected)
             spent = {run: run(number) for run in order}
             costs.append((spent[protected] / spent[bare] - 1) * 100)
-        arena.close()
     return Overhead(statistics.median(costs), min(costs), max(costs), pairs, tokens)

@@ -102,7 +102,7 @@ class Cores:
         self.used = len(self._all)
 
     def use(self, count: int) -> None:
-        """Compute on so many cores from now on, 1 to `most`: all threads of the process, and those to come."""
+        """Compute on so many cores from now on, 1 to `most`: all threads of the process, also later ones."""
         self.used = min(max(count, 1), len(self._all))
         chosen = self._all[: self.used]
         for thread in os.listdir("/proc/self/task"):
