@@ -16,8 +16,9 @@ from typing import Protocol
 import msgspec
 
 from node.scheduler import Task
+from telemetry.certificate import NO_CERTIFICATE
 from telemetry.commands import DEFAULT_PRIORITY
-from telemetry.packets import Certificate, Packet, Result
+from telemetry.packets import Packet, Result
 from telemetry.sampling import GREEDY, Sampling
 
 _SCHEMA = (
@@ -51,8 +52,6 @@ _ADDED_COLUMNS = {
 }
 """Columns a database of a version before this one lacks, with what its jobs have in them."""
 MAX_TOKEN = 1 << 32
-NO_CERTIFICATE = Certificate(image_id="", epoch=0, kv_digest=bytes(8), chain=bytes(32))
-"""Certificate of a closing result without tokens: nothing is released, so nothing is proven."""
 
 
 class JobState(StrEnum):

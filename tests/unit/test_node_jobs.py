@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from node.jobs import (
-    NO_CERTIFICATE,
     Duplicate,
     Gap,
     JobConflict,
@@ -21,6 +20,7 @@ from node.jobs import (
     Submitted,
 )
 from node.scheduler import Task
+from telemetry.certificate import NO_CERTIFICATE
 from telemetry.packets import Result
 from telemetry.sampling import Sampling
 from telemetry.spool import Spool, SpoolRefused
