@@ -286,7 +286,9 @@ class JobRunner:
         )
 
     async def _end(self, end: End) -> None:
-        """End a job that no worker has."""
+        """End a job that is not active at the worker, which may keep its rows for later."""
+        if self._ready:
+            self._send(protocol.Cancel(job=end.job, finish=end.finish))
         if await self._finish(end.job, end.finish):
             text = f"job {end.job} finished ({end.finish}) without a worker"
             self._recorder.event(Severity.INFO, "job.finished", text, {"job": end.job, "finish": end.finish})

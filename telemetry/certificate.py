@@ -77,7 +77,10 @@ def check_chain(image_id: str, job: str, blocks: Iterable[Result]) -> int:
     for epoch, block in enumerate(blocks):
         c = block.certificate
         if epoch == 0:
-            chain = chain_start(image_id, job, block.prompt_tokens or [])
+            prompt = block.prompt_tokens or []
+            if not _are_tokens(prompt):
+                break
+            chain = chain_start(image_id, job, prompt)
         if block.first != proven or c.epoch != epoch or c.image_id != image_id:
             break
         if _link(chain, block) != c.chain:
@@ -225,9 +228,11 @@ class _Verifier:
         if is_head:
             verdict.image_id = certificate.image_id
             if block.first == 0:
-                if block.prompt_tokens is None:
-                    self._find(FindingKind.HEAD, block, "the tokens of the prompt are missing")
-                self._chain = chain_start(certificate.image_id, block.job, block.prompt_tokens or [])
+                prompt = block.prompt_tokens or []
+                if block.prompt_tokens is None or not _are_tokens(prompt):
+                    self._find(FindingKind.HEAD, block, "the tokens of the prompt are missing, or are none")
+                else:
+                    self._chain = chain_start(certificate.image_id, block.job, prompt)
         if block.prompt_tokens is not None and block.first > 0:
             self._find(FindingKind.HEAD, block, "holds the tokens of a prompt, as the first block only does")
         if certificate.image_id != verdict.image_id:
@@ -270,8 +275,12 @@ def _is_closing(block: Result) -> bool:
     return not block.tokens and block.certificate == NO_CERTIFICATE
 
 
+def _are_tokens(values: Sequence[int]) -> bool:
+    return all(0 <= value < 1 << 32 for value in values)
+
+
 def _link(chain: bytes, block: Result) -> bytes | None:
     """Return the chain value after the block; None when its tokens are none."""
-    if not all(0 <= token < 1 << 32 for token in block.tokens):
+    if not _are_tokens(block.tokens):
         return None
     return chain_next(chain, block.certificate.epoch, block.first, block.tokens, block.certificate.kv_digest)

@@ -345,14 +345,15 @@ async def test_cancelling_an_active_job_asks_the_worker_and_a_queued_one_ends_he
             await desk.database.run(lambda c, j=job: desk.queue.cancel(c, j))
         desk.runner.look()
         await desk.settle()
-        assert desk.sent[1:] == [protocol.Cancel(job="a")]
+        # The worker may keep the rows of a parked job: it is told to forget b, and need not answer.
+        assert desk.take_sent()[1:] == [protocol.Cancel(job="b"), protocol.Cancel(job="a")]
         assert (await desk.job("b")).finish == "cancelled"
         # The worker dies before it could end the job: it is not started again.
         desk.runner.worker_gone()
         desk.runner.worker_ready()
         await desk.settle()
         assert (await desk.job("a")).finish == "cancelled"
-        assert len(desk.sent) == 2
+        assert desk.sent == [protocol.Cancel(job="a")]
 
 
 async def test_a_gap_fails_the_job_and_frees_the_worker_when_it_says_so(tmp_path: Path) -> None:
