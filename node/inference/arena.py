@@ -389,9 +389,9 @@ class KvArena:
                 seat.commit(SeatState())
             if seat.state.job:
                 jobs.add(seat.state.job)
-                counted = seat.state.prompt_tokens + seat.state.generated
-                self.reserve(seat.index, max(seat.state.positions, counted))
-            seat.held = self.shape.rooms["global"]  # what the process before had got is not known
+                counted = max(seat.state.positions, seat.state.prompt_tokens + seat.state.generated)
+                seat.reserved = -(-counted // KV_PAGE) * KV_PAGE
+            seat.held = self.shape.rooms["global"]  # at most: what the process before had got is not known
         self.trim()
 
     def _hold(self, seat: Seat, positions: int) -> None:

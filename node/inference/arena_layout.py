@@ -29,6 +29,7 @@ import hashlib
 import mmap
 import struct
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Final, Literal, TypeVar
 
@@ -107,19 +108,16 @@ class ArenaShape(msgspec.Struct, frozen=True, kw_only=True):
 
     def offsets(self) -> dict[str, int]:
         """Return where each section begins in the file, bytes: `NAME.SEAT`, `kv.BANK`; `end` is its size."""
-        found, at = {}, self.state_pages * PAGE
-        for name, size in self._sizes():
-            found[name] = at
-            at += -(-size // PAGE) * PAGE
-        return found | {"end": at}
+        return dict(_offsets(self))
 
     def row_offset(self, bank: Bank, plane: int, seat: int, row: int) -> int:
         """Return where a row lies in the file, bytes. `row` counts from the bank's base."""
         layer_kv, head = divmod(plane, self.kv_heads)
         index = ((layer_kv * self.seats + seat) * self.kv_heads + head) * self.rooms[bank] + row
-        return self.offsets()[f"kv.{bank}"] + index * self.head_dim * 4
+        return _offsets(self)[f"kv.{bank}"] + index * self.head_dim * 4
 
-    def _sizes(self) -> Iterator[tuple[str, int]]:
+    def sizes(self) -> Iterator[tuple[str, int]]:
+        """Yield name and bytes of each section in order."""
         positions = self.rooms["global"]
         for seat in range(self.seats):
             yield f"tokens.{seat}", 4 * positions
@@ -130,6 +128,15 @@ class ArenaShape(msgspec.Struct, frozen=True, kw_only=True):
                 yield f"parity.{bank}.{seat}", room // GROUP * self.planes_of(bank) * self.head_dim * 4
         for bank, room in self.rooms.items():
             yield f"kv.{bank}", self.planes_of(bank) * self.seats * room * self.head_dim * 4
+
+
+@lru_cache
+def _offsets(shape: ArenaShape) -> dict[str, int]:
+    found, at = {}, shape.state_pages * PAGE
+    for name, size in shape.sizes():
+        found[name] = at
+        at += -(-size // PAGE) * PAGE
+    return found | {"end": at}
 
 
 class SeatState(msgspec.Struct, frozen=True, kw_only=True):
