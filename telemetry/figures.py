@@ -144,7 +144,7 @@ class FreshStart(_Part, frozen=True, kw_only=True):
 
     contender: Literal["penumbra", "llama.cpp"]
     import_s: Spread
-    """Python imports, before the clock of the load starts."""
+    """Interpreter and imports, from the start of the process to that of the load."""
     load_s: Spread
     """The model loaded (and, ours, proven)."""
     first_token_s: Spread
@@ -197,6 +197,8 @@ class PerplexityRow(_Part, frozen=True, kw_only=True):
     """Perplexity over that of the reference, minus 1; null for the reference itself."""
     agreement_pct: Percent | None
     """Positions whose most probable token is that of the reference; null for the reference itself."""
+    clear_agreement_pct: Percent | None
+    """The same over the positions where the reference's first choice leads its second by 0.1 nat or more."""
     wall_s: float
 
 

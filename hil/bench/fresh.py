@@ -1,8 +1,8 @@
 """A new process, from nothing to the first token, and the most memory it ever held.
 
-The module is its own program: ``python -m hil.bench.fresh CONTENDER MODEL THREADS SEQUENCES`` loads the
-model, decodes, and writes one line of JSON. What is timed is the load, not the disk:
-the files are in the page cache, as far as the loader leaves them there.
+The module is its own program: ``python -m hil.bench.fresh CONTENDER MODEL THREADS SEQUENCES STARTED`` loads
+the model, decodes, and writes one line of JSON. What is timed is the load, not the disk: the files are in
+the page cache, as far as the loader leaves them there.
 """
 
 from __future__ import annotations
@@ -92,6 +92,7 @@ def measure_starts(
 
 def _run(name: Contender, model: Path, threads: int, sequences: int) -> Start:
     command = [sys.executable, "-m", __name__, name, str(model), str(threads), str(sequences)]
+    command.append(str(time.monotonic()))
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_TIMEOUT_S)
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
@@ -99,46 +100,44 @@ def _run(name: Contender, model: Path, threads: int, sequences: int) -> Start:
     return msgspec.json.decode(done.stdout, type=Start)
 
 
-def _penumbra(model: Path, threads: int, sequences: int) -> Start:
-    begun = time.perf_counter()
+def _penumbra(model: Path, threads: int, sequences: int, started_s: float) -> Start:
     from hil.bench.engine import VerifiedEngine  # noqa: PLC0415
     from node.inference.model import open_model  # noqa: PLC0415
 
-    imported = time.perf_counter()
+    imported = time.monotonic()
     loaded = open_model(model, threads)
-    ready = time.perf_counter()
+    ready = time.monotonic()
     with VerifiedEngine(loaded, threads, seats=sequences) as engine:
         engine.prefill(PROMPT)
-        first = time.perf_counter()
+        first = time.monotonic()
         engine.begin(sequences)
         engine.decode(STEPS)
         engine.end()
-        return Start(imported - begun, ready - imported, first - imported, peak_bytes())
+        return Start(imported - started_s, ready - imported, first - imported, peak_bytes())
 
 
-def _llama(model: Path, threads: int, sequences: int) -> Start:
-    begun = time.perf_counter()
+def _llama(model: Path, threads: int, sequences: int, started_s: float) -> Start:
     from hil.bench.engine import LlamaEngine  # noqa: PLC0415
     from hil.bench.llama import LlamaPeer, require_peer  # noqa: PLC0415
 
     require_peer()
-    imported = time.perf_counter()
+    imported = time.monotonic()
     peer = LlamaPeer(model, threads)
-    ready = time.perf_counter()
+    ready = time.monotonic()
     engine = LlamaEngine(peer)
     engine.prefill(PROMPT)
-    first = time.perf_counter()
+    first = time.monotonic()
     engine.begin(sequences)
     engine.decode(STEPS)
     engine.end()
-    return Start(imported - begun, ready - imported, first - imported, peak_bytes())
+    return Start(imported - started_s, ready - imported, first - imported, peak_bytes())
 
 
 def main(arguments: list[str]) -> None:
-    """Run one contender and tell what it took."""
-    name, model, threads, sequences = arguments
+    """Run one contender and tell what it took; `started_s` is when its process was asked for, monotonic."""
+    name, model, threads, sequences, started_s = arguments
     run = _penumbra if name == "penumbra" else _llama
-    start = run(Path(model), int(threads), int(sequences))
+    start = run(Path(model), int(threads), int(sequences), float(started_s))
     sys.stdout.write(msgspec.json.encode(start).decode())
 
 

@@ -31,6 +31,8 @@ from telemetry.figures import BenchPerplexity, Disagreement, PerplexityRow
 TOKENS: Final = 4000
 """Length of the fixed text, its opening token included."""
 HEAD_POSITIONS: Final = 256
+CLEAR_LEAD: Final = 0.1
+"""Nats by which a first choice is called clear: 11 % more probable than the second."""
 _CHUNK: Final = 64
 """Tokens a run of the trunk takes: PREFILL_CHUNK of the worker."""
 _STRIP: Final = 128
@@ -63,9 +65,18 @@ class Scores:
         """Exponential of the mean loss."""
         return float(np.exp(self.loss.mean()))
 
-    def agreement(self, other: Scores) -> float:
-        """Return the share of positions with the same most probable token, 0 to 1."""
-        return float((self.first == other.first).mean())
+    def agreement(self, truth: Scores, lead: float = 0.0) -> float:
+        """Return the share of positions with the same most probable token, 0 to 1.
+
+        Parameters
+        ----------
+        truth
+            The other one.
+        lead
+            Only positions where its first choice leads its second by so many nats or more.
+        """
+        clear = truth.gap >= lead
+        return float((self.first == truth.first)[clear].mean())
 
 
 def fixed_text() -> str:
@@ -247,6 +258,7 @@ def run_perplexity(image: Path, gguf: Path, *, threads: int, peers: bool, tokens
                 None if found is truth else (found.perplexity / truth.perplexity - 1) * 100
             ),
             agreement_pct=None if found is truth else found.agreement(truth) * 100,
+            clear_agreement_pct=None if found is truth else found.agreement(truth, CLEAR_LEAD) * 100,
             wall_s=wall_s,
         )
         for name, (found, wall_s) in scores.items()
