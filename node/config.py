@@ -18,6 +18,7 @@ from msgspec import Meta
 from fdir.health import PingLimits
 from fdir.recovery import RestartPolicy
 from node.boards import BoardSettings
+from node.inference.slots import active_image
 from node.power.governor import GovernorSettings
 from telemetry.errors import PenumbraError
 from telemetry.link import BrokerAddress
@@ -49,8 +50,8 @@ class ModelSection(Section, frozen=True, kw_only=True):
 
     images_dir: Text
     """Directory that holds the image slots."""
-    slot: Annotated[str, Meta(pattern="^[ab]$")] = "a"
-    """`a` or `b`."""
+    slot: Literal["active", "a", "b"] = "active"
+    """`a`, `b`, or the one that `penumbra model switch` made active; read when the node starts."""
     threads: Annotated[int, Meta(ge=1, le=256)] = 2
     """Threads the worker computes with."""
 
@@ -190,8 +191,15 @@ class NodeConfig(Section, frozen=True, kw_only=True):
 
     @property
     def image_dir(self) -> Path:
-        """Directory of the model image in use."""
-        return Path(self.model.images_dir) / self.model.slot
+        """Directory of the model image to be used.
+
+        Raises
+        ------
+        PenumbraError
+            It is to be the active one, and the file that names it is damaged.
+        """
+        images = Path(self.model.images_dir)
+        return active_image(images) if self.model.slot == "active" else images / self.model.slot
 
     @property
     def arena_path(self) -> Path:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Final
 
 from node.inference import manifest as m
-from node.inference.image import verify_image
 from telemetry.errors import PenumbraError
 
 ACTIVE: Final = "active"
@@ -62,6 +61,9 @@ def switch_slot(images: Path, slot: m.Slot) -> m.Slot:
     PenumbraError
         The slot's image is missing or damaged (nothing is changed then), or the file cannot be written.
     """
+    # The node's supervisor reads which slot is active: it must not load ONNX Runtime for that.
+    from node.inference.image import verify_image  # noqa: PLC0415
+
     verify_image(images / slot)
     before = active_slot(images)
     if before != slot:
