@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from hil.cli_bench import bench_app, calibrate
 from hil.cli_model import model_app
 from telemetry.errors import PenumbraError
 
@@ -21,6 +22,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(model_app, name="model")
+app.add_typer(bench_app, name="bench")
+app.command()(calibrate)
 
 
 def _show_version(wanted: bool) -> None:

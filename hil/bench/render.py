@@ -1,0 +1,205 @@
+"""Results of the bench as Markdown: what `docs/results/` holds is written by these functions, not by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from telemetry.figures import BenchInference, BenchPerplexity, Calibration, Machine, PairedCost, Spread
+
+
+def inference(result: BenchInference, command: str) -> str:
+    """Return the page of `penumbra bench inference`.
+
+    Parameters
+    ----------
+    result
+        What was measured.
+    command
+        What to type to measure it again.
+    """
+    costs, memory, parts = result.cost_pct, result.memory, result.cost_parts
+    look = " Quick look: short runs, not for quoting." if result.quick else ""
+    sections = [
+        "# Inference, measured\n",
+        f"Written by `{command}`; do not edit.{look} {result.runs} rounds; in each, every contender had its "
+        "turn at every batch size, in an order that alternates. Figures are medians (smallest to largest "
+        "round), ratios are taken within a round.\n",
+        _machine(result.machine),
+        f"Model: {result.model}, image {result.image_id}, GGUF {result.gguf_sha256[:16]}. `off`: nothing "
+        "proven. `on`: verified decoding. `checked`: compute checks as well. llama.cpp: the same GGUF and "
+        "threads, `llama_decode` with an explicit batch, largest logit by numpy; KV cache in its default, "
+        "16-bit floats (ours: 32).\n",
+        "## Bars\n",
+        _table(
+            ("", "measured", "bar", "stretch", "verdict"),
+            (
+                (bar.name, "-" if bar.measured is None else _figure(bar.measured, bar.unit),
+                 _figure(bar.bar, bar.unit), _figure(bar.stretch, bar.unit), bar.verdict)
+                for bar in result.bars
+            ),
+        ),
+        "## Ratios\n",
+        _table(
+            ("ratio", "median (range)"),
+            (
+                (f"`{name}`", _spread(getattr(result.ratios, name), 3))
+                for name in result.ratios.__struct_fields__
+            ),
+        ),
+        "## Decoding\n",
+        _table(
+            ("sequences", "contender", "tokens/s", "step, ms"),
+            (
+                (str(row.batch), row.contender, _spread(row.tokens_s, 1), _spread(row.step_ms, 2))
+                for row in result.decode
+            ),
+        ),
+        "## Prefill\n",
+        _table(
+            ("contender", "prompt tokens", "to the first token, ms"),
+            ((row.contender, str(row.tokens), _spread(row.time_ms, 0)) for row in result.prefill),
+        ),
+        "## What protection costs\n",
+        "Paired short runs of one sequence, order rotating; 95 % bootstrap interval of the median over "
+        "pairs. On a shared machine single pairs lie far apart.\n",
+        _table(
+            ("cost", "median", "95 % interval", "pairs, smallest to largest"),
+            (
+                ("verified decoding", *_cost(costs.verified)),
+                ("compute checks on top", *_cost(costs.checks)),
+            ),
+        ),
+        "The same cost of verified decoding by its parts, timed where they happen:\n",
+        _table(
+            ("part", "median (range)"),
+            (
+                ("a proof, ms", _spread(parts.scan_ms, 2)),
+                ("steps of an epoch", _spread(parts.epoch_tokens, 0)),
+                ("a step, ms", _spread(parts.step_ms, 2)),
+                ("digests of a token's KV rows, us", _spread(parts.digest_us, 1)),
+                ("sum, % of a step", _spread(parts.cost_pct, 2)),
+            ),
+        ),
+        "## Memory\n",
+        _table(
+            ("", "median (range)"),
+            (
+                (f"sequential read, GB/s ({memory.method})", _spread(memory.read_gb_s, 1)),
+                ("weights one token reads, MB", f"{memory.token_bytes / 1e6:.1f}"),
+                ("floor of a token, ms", _spread(memory.floor_ms, 2)),
+                ("share of the floor, `on`", _spread(result.ratios.floor_share, 3)),
+                ("share of the floor, `off`", _spread(memory.share_off, 3)),
+            ),
+        ),
+        "## A fresh process\n",
+        _table(
+            ("contender", "imports, s", "load, s", "load to first token, s", "peak memory, MB"),
+            (
+                (
+                    start.contender, _spread(start.import_s, 2), _spread(start.load_s, 2),
+                    _spread(start.first_token_s, 2),
+                    ", ".join(f"{size / 1e6:.0f} ({count} seq.)" for count, size in start.peak_bytes.items()),
+                )
+                for start in result.starts
+            ),
+        ),
+        "Our load includes the proof of the session and our first token is proven. Peak memory is VmHWM: "
+        "pages of mapped files and shared memory count in both.\n",
+    ]  # fmt: skip
+    return "\n".join(sections)
+
+
+def perplexity(result: BenchPerplexity, command: str) -> str:
+    """Return the page of `penumbra bench perplexity`."""
+    against = result.against_llama_pct
+    sections = [
+        "# Perplexity and agreement, measured\n",
+        f"Written by `{command}`; do not edit. The first {result.tokens} tokens of `hil/bench/english.txt` "
+        f"(SHA-256 {result.text_sha256[:16]}), written for this project. Reference: a float32 forward "
+        "pass in numpy over the dequantised GGUF (`hil/bench/reference_gemma.py`).\n",
+        _machine(result.machine),
+        f"Model: {result.model}, image {result.image_id}, GGUF {result.gguf_sha256[:16]}.\n",
+        _table(
+            ("", "perplexity", "against the reference", "same first token", "same where it is clear", "s"),
+            (
+                (
+                    row.contender, f"{row.perplexity:.4f}", _percent(row.against_reference_pct, signed=True),
+                    _percent(row.agreement_pct), _percent(row.clear_agreement_pct), f"{row.wall_s:.0f}",
+                )
+                for row in result.rows
+            ),
+        ),
+        f"Ours against llama.cpp: {_percent(against, signed=True)}. Clear: the reference's first choice "
+        "leads its second by 0.1 nat or more.\n",
+        "## Where first tokens differ\n",
+        _table(
+            ("", "positions", "lead there, median", "largest", "lead everywhere, median", "took the second"),
+            (
+                (
+                    found.contender, str(found.positions), _nats(found.gap_median), _nats(found.gap_max),
+                    _nats(found.gap_all), str(found.second_choice),
+                )
+                for found in result.disagreements
+            ),
+        ),
+        "Lead: reference logit of its first choice minus that of its second, nat.\n",
+        f"The head as it flies found the largest exact logit at {result.head_top1_equal} of "
+        f"{result.head_positions} positions; its `log_total` was off by {result.head_log_total_error:.2g} "
+        "nat at most.\n",
+    ]  # fmt: skip
+    return "\n".join(sections)
+
+
+def calibration(result: Calibration) -> str:
+    """Return the operating points as a table."""
+    return _table(
+        ("threads", "batch", "duty", "tokens/s", "CPU share", "W"),
+        (
+            (
+                str(point.threads), str(point.batch), f"{point.duty:g}", f"{point.tokens_s:.1f}",
+                f"{point.cpu_share:.2f}", "-" if point.power_w is None else f"{point.power_w:.2f}",
+            )
+            for point in result.points
+        ),
+    )  # fmt: skip
+
+
+def _machine(machine: Machine) -> str:
+    peer = f", llama-cpp-python {machine.llama_cpp_python}" if machine.llama_cpp_python else ""
+    return (
+        f"Machine: {machine.cpu} ({' '.join(machine.features)}), {machine.cores} cores, {machine.threads} "
+        f"threads, {machine.memory_bytes / 2**30:.1f} GiB; CPython {machine.python}, onnxruntime "
+        f"{machine.onnxruntime}, numpy {machine.numpy}{peer}. Load average before {machine.load_before:.2f}, "
+        f"after {machine.load_after:.2f}. Ratios travel, absolute times do not.\n"
+    )
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _spread(figure: Spread | None, digits: int) -> str:
+    if figure is None:
+        return "not measured (no peer)"
+    return f"{figure.median:.{digits}f} ({figure.min:.{digits}f} to {figure.max:.{digits}f})"
+
+
+def _cost(cost: PairedCost) -> tuple[str, str, str]:
+    return (
+        f"{cost.median:.2f} %",
+        f"{cost.low95:.2f} to {cost.high95:.2f} %",
+        f"{cost.pairs}, {cost.min:.1f} to {cost.max:.1f} %",
+    )
+
+
+def _figure(value: float, unit: str) -> str:
+    return f"{value:.2f} {unit}".rstrip()
+
+
+def _percent(value: float | None, *, signed: bool = False) -> str:
+    return "-" if value is None else f"{value:+.2f} %" if signed else f"{value:.2f} %"
+
+
+def _nats(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
