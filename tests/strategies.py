@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import string
 
+import numpy as np
+import numpy.typing as npt
 from hypothesis import strategies as st
 
 from fdir import health, recovery
@@ -268,3 +270,28 @@ mode_events = st.one_of(
     st.builds(modes.Command, mode=st.sampled_from([p.Mode.NOMINAL, p.Mode.SAFE])),
     st.builds(modes.FdirSafe, reason=st.just("r")),
 )
+
+# --- node: head ----------------------------------------------------------------------------------
+
+
+@st.composite
+def hidden_states(
+    draw: st.DrawFn, weights: npt.NDArray[np.float32], calibration: npt.NDArray[np.float32]
+) -> npt.NDArray[np.float32]:
+    """Draw a state along a row of a table, between two, of few elements, of calibration, or any other."""
+    width = weights.shape[1]
+    rows = st.integers(0, len(weights) - 1)
+    kind = draw(st.sampled_from(["row", "between", "few", "calibration", "any"]))
+    if kind == "row":
+        state = weights[draw(rows)]
+    elif kind == "between":
+        state = weights[draw(rows)] + weights[draw(rows)]
+    elif kind == "few":
+        state = np.zeros(width, np.float32)
+        state[draw(st.lists(st.integers(0, width - 1), max_size=3))] = 1
+    elif kind == "calibration":
+        state = calibration[draw(st.integers(0, len(calibration) - 1))]
+    else:
+        rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+        state = rng.standard_normal(width) * rng.choice([1, 1e-3, 30], width)
+    return (state * draw(st.sampled_from([1, -1, 1e-4, 50]))).astype(np.float32)

@@ -36,6 +36,8 @@ _EXACT_BITS: Final = 39
 _LARGEST_BLOCK: Final = 32
 _SMALLEST_SCALE: Final = 1e-30
 """Of an input block; elements below 127 times this count as 0. Keeps the scale a normal float32."""
+_LOWEST: Final = np.finfo(np.float32).min
+"""Below every bound, but not below minus infinity, which marks rows already computed."""
 _UNIT: Final = 2.0**-24
 """Largest relative error of one float32 rounding."""
 _LOGIT_ERROR: Final = 2.0**-23
@@ -219,10 +221,10 @@ class ScreenedHead:
         """Write the input of the screen; return each state's ``c``, and what is added to every bound."""
         bounds = self._bounds
         states = hidden.astype(np.float64)
+        if not np.isfinite(states).all():
+            raise HeadFault("a hidden state is not finite")
         rotated = np.stack([state @ self._rotation for state in states])
         norms: _Reals = np.sqrt(np.square(rotated).sum(axis=1))
-        if not np.isfinite(norms).all():
-            raise HeadFault("a hidden state is not finite")
         norms[norms == 0] = 1
         rotated /= norms[:, np.newaxis]
         slack = (
@@ -291,7 +293,7 @@ class ScreenedHead:
 
     def _prove(self, state: _State, rows: NDArray[np.int64], logits: NDArray[np.float32]) -> None:
         """Check that exact logits are between their proven bounds; mark the rows as done."""
-        value = logits / state.norm
+        value = logits.astype(np.float64) / state.norm
         upper = state.bound[rows].astype(np.float64)
         lower = upper - 2.0 * self._row_bound[rows]
         room = state.slack + _LOGIT_ERROR * np.abs(value)
@@ -319,12 +321,16 @@ class _State:
     slack: float
     """Added to every bound."""
 
-    def cut(self, logits: NDArray[np.float32], k: int) -> float:
-        """Return the least bound of a row that can be among the k largest, given the logits of some rows."""
+    def cut(self, logits: NDArray[np.float32], k: int) -> np.float32:
+        """Return the least bound of a row that can be among the k largest, given the logits of some rows.
+
+        It is rounded down to float32, so that comparing it with bounds is exact.
+        """
         if len(logits) < k:
-            return -math.inf
+            return _LOWEST
         value = float(np.partition(logits, -k)[-k]) / self.norm
-        return value - self.slack - _LOGIT_ERROR * abs(value)
+        least = value - self.slack - _LOGIT_ERROR * abs(value)
+        return max(np.nextafter(np.float32(least), _LOWEST), _LOWEST)
 
 
 class _Run:

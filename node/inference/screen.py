@@ -200,7 +200,8 @@ def _axes(table: QuantMatrix, hidden: NDArray[np.float32], high: int) -> tuple[_
     step = max(1, table.codes.shape[0] // _SAMPLE)
     columns = np.sqrt(np.square(_rows(table, slice(0, None, step)) @ axes).mean(axis=0))
     error = np.where(np.arange(width) < high, HIGH_ERROR, 1.0)
-    balance = (error * np.maximum(columns, 1e-6 * columns.max()) / np.sqrt(values[::-1])) ** BALANCE
+    columns = np.maximum(columns, max(1e-6 * columns.max(), np.finfo(np.float32).tiny))
+    balance = (error * columns / np.sqrt(values[::-1])) ** BALANCE
     balance /= np.exp(np.log(balance).mean())
     return axes * balance, axes / balance
 
