@@ -80,6 +80,7 @@ class PlainDecoder:
         self, prompt: Sequence[int], max_tokens: int, sampling: Sampling = GREEDY, eos: int = -1
     ) -> list[int]:
         """Return the tokens after `prompt`: `max_tokens`, or up to `eos` or a stop string."""
+        sampling = msgspec.structs.replace(sampling, logprobs=False)
         matcher = StopMatcher(sampling.stop) if sampling.stop else None
         tokens: list[int] = []
         seen = set(prompt)

@@ -175,15 +175,16 @@ class Epoch:
         return True
 
     def _step(self) -> bool:
-        """Feed one token to each sequence; tell whether any is still open.
+        """Feed one token to each sequence; tell whether that could be done, and any is still open.
 
-        One whose text has ended in this epoch repeats its last step, which writes the same row again.
+        One whose text has ended in this epoch is fed its last token again and again: nothing is made of the
+        row after its last one, nor of what follows from it.
         """
         open_ones = [at for at, sequence in enumerate(self._stepping) if sequence.end is None]
-        if not open_ones or min(self._stepping[at].free for at in open_ones) < 1:
+        if not open_ones or min(sequence.free for sequence in self._stepping) < 1:
             return False
         started = time.perf_counter()
-        positions = [s.written if s.end is None else s.written - 1 for s in self._stepping]
+        positions = [sequence.written for sequence in self._stepping]
         tokens = [s.token_at(at) for s, at in zip(self._stepping, positions, strict=True)]
         hidden = self._decoder.step(tokens, positions)
         for at in open_ones:

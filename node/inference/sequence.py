@@ -181,7 +181,8 @@ class SequenceState:
     def take(self, choice: Choice) -> None:
         """Add the token the model chose."""
         self._new.append(choice.token)
-        self._new_logprobs.append(math.nan if choice.logprob is None else choice.logprob)
+        # As the arena keeps it, so that a block sent again is the same.
+        self._new_logprobs.append(math.nan if choice.logprob is None else float(np.float32(choice.logprob)))
         self._seen.add(choice.token)
         if choice.token == self._rules.eos:
             self.end = "eos"
