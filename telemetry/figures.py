@@ -267,3 +267,22 @@ class Calibration(_Part, frozen=True, kw_only=True):
     """Tokens/s at duty 0.5 by those at duty 1, one thread count and batch: 0.5 if pacing holds its word."""
     reloads: Count
     """Sessions loaded after the first. Must be 0: operating points change without one."""
+
+
+PARTS: tuple[type[msgspec.Struct], ...] = (
+    Machine,
+    Spread,
+    PairedCost,
+    BenchRatios,
+    BenchCosts,
+    CostParts,
+    DecodeRow,
+    PrefillRow,
+    MemoryFloor,
+    FreshStart,
+    Bar,
+    PerplexityRow,
+    Disagreement,
+    OperatingPoint,
+)
+"""Parts of the results, in the order the ICD documents them."""

@@ -16,7 +16,19 @@ from typing import Any
 import msgspec
 import msgspec.inspect as inspect_
 
-from telemetry import ack, authenticator, bus, commands, frame, packets, sampling, spool, summary, topics
+from telemetry import (
+    ack,
+    authenticator,
+    bus,
+    commands,
+    figures,
+    frame,
+    packets,
+    sampling,
+    spool,
+    summary,
+    topics,
+)
 
 PATH = Path(__file__).resolve().parent.parent / "docs" / "icd.md"
 UNIT_SUFFIXES = {
@@ -298,6 +310,11 @@ def generate() -> str:
         f"## Summary of a flight\n\n{inspect.cleandoc(summary.__doc__ or '')}\n",
         _struct(summary.Summary, "summary.json"),
         *(_struct(kind) for kind in fly),
+        f"## Figures of the bench\n\n{inspect.cleandoc(figures.__doc__ or '')}\n",
+        _struct(figures.BenchInference, "penumbra bench inference"),
+        _struct(figures.BenchPerplexity, "penumbra bench perplexity"),
+        _struct(figures.Calibration, "penumbra calibrate"),
+        *(_struct(kind) for kind in figures.PARTS),
     ]
     return "\n".join(section.rstrip() + "\n" for section in sections)
 
