@@ -14,14 +14,17 @@ from pathlib import Path
 from typing import TypeVar
 
 from hil.record import JobFact, LedgerFact, StreamAccount
+from hil.scenario import Job
 from telemetry.archive import Archive
-from telemetry.certificate import check_chain
+from telemetry.certificate import JobVerdict, verify_results
 from telemetry.frame import Frame, FrameError, decode_frame
 from telemetry.ledger import Key, Ranges, merge, reconcile, to_ranges
 from telemetry.packets import Packet, Result, StreamLedger
 from telemetry.spool import DroppedRange, Spool
 
 P = TypeVar("P", bound=Packet)
+NEWER_MAX = 64
+"""Packets read at a time from a node's spool: far more than a batch commits between two looks."""
 
 
 def read_only(path: Path) -> sqlite3.Connection:
@@ -81,6 +84,30 @@ def newest_packet(database: Path, kind: type[P]) -> tuple[Frame, P] | None:
     except (sqlite3.Error, FrameError):
         return None  # not made yet, busy, or damaged: there is a next time
     return (frame, packet) if isinstance(packet, kind) else None
+
+
+def newer_packets(database: Path, kind: type[P], after: tuple[int, int]) -> list[tuple[Frame, P]]:
+    """Return the packets of a type in a node's spool that came after (boot, sequence number), oldest first.
+
+    At most the newest `NEWER_MAX` of them. Like `newest_packet`, the bench's view into the node.
+    """
+    try:
+        with closing(read_only(database)) as connection:
+            rows = connection.execute(
+                "SELECT frame FROM spool_record WHERE stream = ? AND (boot, seq) > (?, ?)"
+                " ORDER BY boot DESC, seq DESC LIMIT ?",
+                (kind.stream.value, *after, NEWER_MAX),
+            ).fetchall()
+    except sqlite3.Error:
+        return []  # not made yet, or busy: there is a next time
+    found = []
+    for (data,) in reversed(rows):
+        with suppress(FrameError):
+            frame = decode_frame(data)
+            packet = frame.packet()
+            if isinstance(packet, kind):
+                found.append((frame, packet))
+    return found
 
 
 def ledger_fact(archive: Archive, node: str, database: Path) -> LedgerFact:
@@ -148,9 +175,7 @@ def ledger_fact(archive: Archive, node: str, database: Path) -> LedgerFact:
     )
 
 
-def assemble(
-    image_id: str, jobs: Mapping[str, tuple[str, int]], results: Mapping[str, Sequence[Result]]
-) -> list[JobFact]:
+def assemble(image_id: str, jobs: Sequence[Job], results: Mapping[str, Sequence[Result]]) -> list[JobFact]:
     """Put the texts of all jobs together, and check their certificates.
 
     Parameters
@@ -158,7 +183,7 @@ def assemble(
     image_id
         The image the ground expects.
     jobs
-        Prompt and number of tokens asked for, by job.
+        What the ground asked for, in that order.
     results
         Blocks of each job in order of their first token, see `Archive.results`.
 
@@ -167,19 +192,25 @@ def assemble(
     list of JobFact
         Every job asked for, in the order asked, then any the ground never asked for.
     """
+    every = [block for blocks in results.values() for block in blocks]
+    verdicts = {verdict.job: verdict for verdict in verify_results(every, image_ids=[image_id])}
+    asked = {job.id: job for job in jobs}
+    unasked = [Job(id=name, prompt="", max_tokens=0) for name in results if name not in asked]
     facts = []
-    for name in [*jobs, *(job for job in results if job not in jobs)]:
-        prompt, max_tokens = jobs.get(name, ("", 0))
-        blocks = results.get(name, [])
+    for job in [*jobs, *unasked]:
+        blocks = results.get(job.id, [])
+        verdict = verdicts.get(job.id, JobVerdict(job.id))
         facts.append(
             JobFact(
-                job=name,
-                prompt=prompt,
-                max_tokens=max_tokens,
+                job=job.id,
+                prompt=job.prompt,
+                max_tokens=job.max_tokens,
                 tokens=[token for block in blocks for token in block.tokens],
                 text=b"".join(block.text for block in blocks),
-                proven=check_chain(image_id, name, blocks),
-                finish=next((block.finish for block in blocks if block.finish is not None), None),
+                proven=verdict.proven,
+                finish=verdict.finish,
+                sampling=job.sampling,
+                findings=[f"token {found.first}: {found.text}" for found in verdict.findings],
             )
         )
     return facts

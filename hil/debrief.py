@@ -72,8 +72,8 @@ def debrief(
         if packet.clock_locked and frame.t_ns >= start_ns
     ]
     identity = image_id(manifest)
-    asked = {job.id: (job.prompt, job.max_tokens) for job in scenario.jobs.listed()}
-    jobs = [job for job in assemble(identity, asked, results) if job.tokens or job.finish]
+    facts = assemble(identity, scenario.jobs.listed(), results)
+    jobs = [job for job in facts if job.tokens or job.finish]
     flight, battery = scenario.scenario, scenario.spacecraft.battery
     eclipses = [_window(event, start_ns) for event in umbrae]
     return FlightRecord(

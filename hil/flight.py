@@ -41,7 +41,6 @@ from hil.scenario import FaultKind, Scenario
 from hil.spacecraft import FlightClock, Spacecraft
 from node.config import NodeConfig
 from telemetry.archive import Archive
-from telemetry.commands import Infer
 from telemetry.errors import PenumbraError
 from telemetry.keys import KeyRing
 from telemetry.packets import Housekeeping
@@ -323,9 +322,8 @@ class Flight:
             count = jobs.per_contact if self._contacts_begun else jobs.first_contact
             self._contacts_begun += 1
             batch = [self._jobs.popleft() for _ in range(min(count, len(self._jobs)))]
-            self._ground.uplink.queue(
-                [Infer(job=job.id, prompt=job.prompt, max_tokens=job.max_tokens) for job in batch]
-            )
+            now_ns = self._clock.now_ns
+            self._ground.uplink.queue([job.command(now_ns) for job in batch])
             text = f"contact with {contact.name} begins, {len(batch)} jobs to send"
             self._happen("contact.begin", text, source="ground")
         elif contact is None and self._ground.in_contact:
@@ -356,13 +354,15 @@ class Flight:
         return True
 
     async def _settle(self) -> None:
-        """Wait until a proof must have seen every strike: two committed blocks, or two checks while idle."""
-        seen, since_s = len(self._injector.commits), time.monotonic()
+        """Wait until a proof must have seen every strike: two epochs committed, or two checks while idle."""
+        since_ns, since_s = time.time_ns(), time.monotonic()
         while not self._stop.is_set() and time.monotonic() - since_s < SETTLE_BOUND_S:
             await self._follow_contact()
-            last = self._injector.commits[-1] if self._injector.commits else None
-            idle = last is None or not last.job or last.finish is not None
-            if len(self._injector.commits) >= seen + 2 or (idle and time.monotonic() - since_s > 3.0):
+            commits = self._injector.commits
+            seats = {commit.seat: commit for commit in commits}
+            idle = all(not seat.job or seat.parked or seat.finish is not None for seat in seats.values())
+            epochs = fault_list.epochs_between(commits, since_ns, time.time_ns())
+            if epochs >= 2 or (idle and time.monotonic() - since_s > 3.0):
                 return
             await asyncio.sleep(POLL_S)
 

@@ -20,7 +20,7 @@ from hil.debrief import debrief
 from hil.flight import Flight, Flown
 from hil.plant.plant import Plant
 from hil.record import FlightRecord, JobFact, OverheadFact
-from hil.reference import measure_overhead, run_reference
+from hil.reference import ReferenceJob, measure_overhead, run_reference
 from hil.report import write_report
 from hil.run_dir import SLOT, RunDir, make_run_dir, scenario_text
 from hil.scenario import Scenario, load_scenario
@@ -144,7 +144,11 @@ def with_reference(
 
     Ctrl-C leaves out what is not done yet: its checks are inconclusive then.
     """
-    jobs = [(job.job, job.prompt, len(job.tokens)) for job in record.jobs if job.tokens and job.prompt]
+    jobs = [
+        ReferenceJob(job.job, job.prompt, len(job.tokens), job.sampling)
+        for job in record.jobs
+        if job.tokens and job.prompt
+    ]
     node = scenario.node
     try:
         with _progress(console, "fault-free run of the same jobs") as advance:
@@ -158,7 +162,11 @@ def with_reference(
             return record
         with console.status("measuring the cost of protection in paired runs"):
             cost = measure_overhead(
-                image_dir, epoch_tokens=node.epoch_tokens, epoch_s=node.epoch_s, threads=node.threads
+                image_dir,
+                epoch_tokens=node.epoch_tokens,
+                epoch_s=node.epoch_s,
+                budget=node.overhead_budget,
+                threads=node.threads,
             )
     except KeyboardInterrupt:
         return record

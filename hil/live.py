@@ -57,6 +57,7 @@ class LiveState:
     """Tokens/s of the last seconds, oldest first."""
     jobs_done: int = 0
     jobs_queued: int = 0
+    jobs_active: int = 0
     flips_injected: int = 0
     flips_detected: int = 0
     flips_repaired: int = 0
@@ -68,8 +69,10 @@ class LiveState:
     station: str = ""
     worker: str = ""
     restarts: int = 0
+    job: str = ""
+    """Job whose text is shown."""
     text: str = ""
-    """End of the last committed text."""
+    """End of its committed text."""
     events: deque[tuple[float, int, str]] = field(default_factory=lambda: deque(maxlen=50))
     """(mission time, severity, text), oldest first."""
 
@@ -202,7 +205,7 @@ def _service(state: LiveState, meter: int) -> list[Text]:
             "tokens/s",
             Text(f"{sparkline(state.rates, meter, top):>{meter}}", "cyan"),
             f" {_or(state.token_rate_hz, '5.1f')}    {state.tokens_released} released"
-            f"   jobs {state.jobs_done} done, {state.jobs_queued} open",
+            f"   jobs {state.jobs_done} done, {state.jobs_queued} open, {state.jobs_active} in the batch",
         ),
         _row("mode", f"{state.mode or '--'}   worker {state.worker or '--'}"
              f"   board {_or(state.board_c, '.1f')} degC{restarts}"),
@@ -235,7 +238,7 @@ def render(state: LiveState, width: int, height: int) -> Group:
     ]
     room = max(4, height - len(lines) - 2)
     text_lines = max(2, min(6, room // 2))
-    lines.append(_rule("last committed text", width))
+    lines.append(_rule(f"committed text of {state.job}" if state.job else "committed text", width))
     flat = " ".join(state.text.split())
     wrapped = textwrap.wrap(flat, width) if cell_len(flat) == len(flat) else [flat[-width // 2 :]]
     shown = wrapped[-text_lines:]

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
-from hil.accounts import newest_packet
+from hil.accounts import newer_packets, newest_packet
 from hil.faults import Strike
 from hil.live import LiveState
 from hil.spacecraft import FlightClock
@@ -25,6 +25,8 @@ GIVEN_UP = "given_up"
 """State of a worker that will not be started again: safe mode."""
 PERIOD_S = 0.5
 """Interval of looking at the node's disk, s."""
+HOLD_S = 3.0
+"""Time the text of a job stays shown after its last block, while other jobs go on, s: a few blocks."""
 RATE_OVER_S = 4.0
 """Time over which the shown rate is taken, s: a few blocks of tokens."""
 
@@ -51,7 +53,12 @@ class LiveFeed:
         self._newest_ns = 0
         self._detected = _Sum()
         self._repaired = _Sum()
-        self._texts: dict[str, dict[int, bytes]] = {}
+        self._texts: dict[str, dict[int, Result]] = {}
+        """Blocks of each job by their first token."""
+        self._shown_until_s = 0.0
+        """Until when the job whose text is shown keeps the screen, CLOCK_MONOTONIC, s."""
+        self._read_upto = (0, -1)
+        """(boot, sequence number) of the newest result read from the disk."""
         self._strikes: dict[tuple[str, int], int] = {}
         self._counts: deque[tuple[float, int]] = deque()
 
@@ -60,10 +67,13 @@ class LiveFeed:
         while True:
             self._state.t_s = max(0.0, self._clock.elapsed_s)
             self._state.archived = archived()
-            for kind in (Housekeeping, Result):
-                found = await asyncio.to_thread(newest_packet, self._database, kind)
-                if found is not None:
-                    self.on_packet(*found)
+            found = await asyncio.to_thread(newest_packet, self._database, Housekeeping)
+            if found is not None:
+                self.on_packet(*found)
+            results = await asyncio.to_thread(newer_packets, self._database, Result, self._read_upto)
+            for frame, result in results:
+                self._read_upto = (frame.boot, frame.seq)
+                self._on_result(result)
             if self._clock.start_host_ns is not None:
                 self._rate(time.monotonic())
             await asyncio.sleep(PERIOD_S)
@@ -110,22 +120,39 @@ class LiveFeed:
         state.ceiling_w, state.duty = packet.ceiling_w, packet.duty
         state.tokens_released = packet.tokens_released
         state.jobs_done, state.jobs_queued = packet.jobs_done, packet.jobs_queued
+        state.jobs_active = packet.jobs_active
         state.backlog = packet.spool_records
         state.worker, state.restarts = packet.worker_state, packet.worker_restarts
         state.flips_detected = self._detected.add(packet.strikes_detected)
         state.flips_repaired = self._repaired.add(packet.strikes_repaired)
 
     def _on_result(self, packet: Result) -> None:
+        """Show the text of one job; the blocks of several come in turn, and each is to be readable."""
         blocks = self._texts.setdefault(packet.job, {})
-        blocks[packet.first] = packet.text
-        text = b"".join(blocks[first] for first in sorted(blocks))
-        self._state.text = text.decode(errors="replace")
+        blocks[packet.first] = packet
+        now_s = time.monotonic()
+        if packet.job != self._state.job and now_s < self._shown_until_s:
+            return
+        self._state.job = packet.job
+        self._state.text = _end_of_text(blocks).decode(errors="replace")
+        self._shown_until_s = now_s + (HOLD_S if packet.finish is None else 0.0)
 
     def _on_answer(self, packet: FdirReport) -> None:
         struck_ns = self._strikes.get((packet.region, packet.page or 0))
         if struck_ns is not None and packet.recovered_ns is not None and packet.recovered_ns >= struck_ns:
             took_ms = (packet.recovered_ns - struck_ns) / 1e6
             self._state.last_strike = f"{packet.role} page {packet.page}: {took_ms:.0f} ms"
+
+
+def _end_of_text(blocks: dict[int, Result]) -> bytes:
+    """Return the text of the last blocks that follow on each other: nothing is joined over a gap."""
+    text = b""
+    begins: int | None = None
+    for first in sorted(blocks, reverse=True):
+        if begins is not None and first + len(blocks[first].tokens) != begins:
+            break
+        text, begins = blocks[first].text + text, first
+    return text
 
 
 class _Sum:

@@ -11,6 +11,7 @@ import msgspec
 
 from hil.faults import StrikeFate
 from telemetry.packets import Housekeeping, Stream
+from telemetry.sampling import GREEDY, Sampling
 
 
 class Fact(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,6 +75,9 @@ class JobFact(Fact, frozen=True, kw_only=True):
     proven: int
     """How many of `tokens`, from the first, their certificates prove."""
     finish: str | None
+    sampling: Sampling = GREEDY
+    findings: list[str] = []
+    """What is wrong with its certificates, in words."""
     reference: list[int] | None = None
     """Tokens of the fault-free run, as many as were released; None when there was no such run."""
     reference_text: bytes | None = None

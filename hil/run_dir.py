@@ -144,6 +144,11 @@ def write_inputs(
         "link": {"url": link_url},
         "keys": {"file": run.keys.name},
         "worker": {
+            "batch": node.batch,
+            "seats": node.seats,
+            "checked": node.checked,
+            "redundant_modes": node.redundant_modes,
+            "overhead_budget": node.overhead_budget,
             "epoch_tokens": node.epoch_tokens,
             "positions": node.positions,
             "epoch_s": node.epoch_s,
@@ -161,11 +166,11 @@ def write_inputs(
 
 
 def to_toml(sections: Mapping[str, Mapping[str, object]]) -> str:
-    """Return flat tables of strings, numbers and truth values as TOML; None is left out."""
+    """Return flat tables of strings, numbers, truth values and lists of them as TOML; None is left out."""
     lines = []
     for section, table in sections.items():
         lines.append(f"[{section}]")
-        # JSON's strings, numbers and truth values are TOML's.
+        # JSON's strings, numbers, truth values and lists are TOML's.
         lines += [f"{key} = {json.dumps(value)}" for key, value in table.items() if value is not None]
         lines.append("")
     return "\n".join(lines)

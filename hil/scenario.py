@@ -8,7 +8,7 @@ from functools import cached_property
 from importlib import resources
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 import msgspec
 from msgspec import Meta
@@ -17,7 +17,9 @@ from hil.tle import altitude_km, tle_from_elements
 from node.boards import BoardSettings
 from node.power.ephemeris import Ephemeris, check_tle
 from node.power.governor import GovernorSettings
+from telemetry.commands import DEFAULT_PRIORITY, Infer, Priority
 from telemetry.errors import PenumbraError
+from telemetry.sampling import GREEDY, Sampling
 from telemetry.strict_toml import load_toml
 from telemetry.topics import check_node_name
 
@@ -168,10 +170,26 @@ class Job(Table, frozen=True, kw_only=True):
     id: str
     prompt: str
     max_tokens: int
+    sampling: Sampling = GREEDY
+    priority: int = DEFAULT_PRIORITY
+    deadline_s: float | None = None
+    """Mission time after it is queued for sending at which it ends as it is; None: never."""
+
+    def command(self, now_ns: int) -> Infer:
+        """Return the telecommand that asks for it, at mission time `now_ns`."""
+        deadline_ns = None if self.deadline_s is None else now_ns + round(self.deadline_s * NS_PER_S)
+        return Infer(
+            job=self.id,
+            prompt=self.prompt,
+            max_tokens=self.max_tokens,
+            sampling=self.sampling,
+            priority=self.priority,
+            deadline_ns=deadline_ns,
+        )
 
 
 class Jobs(Table, frozen=True, kw_only=True):
-    """`[jobs]`: `count` jobs made by going round `prompts` and `max_tokens`."""
+    """`[jobs]`: `count` jobs made by going round each of the lists."""
 
     prompts: Annotated[list[Annotated[str, Meta(min_length=1, max_length=16_000)]], Meta(min_length=1)]
     max_tokens: Annotated[list[Annotated[int, Meta(ge=1, le=2048)]], Meta(min_length=1)]
@@ -180,13 +198,35 @@ class Jobs(Table, frozen=True, kw_only=True):
     """Jobs sent up at the first contact."""
     per_contact: Annotated[int, Meta(ge=0, le=10_000)] = 8
     """Jobs sent up at each later one."""
+    sampling: list[Sampling] = []
+    """How tokens are chosen. Empty: all jobs are greedy."""
+    priority: list[Priority] = []
+    """9 goes first. Empty: all jobs have the usual one, 5."""
+    deadline_s: list[NotNegative] = []
+    """Mission time each may take from when it is sent, s; 0: as long as it likes. Empty: all may."""
 
     def listed(self) -> list[Job]:
         """Return all jobs in the order they go up."""
-        rounds = zip(cycle(self.prompts), cycle(self.max_tokens), strict=False)
+        rounds = zip(
+            cycle(self.prompts),
+            cycle(self.max_tokens),
+            cycle(self.sampling or [GREEDY]),
+            cycle(self.priority or [DEFAULT_PRIORITY]),
+            cycle(self.deadline_s or [0.0]),
+            strict=False,
+        )
         return [
-            Job(id=f"job-{number:03d}", prompt=prompt, max_tokens=most)
-            for number, (prompt, most) in enumerate(islice(rounds, self.count), 1)
+            Job(
+                id=f"job-{number:03d}",
+                prompt=prompt,
+                max_tokens=most,
+                sampling=sampling,
+                priority=priority,
+                deadline_s=deadline_s or None,
+            )
+            for number, (prompt, most, sampling, priority, deadline_s) in enumerate(
+                islice(rounds, self.count), 1
+            )
         ]
 
 
@@ -214,6 +254,16 @@ class NodeOverrides(Table, frozen=True, kw_only=True):
 
     name: str = "penumbra-1"
     threads: Annotated[int, Meta(ge=1, le=64)] = 2
+    batch: Annotated[int, Meta(ge=1, le=64)] = 4
+    """Jobs decoded together at most."""
+    seats: Annotated[int, Meta(ge=1, le=128)] = 8
+    """Sequences the KV arena holds; at least `batch`."""
+    checked: bool = False
+    """Check every matrix product by its checksum."""
+    redundant_modes: list[Literal["nominal", "eclipse"]] = []
+    """Modes in which every epoch is decoded twice and compared."""
+    overhead_budget: Annotated[float, Meta(ge=0.001, le=0.5)] = 0.02
+    """Share of the time that proofs of memory may take."""
     epoch_tokens: Annotated[int, Meta(ge=1, le=512)] = 32
     positions: Annotated[int, Meta(ge=64, le=32_768)] = 1024
     epoch_s: Annotated[float, Meta(ge=0.05, le=60)] = 1.0
@@ -351,6 +401,8 @@ def _checked(scenario: Scenario, path: Path) -> Scenario:
     longest = max(scenario.jobs.max_tokens)
     if longest >= scenario.node.positions:
         raise _error(path, "jobs.max_tokens", longest, f"below node.positions {scenario.node.positions}")
+    if scenario.node.seats < scenario.node.batch:
+        raise _error(path, "node.seats", scenario.node.seats, f"from node.batch {scenario.node.batch} on")
     if scenario.jobs.first_contact > scenario.jobs.count:
         raise _error(
             path, "jobs.first_contact", scenario.jobs.first_contact, f"up to count {scenario.jobs.count}"

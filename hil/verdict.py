@@ -30,7 +30,7 @@ def summarize(record: FlightRecord) -> Summary:
     checks = [
         _flight(record),
         _reference(record.jobs, tokens),
-        _unverified(tokens),
+        _unverified(record.jobs, tokens),
         *_flip_checks(record, flips),
         _recovery_check(recovery),
         _watts(record, power),
@@ -158,13 +158,15 @@ def _reference(jobs: Sequence[JobFact], tokens: Tokens) -> Check:
     )
 
 
-def _unverified(tokens: Tokens) -> Check:
+def _unverified(jobs: Sequence[JobFact], tokens: Tokens) -> Check:
+    findings = [f"{job.job}, {finding}" for job in jobs for finding in job.findings]
     return Check(
         name="unverified_released",
         ok=tokens.unverified_released == 0 if tokens.released else None,
         measured=tokens.unverified_released,
         limit=0,
-        text=f"tokens released without a valid certificate, of {tokens.released}",
+        text=f"tokens released without a valid certificate, of {tokens.released}"
+        + (f": {'; '.join(findings[:3])}" if findings else ""),
     )
 
 

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from hil.accounts import assemble, ledger_fact, newest_packet, read_only, stored_frames
+from hil.accounts import assemble, ledger_fact, newer_packets, newest_packet, read_only, stored_frames
+from hil.scenario import Job
 from telemetry.archive import Archive
 from telemetry.certificate import chain_next, chain_start
 from telemetry.packets import Certificate, Event, Housekeeping, Result, Severity, Stream
+from telemetry.sampling import Sampling
 from telemetry.spool import Spool
 from tests.flight_records import housekeeping
 
@@ -38,28 +40,30 @@ def blocks(job: str = "j", prompt: tuple[int, ...] = (2, 7)) -> list[Result]:
 
 
 def test_texts_are_assembled_and_proven() -> None:
-    (fact,) = assemble(IMAGE, {"j": ("prompt", 5)}, {"j": blocks()})
+    sampling = Sampling(seed=3)
+    asked = Job(id="j", prompt="prompt", max_tokens=5, sampling=sampling)
+    (fact,) = assemble(IMAGE, [asked], {"j": blocks()})
     assert (fact.job, fact.prompt, fact.max_tokens) == ("j", "prompt", 5)
     assert fact.tokens == [5, 6, 7, 8, 9]
     assert fact.text == b"fghij"
     assert fact.proven == 5
-    assert fact.finish == "length"
+    assert (fact.finish, fact.sampling, fact.findings) == ("length", sampling, [])
 
 
 def test_tokens_without_proof_show_as_unproven() -> None:
     made = blocks()
-    (other_image,) = assemble("f" * 16, {}, {"j": made})
+    (other_image,) = assemble("f" * 16, [], {"j": made})
     assert (len(other_image.tokens), other_image.proven) == (5, 0)
-    (no_middle,) = assemble(IMAGE, {}, {"j": made[1:]})
+    (no_middle,) = assemble(IMAGE, [], {"j": made[1:]})
     assert (len(no_middle.tokens), no_middle.proven) == (2, 0)
-    (twice,) = assemble(IMAGE, {}, {"j": [made[0], made[0], made[1]]})
+    assert no_middle.findings == ["token 3: the first 3 tokens are missing"]
+    (twice,) = assemble(IMAGE, [], {"j": [made[0], made[0], made[1]]})
     assert (len(twice.tokens), twice.proven) == (8, 3)
 
 
 def test_jobs_come_in_the_order_asked_then_the_unasked() -> None:
-    facts = assemble(
-        IMAGE, {"b": ("p", 5), "a": ("p", 5)}, {"stranger": blocks("stranger"), "a": blocks("a")}
-    )
+    asked = [Job(id=name, prompt="p", max_tokens=5) for name in "ba"]
+    facts = assemble(IMAGE, asked, {"stranger": blocks("stranger"), "a": blocks("a")})
     assert [f.job for f in facts] == ["b", "a", "stranger"]
     assert facts[0].tokens == []
     assert facts[0].finish is None
@@ -156,6 +160,20 @@ def test_spool_is_read_without_being_changed(store: Store) -> None:
     with pytest.raises(sqlite3.OperationalError, match="readonly"):
         read_only(store.path).execute("DELETE FROM spool_record")
     assert len(stored_frames(store.path)) == 4
+
+
+def test_packets_newer_than_the_last_seen_are_read_in_order(store: Store) -> None:
+    for job in ("a", "b"):
+        for block in blocks(job):
+            store.spool.append(store.connection, block, 1)
+    found = newer_packets(store.path, Result, (0, -1))
+    assert [(p.job, p.first) for _, p in found] == [("a", 0), ("a", 3), ("b", 0), ("b", 3)]
+    frame, _ = found[1]
+    assert [p.job for _, p in newer_packets(store.path, Result, (frame.boot, frame.seq))] == ["b", "b"]
+    assert newer_packets(store.path, Result, (2, 0)) == []
+    store.connection.execute("UPDATE spool_record SET frame = x'00' WHERE seq = 2")
+    assert len(newer_packets(store.path, Result, (0, -1))) == 3
+    assert newer_packets(store.path.with_name("none.db"), Result, (0, -1)) == []
 
 
 def test_damaged_records_are_left_out_of_what_is_read(store: Store) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from hil import live_feed as module
 from hil.live import LiveState
 from hil.live_feed import LiveFeed
 from hil.spacecraft import FlightClock
@@ -52,16 +53,17 @@ def hk(**changes: object) -> Housekeeping:
     return msgspec.structs.replace(housekeeping(0.0, 10, 5).packet, **changes)
 
 
-def result(first: int, text: bytes) -> Result:
+def result(first: int, text: bytes, job: str = "j", finish: str | None = None) -> Result:
     proof = Certificate(image_id="i", epoch=0, kv_digest=b"", chain=b"")
-    return Result(job="j", first=first, tokens=[1], text=text, certificate=proof)
+    return Result(job=job, first=first, tokens=[1], text=text, certificate=proof, finish=finish)
 
 
 def test_housekeeping_fills_the_view(feed: Feed) -> None:
-    feed.take(hk(strikes_detected=3, strikes_repaired=2))
+    feed.take(hk(strikes_detected=3, strikes_repaired=2, jobs_active=2))
     s = feed.state
     assert (s.mode, s.ceiling_w, s.duty, s.tokens_released) == ("nominal", 9.5, 0.9, 10)
     assert (s.jobs_done, s.jobs_queued, s.backlog, s.worker) == (2, 3, 5, "running")
+    assert s.jobs_active == 2
     assert (s.flips_detected, s.flips_repaired) == (3, 2)
     assert feed.feed.computing == (1, 1)
 
@@ -97,6 +99,28 @@ def test_text_is_joined_in_order_even_inside_a_character(feed: Feed) -> None:
     assert feed.state.text == "na\u00efve!"
 
 
+def test_one_of_several_jobs_is_shown_until_it_ends_or_falls_silent(
+    feed: Feed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now_s[0])
+    for first in range(3):
+        for job in ("a", "b"):
+            feed.take(result(first, f"{job}{first} ".encode(), job))
+    assert (feed.state.job, feed.state.text) == ("a", "a0 a1 a2 ")
+    feed.take(result(3, b"end", "a", "length"))
+    assert (feed.state.job, feed.state.text) == ("a", "a0 a1 a2 end")
+    feed.take(result(3, b"b3", "b"))
+    assert (feed.state.job, feed.state.text) == ("b", "b0 b1 b2 b3")
+    feed.take(result(0, b"c", "c"))
+    assert feed.state.job == "b"
+    now_s[0] += module.HOLD_S
+    feed.take(result(1, b"C", "c"))
+    assert (feed.state.job, feed.state.text) == ("c", "cC")
+    feed.take(result(4, b"after a gap", "c"))
+    assert feed.state.text == "after a gap"
+
+
 def test_events_of_weight_and_mode_changes_are_told(feed: Feed) -> None:
     feed.take(Event(severity=Severity.INFO, name="a", text="trivial"))
     feed.take(Event(severity=Severity.HIGH, name="b", text="grave"))
@@ -125,7 +149,9 @@ async def test_between_contacts_it_reads_the_node_s_disk(feed: Feed, tmp_path: P
     spool = Spool("n", 2, 1 << 20)
     spool.create(connection)
     spool.append(connection, hk(tokens_released=77), T0)
-    spool.append(connection, result(0, b"from the disk"), T0)
+    for first, text in enumerate((b"from ", b"the ", b"disk")):
+        spool.append(connection, result(first, text), T0)
+        spool.append(connection, result(first, b"other", "k"), T0)
     feed.clock.start()
     running = asyncio.create_task(feed.feed.run(lambda: 42))
     for _ in range(100):

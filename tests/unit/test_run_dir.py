@@ -48,6 +48,9 @@ def test_node_takes_the_config(name: str, tmp_path: Path) -> None:
     assert (config.bus.url, config.link.url) == ("mqtt://h:1", "mqtt://h:2")
     assert config.worker.epoch_tokens == scenario.node.epoch_tokens
     assert config.worker.retries == scenario.node.retries
+    worker, node = config.worker, scenario.node
+    assert (worker.batch, worker.seats, worker.checked) == (node.batch, node.seats, node.checked)
+    assert (worker.redundant_modes, worker.overhead_budget) == (node.redundant_modes, node.overhead_budget)
     assert config.telemetry.housekeeping_period_s == scenario.node.housekeeping_s
     assert config.power == scenario.node.governor
     assert config.board == scenario.board
@@ -62,7 +65,15 @@ def test_scenario_text_of_a_file(tmp_path: Path) -> None:
 
 
 def test_toml_of_every_kind_of_value() -> None:
-    table = {"text": 'a "b" \\ \u00e9', "count": 3, "share": 0.25, "small": 1e-17, "on": True, "off": None}
+    table = {
+        "text": 'a "b" \\ \u00e9',
+        "count": 3,
+        "share": 0.25,
+        "small": 1e-17,
+        "on": True,
+        "off": None,
+        "names": ["a"],
+    }
     read = tomllib.loads(to_toml({"part": table}))
     assert read == {"part": {key: value for key, value in table.items() if value is not None}}
 

@@ -10,7 +10,9 @@ import pytest
 from hil.scenario import Scenario, load_scenario, packaged_scenarios
 from hil.tle import altitude_km, mean_motion_rad_min
 from node.power.ephemeris import Ephemeris
+from telemetry.commands import Infer
 from telemetry.errors import PenumbraError
+from telemetry.sampling import Sampling
 from telemetry.strict_toml import load_toml
 
 LINE1, LINE2 = load_scenario("default").tle()
@@ -52,6 +54,28 @@ def test_jobs_go_round_prompts_and_lengths() -> None:
     assert [j.max_tokens for j in listed[:5]] == [96, 128, 160, 192, 96]
     assert listed[24].prompt == listed[0].prompt
     assert (listed[0].id, listed[63].id) == ("job-001", "job-064")
+
+
+def test_jobs_may_have_sampling_priority_and_a_deadline(tmp_path: Path) -> None:
+    extra = """count = 64
+sampling = [{}, {temperature = 0.7, seed = 3, stop = ["."]}]
+priority = [5, 5, 9]
+deadline_s = [0, 600.0]"""
+    path = write(tmp_path, "count = 64", extra)
+    listed = load_scenario(path).jobs.listed()
+    assert [j.priority for j in listed[:4]] == [5, 5, 9, 5]
+    assert [j.deadline_s for j in listed[:3]] == [None, 600.0, None]
+    assert listed[0].command(7) == Infer(
+        job="job-001", prompt=listed[0].prompt, max_tokens=listed[0].max_tokens
+    )
+    assert listed[1].command(7) == Infer(
+        job="job-002",
+        prompt=listed[1].prompt,
+        max_tokens=listed[1].max_tokens,
+        sampling=Sampling(temperature=0.7, seed=3, stop=(".",)),
+        deadline_ns=7 + 600 * 10**9,
+    )
+    assert listed[2].command(7).priority == 9
 
 
 def test_a_tle_from_elements_keeps_them() -> None:
@@ -116,6 +140,12 @@ def test_natural_upsets_are_flux_times_cross_section_times_bits_times_time() -> 
         ("latitude_deg = -25.887", "latitude = -25.887", "'latitude'", "stations[1]"),
         ('name = "Wallops"', 'name = "Maspalomas"', "stations.name", "each name once"),
         ("count = 64", "count = 8", "jobs.first_contact", "up to count 8"),
+        ("count = 64", "count = 64\npriority = [10]", "jobs.priority", "<= 9"),
+        ("count = 64", "count = 64\ndeadline_s = [-1]", "jobs.deadline_s", ">= 0"),
+        ("count = 64", "count = 64\nsampling = [{top_k = 0}]", "jobs.sampling", ">= 1"),
+        ("count = 64", "count = 64\nsampling = [{heat = 1}]", "'heat'", "jobs.sampling"),
+        ("seats = 8", "seats = 3", "node.seats", "from node.batch 4 on"),
+        ("batch = 4", "batch = 0", "node.batch", ">= 1"),
         ("positions = 1024", "positions = 128", "jobs.max_tokens", "below node.positions 128"),
         ('name = "penumbra-1"', 'name = "Penumbra 1"', "node.name", "a-z"),
         (
