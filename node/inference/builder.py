@@ -45,7 +45,8 @@ from node.inference.gguf_source import GgufSource
 from node.inference.graph import build_trunk
 from node.inference.image import verify_image
 from node.inference.layout import lay_out
-from node.inference.model import load_session
+from node.inference.model import load_graph, load_session
+from node.inference.packing import PackedMatrix
 from node.inference.probe import is_read, known_answer, mapped_addresses, run_probes, run_screen, same
 from node.inference.screen import build_screen
 from node.inference.tokenizer import Tokenizer, sentencepiece_model
@@ -220,7 +221,7 @@ class _Build:
             own |= dict(zip((f"{name}.weight", f"{name}.scale"), (table.codes, table.scales), strict=True))
         packed[m.SCREEN] = self._pack(raw / m.SCREEN, screen.model, screen.tensors, run_screen)
         progress("lay out", 0.5)
-        tensors = lay_out(
+        tensors, rebuilt = lay_out(
             {graph: each.optimised for graph, each in packed.items()},
             own,
             work / m.WEIGHTS,
@@ -229,7 +230,7 @@ class _Build:
         )
         shutil.rmtree(raw)
         progress("probe", 0.65)
-        mapped = self._probe(work, tensors, packed)
+        mapped, answers = self._probe(work, tensors, rebuilt, packed)
         progress("parity", 0.75)
         pages = _protect(work, mapped, lambda part: progress("parity", 0.75 + 0.2 * part))
         progress("write", 0.95)
@@ -239,7 +240,8 @@ class _Build:
             pages,
             tensors=tuple(mapped),
             originals=tuple(tensor for tensor in tensors if tensor.name not in names),
-            known_answers=self._known_answers(work),
+            rebuilt=rebuilt,
+            known_answers=answers,
             screen=screen.bounds,
             checks=found.checks,
         )
@@ -270,38 +272,40 @@ class _Build:
         return run_probes(session, self.shape)
 
     def _probe(
-        self, work: Path, tensors: list[MappedTensor], packed: Mapping[str, _Packed]
-    ) -> list[MappedTensor]:
-        """Load each graph as the worker will; return what sessions and loader map.
+        self,
+        work: Path,
+        tensors: list[MappedTensor],
+        rebuilt: Mapping[str, tuple[PackedMatrix, ...]],
+        packed: Mapping[str, _Packed],
+    ) -> tuple[list[MappedTensor], dict[str, str]]:
+        """Load each graph as the worker will; return what sessions and loader map, and the known answers.
 
-        Scales are packed along with the weights, so a step should not read the separate ones; whether that
-        is so is tried, not assumed.
+        Scales are packed along with the weights, so a step should not read separate ones, if there are any;
+        whether that is so is tried, not assumed.
         """
         mapped = {tensor.name: tensor for tensor in tensors if not tensor.mapped_by}
-        for graph, each in packed.items():
-            session = load_session(work / graph, 1)
-            if not same(each.run(session), each.expected):
-                raise _fault(work / graph, "does not compute what the graph it was packed from does")
-            addresses = {
-                name: found[0] for name, found in mapped_addresses(work / m.WEIGHTS, tensors).items() if found
-            }
-            mine = [tensor for tensor in tensors if tensor.name in addresses]
-            scales = [(addresses[t.name], t.length) for t in mine if t.role == "scale"]
-            read = is_read(partial(each.run, session), scales, each.expected)
-            del session
-            gc.collect()
-            for tensor in mine:
-                mapped[tensor.name] = msgspec.structs.replace(
-                    tensor, read=read if tensor.role == "scale" else True
-                )
-        return [mapped[tensor.name] for tensor in tensors if tensor.name in mapped]
-
-    def _known_answers(self, work: Path) -> dict[str, str]:
-        screen = load_session(work / m.SCREEN, 1)
-        return {
-            trunk: known_answer(load_session(work / trunk, 1), screen, self.shape)
+        loaded = {graph: load_graph(work / graph, 1, tensors, rebuilt[graph]) for graph in packed}
+        answers = {
+            trunk: known_answer(loaded[trunk][0], loaded[m.SCREEN][0], self.shape)
             for trunk in (m.TRUNK, m.CHECKED_TRUNK)
         }
+        del loaded
+        for graph, each in packed.items():
+            gc.collect()
+            session, kept = load_graph(work / graph, 1, tensors, rebuilt[graph])
+            if not same(each.run(session), each.expected):
+                raise PenumbraError(
+                    f"{work / graph}: the finished graph does not compute what it was packed from does",
+                    f"this is a fault of the builder with onnxruntime {ort.__version__}: report it",
+                )
+            places = mapped_addresses(work / m.WEIGHTS, tensors)
+            mine = [tensor for tensor in tensors if places[tensor.name]]
+            scales = [(places[tensor.name][0], tensor.length) for tensor in mine if tensor.role == "scale"]
+            read = bool(scales) and is_read(partial(each.run, session), scales, each.expected)
+            del session, kept
+            for tensor in mine:
+                mapped[tensor.name] = msgspec.structs.replace(tensor, read=read or tensor.role != "scale")
+        return [mapped[tensor.name] for tensor in tensors if tensor.name in mapped], answers
 
     def _write_manifest(self, work: Path, pages: PageTable, **found: Any) -> None:
         files = [name for name in m.FILES if name != m.MANIFEST]
@@ -328,13 +332,6 @@ class _Build:
             **found,
         )
         (work / m.MANIFEST).write_bytes(m.encode_manifest(manifest))
-
-
-def _fault(graph: Path, what: str) -> PenumbraError:
-    return PenumbraError(
-        f"{graph}: the finished graph {what}",
-        f"this is a fault of the builder with onnxruntime {ort.__version__}: report it",
-    )
 
 
 def _write_raw(model: onnx.ModelProto, tensors: Mapping[str, NDArray[np.generic]], raw: Path) -> None:

@@ -8,9 +8,13 @@ under one name is stored once. Three kinds go into the file, in this order:
 - what a session should map: packed weights, and tensors used as they are (norms, rotary tables, embedding
   rows);
 - what no graph uses, and the loader maps itself;
-- originals: unpacked weights that ONNX Runtime reads while loading, to recognise the packed ones as theirs
-  by hash. It then drops them. An original that is changed makes it pack anew, into private memory, from the
-  changed one.
+- originals that cannot be rebuilt from the packed bytes (`node.inference.packing`): ONNX Runtime reads them
+  while loading, packs them, compares, and drops them.
+
+Of a matrix that can be rebuilt only the packed bytes stay. The loader hands ONNX Runtime the original in
+memory; it then reads nothing of that tensor from the file, not even where its packed bytes are. But it looks
+packed bytes up by their hash, whichever tensor they came with: they are attached to another tensor of the
+graph, the anchor.
 
 Integer constants (shapes, an axis, an index: at most 32 bytes each) stay in the graphs: shapes must be known
 before external data are.
@@ -18,9 +22,11 @@ before external data are.
 
 from __future__ import annotations
 
+import math
 import mmap
 import re
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -32,9 +38,11 @@ from onnx import TensorProto
 
 from fdir.pages import PAGE_SIZE, MappedTensor
 from node.inference.manifest import EMBEDDING, PACKED, TABLE, GemmaShape
+from node.inference.packing import PackedMatrix, can_hold, unpack
 from telemetry.errors import PenumbraError
 
 _PACKED_KEY: Final = "prepacked_"
+_ANCHORED_KEY: Final = "prepacked_of_others_"
 _PACKING_OPERATOR: Final = "MatMulNBits"
 _LAYER_NAME: Final = re.compile(r"blk\.(\d+)\.(.+)")
 _LAYER_ROLES: Final = frozenset({"attn_qkv", "attn_output", "ffn_gate_up", "ffn_down"})
@@ -64,7 +72,7 @@ def lay_out(
     weights: Path,
     shape: GemmaShape,
     progress: Callable[[float], object] = lambda _: None,
-) -> list[MappedTensor]:
+) -> tuple[list[MappedTensor], dict[str, tuple[PackedMatrix, ...]]]:
     """Rewrite optimised models as the graphs and the weights file of an image.
 
     Parameters
@@ -83,7 +91,8 @@ def lay_out(
 
     Returns
     -------
-    All tensors in file order; ``read`` is false for the originals.
+    All tensors in file order, ``read`` false for the originals; and by graph, the matrices whose originals
+    are not in the file.
 
     Raises
     ------
@@ -94,8 +103,12 @@ def lay_out(
     """
     models = {name: onnx.load(str(path), load_external_data=False) for name, path in optimised.items()}
     pieces: dict[tuple[str, bool], _Piece] = {}
+    rebuilt: dict[str, tuple[PackedMatrix, ...]] = {}
     for graph, model in models.items():
-        for piece in _graph_pieces(model, optimised[graph].with_suffix(".bin"), graph):
+        with optimised[graph].with_suffix(".bin").open("rb") as file:
+            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        rebuilt[graph] = _take_out_originals(model, data)
+        for piece in _graph_pieces(model, data, graph, rebuilt[graph]):
             _join(pieces, piece)
     for name, array in own.items():
         _join(pieces, _Piece(name, np.ascontiguousarray(array).tobytes(), [], ""))
@@ -115,14 +128,121 @@ def lay_out(
             if tensor.data_location == TensorProto.EXTERNAL:
                 _entry(tensor, "location").value = weights.name
         onnx.save(model, str(weights.with_name(graph)))
-    return placed
+    return placed, rebuilt
 
 
-def _graph_pieces(model: onnx.ModelProto, data_file: Path, graph: str) -> list[_Piece]:
-    with data_file.open("rb") as file:
-        data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+def _graph_pieces(
+    model: onnx.ModelProto, data: memoryview, graph: str, rebuilt: Sequence[PackedMatrix]
+) -> list[_Piece]:
+    gone = {name for matrix in rebuilt for name in (matrix.weight, matrix.scale)}
     as_is = {name for node in model.graph.node if node.op_type != _PACKING_OPERATOR for name in node.input}
-    return [piece for tensor in model.graph.initializer for piece in _pieces(tensor, data, as_is, graph)]
+    entries = {
+        entry.key: entry
+        for tensor in model.graph.initializer
+        for entry in tensor.external_data
+        if entry.key.startswith(_ANCHORED_KEY)
+    }
+    anchored = {matrix.weight: entries[f"{_ANCHORED_KEY}{number}"] for number, matrix in enumerate(rebuilt)}
+    found: list[_Piece] = []
+    for tensor in model.graph.initializer:
+        if tensor.name in anchored:
+            found += _packed_pieces(tensor.name, anchored[tensor.name], data, graph)
+        elif tensor.name not in gone:
+            found += _pieces(tensor, data, as_is, graph)
+    return found
+
+
+def _take_out_originals(model: onnx.ModelProto, data: memoryview) -> tuple[PackedMatrix, ...]:
+    """Take originals that can be rebuilt out of a graph, and attach their packed bytes to its anchor.
+
+    The tensors stay, as what is to be given at loading; their place in the file is one that is never read.
+    """
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    users = Counter(name for node in model.graph.node for name in set(node.input))
+    taken: list[PackedMatrix] = []
+    entries: list[str] = []
+    for node in model.graph.node:
+        if node.op_type != _PACKING_OPERATOR:
+            continue
+        weight, scale = tensors[node.input[1]], tensors[node.input[2]]
+        packed = [entry for entry in weight.external_data if entry.key.startswith(_PACKED_KEY)]
+        matrix = _matrix(node)
+        alone = users[weight.name] == users[scale.name] == 1
+        if alone and len(packed) == 1 and _comes_back(matrix, weight, scale, packed[0], data):
+            taken.append(matrix)
+            entries.append(packed[0].value)
+    gone = {name for matrix in taken for name in (matrix.weight, matrix.scale)}
+    anchor = _anchor(model, gone)
+    if anchor is None:
+        return ()
+    for name in gone:
+        _detach(tensors[name])
+    for number, value in enumerate(entries):
+        anchor.external_data.add(key=f"{_ANCHORED_KEY}{number}", value=value)
+    return tuple(taken)
+
+
+def _matrix(node: onnx.NodeProto) -> PackedMatrix:
+    attributes = {attribute.name: attribute.i for attribute in node.attribute}
+    return PackedMatrix(
+        weight=node.input[1],
+        scale=node.input[2],
+        rows=attributes["N"],
+        columns=attributes["K"],
+        bits=attributes["bits"],
+        block=attributes["block_size"],
+    )
+
+
+def _comes_back(
+    matrix: PackedMatrix,
+    weight: TensorProto,
+    scale: TensorProto,
+    packed: onnx.StringStringEntryProto,
+    data: memoryview,
+) -> bool:
+    """Try whether the original can be rebuilt from the packed bytes."""
+    buffers = packed.value.split("|")[1:]
+    offset, length = (int(field) for field in buffers[0].split(";")[:2])
+    if len(buffers) != 1 or not can_hold(matrix, length):
+        return False
+    content = np.frombuffer(data[offset : offset + length], np.uint8)
+    original = unpack(content, matrix, np.empty(matrix.original_bytes, np.uint8))
+    return bool(
+        _content(weight, data) == original.codes.tobytes()
+        and _content(scale, data) == original.scales.tobytes()
+    )
+
+
+def _content(tensor: TensorProto, data: memoryview) -> bytes:
+    if tensor.data_location != TensorProto.EXTERNAL:
+        return bytes(onnx.numpy_helper.to_array(tensor).tobytes())
+    offset, length = (int(_entry(tensor, key).value) for key in ("offset", "length"))
+    return bytes(data[offset : offset + length])
+
+
+def _anchor(model: onnx.ModelProto, gone: set[str]) -> TensorProto | None:
+    """Return the tensor packed bytes are attached to: the first that is read from the file as it is."""
+    return next(
+        (
+            tensor
+            for tensor in model.graph.initializer
+            if tensor.data_location == TensorProto.EXTERNAL
+            and tensor.name not in gone
+            and not any(entry.key.startswith(_PACKED_KEY) for entry in tensor.external_data)
+        ),
+        None,
+    )
+
+
+def _detach(tensor: TensorProto) -> None:
+    """Let a tensor have no content of its own."""
+    length = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize * math.prod(tensor.dims)
+    for field in ("raw_data", "float_data", "external_data"):
+        tensor.ClearField(field)
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in (("location", ""), ("offset", "0"), ("length", str(length))):
+        _entry(tensor, key).value = value
 
 
 def _join(pieces: dict[tuple[str, bool], _Piece], piece: _Piece) -> None:
@@ -203,7 +323,7 @@ def _pieces(tensor: TensorProto, data: memoryview, as_is: set[str], graph: str) 
     packed = [
         piece
         for entry in tensor.external_data
-        if entry.key.startswith(_PACKED_KEY)
+        if entry.key.startswith(_PACKED_KEY) and not entry.key.startswith(_ANCHORED_KEY)
         for piece in _packed_pieces(tensor.name, entry, data, graph)
     ]
     original = bool(packed) and tensor.name not in as_is

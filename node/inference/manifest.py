@@ -30,6 +30,7 @@ import msgspec
 import xxhash
 
 from fdir.pages import PAGE_SIZE, MappedTensor, PageTable, WeightMemory
+from node.inference.packing import PackedMatrix
 from node.inference.screen_bounds import ScreenBounds
 from telemetry.errors import PenumbraError
 
@@ -140,8 +141,11 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """What a loaded model maps from the weights file, in file order; a model that is not checked does not map
     those of the checked trunk, see `mapped`."""
     originals: tuple[MappedTensor, ...]
-    """What loading reads from the weights file and then drops, in file order. From a damaged original
-    ONNX Runtime packs anew, into memory no digest covers; that is what the known answer guards against."""
+    """What loading reads from the weights file and then drops, in file order: unpacked weights that could not
+    be rebuilt from the packed ones. From a damaged original ONNX Runtime packs anew, into memory no digest
+    covers; that is what the known answer guards against."""
+    rebuilt: dict[str, tuple[PackedMatrix, ...]]
+    """By file name of the graph, matrices whose unpacked form is rebuilt at loading."""
 
     def mapped(self, checked: bool) -> tuple[MappedTensor, ...]:
         """Return the tensors a loaded model maps, in file order."""

@@ -8,6 +8,8 @@ that it is scanned, struck and repaired like the rest.
 from __future__ import annotations
 
 import mmap
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +17,15 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from fdir.pages import PAGE_SIZE, memory_view
+from fdir.pages import PAGE_SIZE, MappedTensor, memory_view
 from node.inference import manifest as m
 from node.inference.head import ScreenedHead
+from node.inference.packing import PackedMatrix, unpack
 from node.inference.probe import mapped_addresses, prove_sessions
 from telemetry.errors import PenumbraError
 
 _REBUILD = "build the image again: `penumbra model build --force`"
+_ALIGNMENT = 64
 _AGAIN = "check the files with `penumbra model verify`; if they are whole, load again"
 
 
@@ -46,8 +50,8 @@ class Model:
     check_limits
         float32, shape ``(matmuls,)``: the largest sound residual of each, in the order of
         ``manifest.checks.names``; None unless `checked`.
-    own
-        The mapping of tensors no session maps.
+    kept
+        Memory that must live as long: the mapping of tensors no session maps, and what `load_graph` says.
     """
 
     directory: Path
@@ -57,7 +61,7 @@ class Model:
     head: ScreenedHead
     checked: bool
     check_limits: NDArray[np.float32] | None
-    own: mmap.mmap
+    kept: tuple[mmap.mmap, ...]
 
     @property
     def shape(self) -> m.GemmaShape:
@@ -69,9 +73,9 @@ def open_model(image_dir: Path, threads: int, *, checked: bool = False) -> Model
     """Load a model image, and prove that it computes on the mapped weights what it did when it was built.
 
     ONNX Runtime packs the original weights again while loading, and takes the packed ones of the image only
-    if the two are equal. From an original struck in the page cache it would thus, without a word, compute
-    on packed weights in memory of its own, which no page digest covers. So the mapped pages are dropped, a
-    known answer is asked for, and all packed weights must have come back from the mapping.
+    if the two are equal; else it may, without a word, compute on packed weights in memory of its own, which
+    no page digest covers. So the mapped pages are dropped, a known answer is asked for, and all packed
+    weights must have come back from the mapping.
 
     Parameters
     ----------
@@ -129,8 +133,13 @@ def load_model(image_dir: Path, threads: int, *, checked: bool = False) -> Model
     m.check_machine(manifest, image_dir, ort.__version__)
     weights = image_dir / m.WEIGHTS
     before = mapped_addresses(weights, manifest.tensors)
-    trunk = load_session(image_dir / (m.CHECKED_TRUNK if checked else m.TRUNK), threads)
-    screen = load_session(image_dir / m.SCREEN, threads)
+    graphs = (m.CHECKED_TRUNK if checked else m.TRUNK, m.SCREEN)
+    with ThreadPoolExecutor(len(graphs), "penumbra-load") as pool:
+        loading = [
+            pool.submit(load_graph, image_dir / name, threads, manifest.tensors, manifest.rebuilt[name])
+            for name in graphs
+        ]
+        (trunk, first), (screen, second) = (future.result() for future in loading)
     own, arrays = _map_own(weights, manifest)
     if f"{m.TABLE}.weight" not in arrays:
         after = mapped_addresses(weights, manifest.tensors)
@@ -138,11 +147,58 @@ def load_model(image_dir: Path, threads: int, *, checked: bool = False) -> Model
         arrays |= _embedding_table(manifest, new)
     limits = np.array(manifest.checks.limits, np.float32) if checked else None
     head = _head(manifest, screen, arrays)
-    return Model(image_dir, manifest, trunk, screen, head, checked, limits, own)
+    return Model(image_dir, manifest, trunk, screen, head, checked, limits, (own, first, second))
 
 
-def load_session(path: Path, threads: int) -> ort.InferenceSession:
-    """Load a graph of an image and its weights, without a look at the manifest.
+def load_graph(
+    path: Path, threads: int, tensors: Sequence[MappedTensor], rebuilt: Sequence[PackedMatrix]
+) -> tuple[ort.InferenceSession, mmap.mmap]:
+    """Load a graph of an image, its packed matrices recognised by originals that are rebuilt from them.
+
+    Parameters
+    ----------
+    path
+        The graph.
+    threads
+        Threads that compute, 1 or more.
+    tensors
+        Tensors of the weights file.
+    rebuilt
+        Matrices whose originals are not in the file.
+
+    Returns
+    -------
+    The session, and the memory the originals were in: it is empty by now, but the session knows its address,
+    so it must be kept as long.
+
+    Raises
+    ------
+    PenumbraError
+        ONNX Runtime cannot load the graph.
+    """
+    places = {tensor.name: tensor for tensor in tensors}
+    sizes = [-(-matrix.original_bytes // _ALIGNMENT) * _ALIGNMENT for matrix in rebuilt]
+    memory = mmap.mmap(-1, max(sum(sizes), PAGE_SIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    room = np.frombuffer(memory, np.uint8)
+    weights = np.memmap(path.with_name(m.WEIGHTS), np.uint8, "r")
+    given: dict[str, ort.OrtValue] = {}
+    at = 0
+    for matrix, size in zip(rebuilt, sizes, strict=True):
+        packed = places[matrix.weight + m.PACKED]
+        content = weights[packed.offset : packed.offset + packed.length]
+        original = unpack(content, matrix, room[at : at + matrix.original_bytes])
+        given[matrix.weight] = ort.OrtValue.ortvalue_from_numpy(original.codes)
+        given[matrix.scale] = ort.OrtValue.ortvalue_from_numpy(original.scales)
+        at += size
+    session = load_session(path, threads, given)
+    memory.madvise(mmap.MADV_DONTNEED)
+    return session, memory
+
+
+def load_session(
+    path: Path, threads: int, given: Mapping[str, ort.OrtValue] | None = None
+) -> ort.InferenceSession:
+    """Load an optimised graph.
 
     The graphs in an image are already optimised and their weights are packed: a session maps the packed
     weights from ``weights.bin``, private and writable, and computes on that mapping. Threads do not spin
@@ -155,6 +211,8 @@ def load_session(path: Path, threads: int) -> ort.InferenceSession:
         The graph.
     threads
         Threads that compute, 1 or more.
+    given
+        Tensors by name that are not in the graph's weights file.
 
     Raises
     ------
@@ -169,6 +227,8 @@ def load_session(path: Path, threads: int) -> ort.InferenceSession:
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    for name, value in (given or {}).items():
+        options.add_initializer(name, value)
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
