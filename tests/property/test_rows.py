@@ -292,7 +292,7 @@ def test_slide_moves_rows_and_keeps_them_proven_and_repairable() -> None:
     np.testing.assert_array_equal(bench.parity, parity)
     bench.check_proven()
     bench.commit(20)
-    for position in (16, 29, 30, 49):
+    for position in (16, 29, 30, 33, 41, 49):
         bench.flip(1, 1, position)
         assert not bench.bank.prove()
         assert [(row.position, row.method) for row in bench.bank.rewind()] == [(position, "parity")]
