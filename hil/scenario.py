@@ -262,7 +262,7 @@ class NodeOverrides(Table, frozen=True, kw_only=True):
     """Check every matrix product by its checksum."""
     redundant_modes: list[Literal["nominal", "eclipse"]] = []
     """Modes in which every epoch is decoded twice and compared."""
-    overhead_budget: Annotated[float, Meta(ge=0.001, le=0.5)] = 0.02
+    overhead_budget: Annotated[float, Meta(ge=0.001, le=0.5)] = 0.01
     """Share of the time that proofs of memory may take."""
     epoch_tokens: Annotated[int, Meta(ge=1, le=512)] = 32
     positions: Annotated[int, Meta(ge=64, le=32_768)] = 1024

@@ -15,7 +15,7 @@ from scripted_worker import IMAGE_ID, text_of
 from node.power.forecast import EclipseForecast
 from node.runtime import EXIT_CRASH, EXIT_OVERRUN
 from telemetry import bus, commands, topics
-from telemetry.certificate import check_chain
+from telemetry.certificate import check_chain, verify_results
 from telemetry.packets import (
     BootReport,
     Housekeeping,
@@ -468,6 +468,61 @@ async def test_the_real_worker_gives_the_same_text_through_kills_of_worker_and_n
         report = bench.archive.packets(NODE, BootReport)[-1][1]
         assert report.image_id == bench.archive.results(NODE)["calm"][0].certificate.image_id
         assert report.resumed_job == "struck"
+
+
+async def test_the_real_worker_gives_each_of_several_jobs_the_text_it_has_alone(
+    tmp_path: Path, tiny_images: Path
+) -> None:
+    limits = {
+        "model__images_dir": f'"{tiny_images}"',
+        "worker__positions": "256",
+        "worker__batch": "2",
+        "worker__seats": "3",
+        "worker__start_timeout_s": "20.0",
+        "worker__ping_fatal_s": "2.5",
+        "power__min_duty": "0.01",
+        "power__unknown_bus_share": "0.02",
+    }
+    settings: dict[str, Sampling] = {
+        "greedy": Sampling(),
+        "drawn": Sampling(temperature=1.0, seed=7, logprobs=True),
+        "urgent": Sampling(temperature=0.5, top_k=8, seed=9),
+    }
+
+    def infer(prefix: str, name: str, priority: int = 5) -> commands.Infer:
+        return commands.Infer(
+            job=f"{prefix}-{name}",
+            prompt="abc abd abe",
+            max_tokens=120,
+            sampling=settings[name],
+            priority=priority,
+        )
+
+    async with open_bench(tmp_path, **limits) as bench:
+        bench.real_worker = True
+        await bench.start()
+        for name in settings:
+            await bench.execute(infer("alone", name))
+            await bench.until(lambda n=name: bench.finished(f"alone-{n}") is not None, f"end of {name}", 60)
+        for name in ("greedy", "drawn"):
+            await bench.command(infer("both", name))
+        blocks = bench.archive.results
+        await bench.until(lambda: len(blocks(NODE).get("both-drawn", [])) > 3, "blocks", 30)
+        await bench.execute(infer("both", "urgent", priority=9))
+        await bench.until(lambda: len(blocks(NODE).get("both-urgent", [])) > 3, "blocks", 30)
+        bench.signal_worker(signal.SIGKILL)
+        await bench.until(lambda: all(bench.finished(f"both-{n}") for n in settings), "all ends", 90)
+        assert len(bench.events("job.parked")) == 1
+        results = blocks(NODE)
+        for name in settings:
+            texts = [
+                [(r.first, r.tokens, r.text, r.finish, r.logprobs) for r in results[f"{prefix}-{name}"]]
+                for prefix in ("alone", "both")
+            ]
+            assert texts[0] == texts[1]
+        verdicts = verify_results([block for job in results.values() for block in job])
+        assert [verdict.job for verdict in verdicts if not verdict.sound] == []
+        assert all(r.logprobs is not None for r in results["both-drawn"])
 
 
 async def test_any_number_of_interrupts_is_one_ordered_stop(tmp_path: Path) -> None:

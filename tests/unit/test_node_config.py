@@ -67,7 +67,7 @@ def test_nodes_with_other_state_directories_have_other_arenas_and_digests(tmp_pa
         ("\nbatch = 8", "\nbatch = 65", ["worker.batch", "65", "<= 64"]),
         ("\nbatch = 8", "\nbatch = 11", ["worker", "seats 10", "batch 11"]),
         ("seats = 10", "seats = 129", ["worker.seats", "129", "<= 128"]),
-        ("overhead_budget = 0.02", "overhead_budget = 0.0", ["worker.overhead_budget", "0.0", ">= 0.001"]),
+        ("overhead_budget = 0.01", "overhead_budget = 0.0", ["worker.overhead_budget", "0.0", ">= 0.001"]),
         ("checked = false", "checked = 1", ["worker.checked", "1", "bool"]),
         ("redundant_modes = []", 'redundant_modes = ["safe"]', ["worker.redundant_modes", "safe"]),
         (

@@ -33,7 +33,7 @@ def test_the_worker_command_carries_the_configuration() -> None:
         "--seats": "10",
         "--batch": "8",
         "--positions": "4096",
-        "--overhead-budget": "0.02",
+        "--overhead-budget": "0.01",
         "--retries": "6",
         "--epoch-seconds": "1.0",
     }
