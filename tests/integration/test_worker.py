@@ -11,12 +11,28 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from hil.memory import ArenaView
+from hil.reference import ReferenceJob, run_reference
 from node.inference import protocol
-from node.inference.protocol import Block, Cancel, Pace, Ping, Pong, Ready, Shutdown, Start, Strike
+from node.inference.arena import ArenaShape, newest_state, read_record
+from node.inference.protocol import (
+    Block,
+    Cancel,
+    Pace,
+    Park,
+    Parked,
+    Ping,
+    Pong,
+    Ready,
+    Shutdown,
+    Start,
+    Status,
+    Strike,
+)
 from node.inference.worker import EXIT_ORPHAN, START_DUTY
+from telemetry.sampling import Sampling
 
 PROMPT, TOKENS = "abc abd abe", 200
 
@@ -41,7 +57,7 @@ class Supervisor:
                 sys.executable, "-m", "node.inference.worker", "--socket", str(self.folder / "socket"),
                 "--generation", str(self.generation), "--image", str(self.image),
                 "--arena", str(self.folder / "arena"), "--threads", "1", "--epoch-tokens", "8",
-                "--positions", "256", *extra,
+                "--positions", "256", "--seats", "6", "--epoch-seconds", "0.2", *extra,
             ],
             stderr=subprocess.PIPE,
         )  # fmt: skip
@@ -79,6 +95,20 @@ class Supervisor:
             found.append(self.expect(Block))
         return found
 
+    def finish(self, jobs: int) -> list[Block]:
+        """Return the blocks that come until so many jobs have finished."""
+        found: list[Block] = []
+        while sum(block.finish is not None for block in found) < jobs:
+            found.append(self.expect(Block))
+        return found
+
+    def status(self, jobs: int | None = None) -> Status:
+        """Return the next status, the next with so many active jobs."""
+        while True:
+            status = self.expect(Status)
+            if jobs is None or status.active == jobs:
+                return status
+
     def end(self) -> tuple[int, str]:
         assert self.process is not None
         code = self.process.wait(20)
@@ -114,7 +144,7 @@ def _tokens(blocks: list[Block]) -> list[int]:
 
 def test_a_job_runs_and_the_worker_stops_in_order(supervisor: Supervisor) -> None:
     ready = supervisor.start()
-    assert ready.resumed_job is None
+    assert ready.resumed == []
     supervisor.send(Start(job="a", prompt=PROMPT, max_tokens=40))
     blocks = supervisor.blocks()
     assert len(_tokens(blocks)) == 40
@@ -144,8 +174,8 @@ def test_a_killed_worker_is_succeeded_with_the_same_text(supervisor: Supervisor)
         supervisor.kill()
         ready = supervisor.start()
         supervisor.send(Pace(duty=0.1))
-        assert ready.resumed_job == "cut"
-        assert ready.resumed_tokens >= len(_tokens(got))
+        assert [one.job for one in ready.resumed] == ["cut", "whole"]
+        assert ready.resumed[0].tokens >= len(_tokens(got))
         supervisor.send(Start(job="cut", prompt=PROMPT, max_tokens=TOKENS, known_tokens=len(_tokens(got))))
         got += supervisor.blocks(4)
     supervisor.send(Pace(duty=1.0))
@@ -160,7 +190,7 @@ def test_a_lost_arena_starts_the_job_again_and_sends_only_what_is_new(supervisor
     expected = supervisor.blocks()
     supervisor.kill()
     (supervisor.folder / "arena").unlink()
-    assert supervisor.start().resumed_job is None
+    assert supervisor.start().resumed == []
     supervisor.send(Start(job="a", prompt=PROMPT, max_tokens=80, known_tokens=32))
     assert supervisor.blocks() == expected[4:]
 
@@ -245,19 +275,161 @@ def test_rows_mended_while_loading_are_reported_after_ready(supervisor: Supervis
     supervisor.blocks(3)
     supervisor.kill()
     path = supervisor.folder / "arena"
-    found = ArenaView(path).read()
-    assert found is not None
-    shape, state = found
+    data = path.read_bytes()
+    shape, state = read_record(data, 0, ArenaShape), newest_state(data, 0)
+    assert shape is not None
+    assert state is not None
     assert state.positions > 0
     with path.open("r+b") as arena:
-        arena.seek(shape.offsets()["kv"] + 9)
+        arena.seek(shape.row_offset("global", 1, 0, 2) + 9)
         (byte,) = arena.read(1)
         arena.seek(-1, 1)
         arena.write(bytes([byte ^ 0x10]))
     ready = supervisor.start()
-    assert ready.resumed_job == "a"
+    assert [one.job for one in ready.resumed] == ["a"]
     strike = supervisor.expect(Strike)
-    assert (strike.region, strike.page, strike.role, strike.method) == ("kv", 0, "k", "parity")
+    assert (strike.region, strike.page, strike.role, strike.method) == ("kv", 2, "global", "parity")
+    assert strike.evidence["planes"] == "1"
+
+
+def _jobs(count: int) -> list[Start]:
+    sampling = [
+        Sampling(),
+        Sampling(temperature=1.0, seed=5, logprobs=True),
+        Sampling(temperature=0.8, top_k=20),
+    ]
+    return [
+        Start(
+            job=f"job-{number}", prompt=PROMPT + " the sun" * (number * 3 % 7), max_tokens=20 + 9 * number,
+            sampling=sampling[number % 3],
+        )
+        for number in range(count)
+    ]  # fmt: skip
+
+
+def _by_job(blocks: list[Block]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for block in blocks:
+        tokens = found.setdefault(block.job, [])
+        assert block.first == len(tokens)
+        tokens += block.tokens
+    return found
+
+
+def _alone(supervisor: Supervisor, jobs: list[Start]) -> dict[str, list[int]]:
+    referred = [ReferenceJob(job.job, job.prompt, job.max_tokens, job.sampling) for job in jobs]
+    return run_reference(supervisor.image, referred, positions=256, threads=1)
+
+
+def test_jobs_decode_together_and_say_what_each_says_alone(supervisor: Supervisor) -> None:
+    supervisor.start()
+    jobs = _jobs(9)
+    for job in jobs:
+        supervisor.send(job)
+    blocks = supervisor.finish(len(jobs))
+    assert _by_job(blocks) == _alone(supervisor, jobs)
+    for block in blocks:
+        wanted = jobs[int(block.job.removeprefix("job-"))].sampling.logprobs
+        assert (block.logprobs is not None) == wanted
+        assert not wanted or len(block.logprobs) == len(block.tokens)
+
+
+def test_a_killed_worker_is_succeeded_with_the_same_texts_of_a_batch(supervisor: Supervisor) -> None:
+    supervisor.start()
+    jobs = _jobs(5)
+    supervisor.send(Pace(duty=0.1))
+    got: list[Block] = []
+    for job in jobs:
+        supervisor.send(job)
+    for _ in range(3):
+        got += [supervisor.expect(Block) for _ in range(4)]
+        supervisor.kill()
+        ready = supervisor.start()
+        supervisor.send(Pace(duty=0.1))
+        known = {job: len(tokens) for job, tokens in _by_job(got).items()}
+        assert {one.job for one in ready.resumed} == {job.job for job in jobs}
+        assert all(one.tokens >= known.get(one.job, 0) for one in ready.resumed)
+        ended = {block.job for block in got if block.finish}
+        for job in jobs:
+            if job.job not in ended:
+                supervisor.send(msgspec.structs.replace(job, known_tokens=known.get(job.job, 0)))
+    supervisor.send(Pace(duty=1.0))
+    got += supervisor.finish(len(jobs) - len(ended))
+    assert _by_job(got) == _alone(supervisor, jobs)
+
+
+def test_a_parked_job_goes_on_with_the_same_text(supervisor: Supervisor) -> None:
+    supervisor.start()
+    supervisor.send(Pace(duty=0.1))
+    job = Start(job="a", prompt=PROMPT, max_tokens=TOKENS, sampling=Sampling(temperature=1.0))
+    supervisor.send(job)
+    got = supervisor.blocks(2)
+    supervisor.send(Park(job="a"))
+    while not isinstance(message := supervisor.expect(Parked | Block), Parked):
+        got.append(message)
+    assert message == Parked(job="a")
+    assert supervisor.status(0).active == 0
+    supervisor.send(Pace(duty=1.0))
+    other = Start(job="b", prompt=PROMPT, max_tokens=30)
+    supervisor.send(other)
+    assert _by_job(supervisor.blocks()) == _alone(supervisor, [other])
+    supervisor.send(msgspec.structs.replace(job, known_tokens=len(_tokens(got))))
+    got += supervisor.blocks()
+    assert _by_job(got) == _alone(supervisor, [job])
+
+
+def _affinities(pid: int) -> set[frozenset[int]]:
+    threads = [int(name) for name in os.listdir(f"/proc/{pid}/task")]
+    return {frozenset(os.sched_getaffinity(thread)) for thread in threads}
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one processor core")
+def test_operating_points_change_without_reloading_and_never_the_text(supervisor: Supervisor) -> None:
+    ready = supervisor.start("--threads", "2", "--seats", "6")
+    jobs = _jobs(6)
+    supervisor.send(Pace(duty=0.2, threads=1, batch=2, redundant=True))
+    for job in jobs:
+        supervisor.send(job)
+    got = [supervisor.expect(Block) for _ in range(3)]
+
+    def next_status() -> Status:
+        while isinstance(message := supervisor.expect(Status | Block), Block):
+            got.append(message)
+        return message
+
+    status = next_status()
+    assert (status.batch, status.threads) == (2, 1)
+    assert [len(cores) for cores in _affinities(ready.pid)] == [1]
+    supervisor.send(Pace(duty=0.5, threads=2, batch=6, redundant=False))
+    got += [supervisor.expect(Block) for _ in range(3)]
+    status = next_status()
+    assert (status.batch, status.threads) == (6, 2)
+    assert [len(cores) for cores in _affinities(ready.pid)] == [2]
+    supervisor.send(Pace(duty=1.0, threads=1))
+    got += supervisor.finish(len(jobs) - sum(block.finish is not None for block in got))
+    assert _by_job(got) == _alone(supervisor, jobs)
+    assert supervisor.process.pid == ready.pid
+
+
+def test_a_checked_worker_says_the_same_and_finds_nothing(supervisor: Supervisor) -> None:
+    supervisor.start("--checked", "--redundant")
+    jobs = _jobs(4)
+    for job in jobs:
+        supervisor.send(job)
+    assert _by_job(supervisor.finish(4)) == _alone(supervisor, jobs)
+    assert supervisor.status(0).epochs_dirty == 0
+
+
+def test_cancel_before_any_token_ends_with_an_empty_block(supervisor: Supervisor) -> None:
+    supervisor.start()
+    supervisor.send(Pace(duty=0.01, batch=1))
+    supervisor.send(Start(job="a", prompt=PROMPT, max_tokens=TOKENS))
+    supervisor.send(Start(job="b", prompt=PROMPT, max_tokens=TOKENS))
+    supervisor.send(Cancel(job="b", finish="deadline"))
+    supervisor.send(Cancel(job="never", finish="deadline"))
+    while (block := supervisor.expect(Block)).job != "b":
+        pass
+    assert (block.tokens, block.finish) == ([], "deadline")
 
 
 def test_an_orphan_exits_by_itself(supervisor: Supervisor) -> None:
