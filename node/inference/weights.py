@@ -77,10 +77,10 @@ class ProtectedWeights:
         places = np.fromiter(positions, np.int64, len(positions))
         memory = self._memory
         pages = [memory.row_pages(role, numbers) for role, numbers in self._rows(fed, scored, places)]
-        bad = {page.page: page for page in memory.scan(self._pool, self._threads)}
-        bad |= {page.page: page for page in memory.scan_pages(np.concatenate(pages))}
-        bad |= {page.page: page for page in memory.scan_blocks(self._scrub_slice())}
-        return self._mend(bad) if bad else []
+        found = memory.scan(
+            self._pool, self._threads, blocks=self._scrub_slice(), pages=np.concatenate(pages)
+        )
+        return self._mend({page.page: page for page in found}) if found else []
 
     def _rows(
         self, fed: NDArray[np.int64], scored: NDArray[np.int64], places: NDArray[np.int64]

@@ -13,7 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fdir.pages import BLOCK_PAGES, PAGE_SIZE, PageTable, Span, WeightMemory, live_mappings, page_digests
+from fdir.pages import (
+    BLOCK_PAGES,
+    PAGE_SIZE,
+    MappedTensor,
+    PageTable,
+    Span,
+    WeightMemory,
+    live_mappings,
+    page_digests,
+)
 from node.inference.manifest import WEIGHTS, attach_weights, load_manifest, load_page_table
 from node.inference.model import Model, open_model
 from node.inference.probe import run_probes, run_screen, same
@@ -120,6 +129,31 @@ def test_rows_are_checked_by_number(memory, role, name):
     (bad,) = memory.scan_pages(memory.row_pages(role, np.array([[0], [struck]])))
     assert bad.role == role
     assert [bad] == memory.scan_blocks(memory.row_blocks)
+
+
+def test_named_blocks_and_pages_are_checked_along(memory):
+    table = next(tensor for tensor in memory.tensors if tensor.name == "token_embd.weight")
+    memory.page_view(table.first_page + 1)[7] ^= 1
+    with ThreadPoolExecutor(2) as pool:
+        for where in ({}, {"pages": [table.first_page]}):
+            assert memory.scan(**where) == memory.scan(pool, 2, **where) == []
+        for where in ({"blocks": memory.row_blocks}, {"pages": [table.first_page + 1]}):
+            (bad,) = memory.scan(**where)
+            assert (bad.page, bad.role) == (table.first_page + 1, "embed")
+            assert memory.scan(pool, 2, **where) == [bad]
+
+
+def test_a_block_with_many_pages_named_is_checked_as_a_whole():
+    data = np.random.default_rng(2).integers(0, 256, 100 * PAGE_SIZE, dtype=np.uint8)
+    tensor = MappedTensor(
+        name="t", role="embed", layer=None, offset=0, length=len(data), first_page=0, page_count=100,
+        rows=100, read=True,
+    )  # fmt: skip
+    table = PageTable.build(memoryview(data.tobytes()), memoryview(b""), [tensor])
+    memory = WeightMemory([tensor], [data.ctypes.data], table)
+    data[99 * PAGE_SIZE] ^= 1
+    assert memory.scan(pages=range(40)) == []
+    assert [bad.page for bad in memory.scan(pages=range(60))] == [99]
 
 
 def test_row_pages_cover_all_bytes_of_the_rows(memory):
