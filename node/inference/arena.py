@@ -28,6 +28,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from fdir.rows import GROUP, BadRow, RowBank, exchange
 from node.inference.arena_layout import (
@@ -72,6 +73,22 @@ class ArenaFull(PenumbraError):
     """Shared memory has no room for what a seat needs."""
 
 
+class _Text:
+    """Running digests of the committed tokens of a seat and of their log-probabilities."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._tokens, self._logprobs = xxhash.xxh3_64(), xxhash.xxh3_64()
+
+    def extended(self, seat: Seat, state: SeatState) -> int:
+        """Add what `state` counts beyond the last time; return the digest of both."""
+        count = state.prompt_tokens + state.generated
+        self._tokens.update(seat.tokens[self.count : count].tobytes())
+        self._logprobs.update(seat.logprobs[self.count : count].tobytes())
+        self.count = count
+        return int(xxhash.xxh3_64_intdigest(self._tokens.digest() + self._logprobs.digest()))
+
+
 class Seat:
     """The place of one sequence; made by `KvArena`.
 
@@ -113,16 +130,23 @@ class Seat:
         self.state = SeatState()
         self.reserved = self.held = 0
         self._arena = arena
+        self._text = _Text()
 
     def commit(self, state: SeatState) -> None:
         """Make `state` the committed one. Everything it counts must be in the arena already.
+
+        `serial` and `text_digest` are filled in: the digest covers new tokens as they are now, and earlier
+        ones as they were when they were committed.
 
         Raises
         ------
         ValueError
             The record does not fit its page.
         """
-        state = msgspec.structs.replace(state, serial=self.state.serial + 1)
+        if state.job != self.state.job or state.prompt_tokens + state.generated < self._text.count:
+            self._text = _Text()
+        digest = self._text.extended(self, state) if state.job else 0
+        state = msgspec.structs.replace(state, serial=self.state.serial + 1, text_digest=digest)
         self._arena.write_record(1 + 2 * self.index + state.serial % 2, state)
         self.state = state
 
@@ -166,6 +190,20 @@ class Seat:
         if all(row.repaired for row in bad):
             self.commit(msgspec.structs.replace(self.state, base=base))
         return bad
+
+    def take_seat(self, state: SeatState, text: _Text) -> None:
+        """Commit the state of a job whose tokens have just been moved here, with their digest from there."""
+        self.state = msgspec.structs.replace(state, serial=self.state.serial)
+        self._text = text
+        self.commit(state)
+
+    def take_over(self, state: SeatState) -> bool:
+        """Adopt the state another worker committed; False, and nothing done, when its tokens are struck."""
+        text = _Text()
+        if state.job and text.extended(self, state) != state.text_digest:
+            return False
+        self.state, self._text = state, text
+        return True
 
     def can_share(self, positions: int) -> bool:
         """Tell whether a job with the same first `positions` tokens can take their rows from here.
@@ -318,7 +356,7 @@ class KvArena:
         promised = one.reserved, other.reserved
         self.reserve(i, promised[1])
         self.reserve(j, promised[0])
-        states = one.state, other.state
+        states, texts = (one.state, other.state), (one._text, other._text)
         if all(state.job for state in states):
             one.commit(SeatState())
             other.commit(SeatState())
@@ -329,8 +367,9 @@ class KvArena:
         _trade(one.logprobs, other.logprobs, *counts)
         _trade(one.blocks, other.blocks, states[0].blocks, states[1].blocks)
         # The seat that gets a job first: should this process die between the two, none is lost.
-        for seat, state in sorted(((one, states[1]), (other, states[0])), key=lambda pair: not pair[1].job):
-            seat.commit(state)
+        moves = (one, states[1], texts[1]), (other, states[0], texts[0])
+        for seat, state, text in sorted(moves, key=lambda move: not move[1].job):
+            seat.take_seat(state, text)
         one.reserved, other.reserved = promised[1], promised[0]
 
     def copy_prefix(self, src: int, dst: int, positions: int) -> bool:
@@ -384,7 +423,10 @@ class KvArena:
         """Read the states; keep the memory of committed rows, give back all other."""
         jobs: set[str] = set()
         for seat in self.seats:
-            seat.state = newest_state(self._map, seat.index) or SeatState()
+            state = newest_state(self._map, seat.index) or SeatState()
+            if not seat.take_over(state):
+                seat.state = SeatState(serial=state.serial)
+                seat.commit(SeatState())  # the supervisor starts the job again, which gives the same text
             if seat.state.job in jobs:  # left by a `swap` that was cut short after its copy was whole
                 seat.commit(SeatState())
             if seat.state.job:

@@ -160,6 +160,9 @@ class SeatState(msgspec.Struct, frozen=True, kw_only=True):
     sampling: Sampling = Sampling()
     parked: bool = False
     """The job waits: its rows stay, and are proven when it goes on."""
+    text_digest: int = 0
+    """xxh3_64 of tokens, then log-probabilities, up to prompt_tokens + generated; 0 of a free seat. Set by
+    `Seat.commit`, so that a token struck in the arena is never taken over by a new worker."""
 
     @property
     def phase(self) -> Phase:
