@@ -30,6 +30,7 @@ class Size:
     head_dim: int = HEAD_DIM
     ffn: int = FFN
     global_every: int = GLOBAL_EVERY
+    context: int = CONTEXT
     untied: bool = False
 
 
@@ -97,7 +98,7 @@ def write_tiny_gguf(
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("Tiny Gemma")
     for key, value in (
-        ("context_length", CONTEXT),
+        ("context_length", size.context),
         ("embedding_length", size.width),
         ("block_count", size.layers),
         ("feed_forward_length", size.ffn),

@@ -15,7 +15,8 @@ from tiny_gemma import Size, write_tiny_gguf
 from node.inference.builder import build_image
 from node.inference.gguf_source import GgufSource
 from node.inference.graph import check_names, checksum, sign_vector
-from node.inference.manifest import TOKENIZER, attach_weights
+from node.inference.image import image_info
+from node.inference.manifest import TOKENIZER, attach_weights, load_manifest
 from node.inference.model import Model, open_model
 from node.inference.tokenizer import Tokenizer
 
@@ -27,13 +28,13 @@ IDS = [int(number) for number in np.random.default_rng(3).integers(4, 300, 40)]
 class Cache:
     """Caches bound in place, as the worker binds them."""
 
-    def __init__(self, model: Model, batch: int = 1, window_room: int = ROOM) -> None:
+    def __init__(self, model: Model, batch: int = 1, window_room: int = ROOM, room: int = ROOM) -> None:
         self.model, self.batch, self.length, self.base = model, batch, 0, 0
         self.rows = {}
         for layer in range(model.shape.layers):
-            room = ROOM if model.shape.is_global(layer) else window_room
+            length = room if model.shape.is_global(layer) else window_room
             for part in ("key", "value"):
-                dimensions = (batch, model.shape.kv_heads, room, model.shape.head_dim)
+                dimensions = (batch, model.shape.kv_heads, length, model.shape.head_dim)
                 self.rows[f"{part}.{layer}"] = np.zeros(dimensions, np.float32)
         self.residual: NDArray[np.float32] | None = None
 
@@ -167,6 +168,28 @@ def test_a_cache_that_keeps_only_the_window_is_the_same_to_the_bit(model):
             window.slide(8)
         assert np.array_equal(window.feed(ids(number)), whole.feed(ids(number)))
     assert window.base > 0
+
+
+@pytest.fixture(scope="module")
+def long_gguf(tmp_path_factory) -> Path:
+    size = Size(layers=3, context=32768)
+    return write_tiny_gguf(tmp_path_factory.mktemp("long") / "long.gguf", size=size)
+
+
+def test_a_context_of_32768_positions_can_be_built_and_its_last_position_reached(long_gguf, tmp_path):
+    """Rotary tables grow with the context, but a step reads one row of each, and a scan none."""
+    short = build_image(long_gguf, tmp_path / "short")
+    model = open_model(build_image(long_gguf, tmp_path / "long", context=32768), 1)
+    assert load_manifest(short).shape.context == 4096
+    assert model.shape.context == 32768
+    assert image_info(model.directory).live_bytes == image_info(short).live_bytes
+    cache = Cache(model, room=32768)
+    cache.length, cache.base = 32767, 32767 - 20
+    assert np.isfinite(cache.feed(ids(5))).all()
+    written = np.flatnonzero(cache.rows["key.2"].any(axis=(0, 1, 3)))
+    assert written.tolist() == [32767]
+    with pytest.raises(RuntimeError, match="position_ids value 32768"):
+        cache.feed(ids(5))
 
 
 def test_a_batch_is_the_same_as_each_row_alone_to_the_bit(model):
