@@ -36,6 +36,9 @@ POSITIONS: Final = 1024
 PROMPT_TOKENS: Final = 24
 BLOCK_TOKENS: Final = 32
 _ROUNDS_OF_DIGESTS: Final = 64
+_SHORT: Final = 0.01
+"""Part of an epoch's length while prompts are read: the run to be timed then begins after a step or two, as
+for the other contenders."""
 _UNENDED: Final = -1
 """No token has this id: a text of the bench does not end by itself."""
 
@@ -115,9 +118,17 @@ class VerifiedEngine:
         Threads that hash in a proof.
     seats
         Most sequences together.
+    policy
+        How epochs are cut; by default as the worker does.
     """
 
-    def __init__(self, model: Model, threads: int, seats: int) -> None:
+    def __init__(
+        self,
+        model: Model,
+        threads: int,
+        seats: int,
+        policy: Policy = Policy(),  # noqa: B008 - frozen
+    ) -> None:
         self._stack = ExitStack()
         arena = self._stack.enter_context(_arena(model, seats))
         self._arena = arena
@@ -136,7 +147,7 @@ class VerifiedEngine:
                 eos=_UNENDED,
                 text=Tokenizer(model.directory / TOKENIZER).token_bytes,
             ),
-            Policy(),
+            policy,
             report=_refuse_strike,
         )
 
@@ -154,8 +165,10 @@ class VerifiedEngine:
         for number in range(batch):
             self._admit(prompt(number), room)
         before = self._batch.counters.tokens_committed
+        self._batch.epoch_factor = _SHORT
         while self._batch.counters.tokens_committed - before < 2 * batch:
-            self._batch.run_epoch()
+            self._run_epoch()
+        self._batch.epoch_factor = 1.0
 
     def decode(self, steps: int) -> tuple[int, float]:
         """See `Contender`; whole epochs are run."""
@@ -165,7 +178,7 @@ class VerifiedEngine:
         started = time.perf_counter()
         while counters.tokens_committed - first < steps * count:
             before, begun = counters.tokens_committed, time.perf_counter()
-            self._batch.run_epoch()
+            self._run_epoch()
             self._epochs.append((counters.tokens_committed - before, time.perf_counter() - begun))
             self._scans_ms.append(counters.scan_ms)
         return counters.tokens_committed - first, time.perf_counter() - started
@@ -203,6 +216,13 @@ class VerifiedEngine:
             step_ms=statistics.median(steps_ms),
             digest_us=digest_us,
         )
+
+    def _run_epoch(self) -> None:
+        if not self._batch.active:
+            raise RuntimeError(
+                f"all texts have ended: the arena holds {self._arena.shape.positions} positions"
+            )
+        self._batch.run_epoch()
 
     def _digest_us(self) -> float:
         """Time the digests of one position in an idle seat, both banks, us."""
@@ -302,12 +322,12 @@ def open_contenders(image: Path, gguf: Path | None, threads: int, plan: Plan) ->
         model = open_model(image, threads)
         checked = open_model(stack.enter_context(_twin(image)), threads, checked=True)
         # One seat more than sequences, idle: digests are timed there.
-        seats = max(plan.steps) + 1
-        verified = stack.enter_context(VerifiedEngine(model, threads, seats))
+        seats, policy = max(plan.steps) + 1, Policy(epoch_s=plan.epoch_s)
+        verified = stack.enter_context(VerifiedEngine(model, threads, seats, policy))
         contenders: dict[Name, Contender] = {
             "off": stack.enter_context(PlainEngine(model, seats)),
             "on": verified,
-            "checked": stack.enter_context(VerifiedEngine(checked, threads, seats)),
+            "checked": stack.enter_context(VerifiedEngine(checked, threads, seats, policy)),
         }
         if peer is not None:
             stack.callback(peer.close)

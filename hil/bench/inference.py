@@ -59,6 +59,8 @@ class Plan:
         Length of the long prompt.
     starts
         Fresh processes of each contender.
+    epoch_s
+        Longest epoch, s: the worker's own default.
     """
 
     runs: int = 7
@@ -66,6 +68,7 @@ class Plan:
     steps: dict[int, int] = field(default_factory=lambda: {1: 64, 2: 48, 4: 48, 8: 40, 16: 32})
     prefill_tokens: int = PREFILL_TOKENS
     starts: int = 7
+    epoch_s: float = 1.0
 
     @classmethod
     def quick(cls) -> Plan:
