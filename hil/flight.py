@@ -51,6 +51,8 @@ READY_BOUND_S = 90.0
 """Longest time from the node's start to a computing worker, s."""
 SETTLE_BOUND_S = 15.0
 """Longest wait for the proofs after the last strike, s."""
+IDLE_CHECKS_S = 3.0
+"""An idle worker checks its memory every second: two checks, and some room, s."""
 DRAIN_BOUND_S = 5.0
 """Longest wait for a contact under way to take down what is waiting, s."""
 POLL_S = 0.1
@@ -358,11 +360,8 @@ class Flight:
         since_ns, since_s = time.time_ns(), time.monotonic()
         while not self._stop.is_set() and time.monotonic() - since_s < SETTLE_BOUND_S:
             await self._follow_contact()
-            commits = self._injector.commits
-            seats = {commit.seat: commit for commit in commits}
-            idle = all(not seat.job or seat.parked or seat.finish is not None for seat in seats.values())
-            epochs = fault_list.epochs_between(commits, since_ns, time.time_ns())
-            if epochs >= 2 or (idle and time.monotonic() - since_s > 3.0):
+            waited_s = time.monotonic() - since_s
+            if self._injector.epochs_since(since_ns) >= 2 or (self._injector.idle and waited_s > IDLE_CHECKS_S):
                 return
             await asyncio.sleep(POLL_S)
 
