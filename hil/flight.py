@@ -361,7 +361,9 @@ class Flight:
         while not self._stop.is_set() and time.monotonic() - since_s < SETTLE_BOUND_S:
             await self._follow_contact()
             waited_s = time.monotonic() - since_s
-            if self._injector.epochs_since(since_ns) >= 2 or (self._injector.idle and waited_s > IDLE_CHECKS_S):
+            if self._injector.epochs_since(since_ns) >= 2 or (
+                self._injector.idle and waited_s > IDLE_CHECKS_S
+            ):
                 return
             await asyncio.sleep(POLL_S)
 
