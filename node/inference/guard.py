@@ -104,7 +104,7 @@ class ComputeGuard:
         if not (np.abs(hidden) <= self.hidden_limits).all():
             found += self._findings("hidden", hidden, self.hidden_limits, seats, positions)
         limits = self.residual_limits
-        if residual is not None and limits is not None and not (residual <= limits).all():
+        if residual is not None and limits is not None and not (np.abs(residual) <= limits).all():
             found += self._findings("matmul", residual, limits, seats, positions)
         found = [finding for finding in found if _key(finding) not in self._excused]
         if found:
