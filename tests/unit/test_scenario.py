@@ -57,11 +57,13 @@ def test_jobs_go_round_prompts_and_lengths() -> None:
 
 
 def test_jobs_may_have_sampling_priority_and_a_deadline(tmp_path: Path) -> None:
-    extra = """count = 64
-sampling = [{}, {temperature = 0.7, seed = 3, stop = ["."]}]
-priority = [5, 5, 9]
-deadline_s = [0, 600.0]"""
-    path = write(tmp_path, "count = 64", extra)
+    path = write(tmp_path, "count = 64", "count = 64\ndeadline_s = [0, 600.0]")
+    lines = path.read_text().splitlines()
+    given = {
+        "sampling = ": 'sampling = [{}, {temperature = 0.7, seed = 3, stop = ["."]}]',
+        "priority = ": "priority = [5, 5, 9]",
+    }
+    path.write_text("\n".join(given.get(line[:11], line) for line in lines))
     listed = load_scenario(path).jobs.listed()
     assert [j.priority for j in listed[:4]] == [5, 5, 9, 5]
     assert [j.deadline_s for j in listed[:3]] == [None, 600.0, None]
@@ -140,10 +142,10 @@ def test_natural_upsets_are_flux_times_cross_section_times_bits_times_time() -> 
         ("latitude_deg = -25.887", "latitude = -25.887", "'latitude'", "stations[1]"),
         ('name = "Wallops"', 'name = "Maspalomas"', "stations.name", "each name once"),
         ("count = 64", "count = 8", "jobs.first_contact", "up to count 8"),
-        ("count = 64", "count = 64\npriority = [10]", "jobs.priority", "<= 9"),
+        ("priority = [5,", "priority = [10,", "jobs.priority", "<= 9"),
         ("count = 64", "count = 64\ndeadline_s = [-1]", "jobs.deadline_s", ">= 0"),
-        ("count = 64", "count = 64\nsampling = [{top_k = 0}]", "jobs.sampling", ">= 1"),
-        ("count = 64", "count = 64\nsampling = [{heat = 1}]", "'heat'", "jobs.sampling"),
+        ("sampling = [{}", "sampling = [{top_k = 0}", "jobs.sampling", ">= 1"),
+        ("sampling = [{}", "sampling = [{heat = 1}", "'heat'", "jobs.sampling"),
         ("seats = 8", "seats = 3", "node.seats", "from node.batch 4 on"),
         ("batch = 4", "batch = 0", "node.batch", ">= 1"),
         ("positions = 1024", "positions = 128", "jobs.max_tokens", "below node.positions 128"),

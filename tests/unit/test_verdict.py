@@ -219,3 +219,10 @@ def test_overhead_that_may_be_nothing_says_so() -> None:
 def test_job_without_tokens_matches_nothing() -> None:
     assert matches(job(tokens=0)) is None
     assert matches(job()) is True
+
+
+def test_what_is_wrong_with_a_certificate_is_told() -> None:
+    broken = job(proven=24, findings=["token 24: does not continue the chain"])
+    found = check(summarize(record(jobs=[job("job-000"), broken])), "unverified_released")
+    assert found.ok is False
+    assert found.text.endswith("of 192: job-001, token 24: does not continue the chain")
