@@ -23,13 +23,16 @@ from hil.bench.machine import describe_machine, load_average
 from node.boards import BoardSettings, open_board
 from node.inference import protocol
 from node.inference.arena import SHARED_MEMORY
+from node.inference.manifest import image_id, load_manifest
 from node.worker_process import WorkerProcess
 from telemetry.errors import PenumbraError
 from telemetry.figures import Calibration, OperatingPoint
 
 BATCHES: Final = (1, 2, 4, 8)
 POSITIONS: Final = 2048
-"""Room of a job: more than the fastest point decodes in its time."""
+"""Room of a job, if the model has as much. A text that ends is followed by another."""
+PROMPT_ROOM: Final = 64
+"""More than the tokens of any of `PROMPTS`."""
 PROMPTS: Final = (
     "The first satellites were simple machines, and",
     "A letter from the harbour master said that",
@@ -43,8 +46,6 @@ PROMPTS: Final = (
 _READY_S: Final = 120.0
 _REPLY_S: Final = 60.0
 _STOP_S: Final = 5.0
-_SETTLED_TOKENS: Final = 4
-"""Tokens of each job before its point is measured: prompts are read by then, and `Pace` is in force."""
 _LOOK_S: Final = 0.2
 _TICKS: Final = os.sysconf("SC_CLK_TCK")
 
@@ -86,12 +87,11 @@ def points(threads: int, batches: Sequence[int] = BATCHES) -> list[Point]:
 
 def calibrate(
     image: Path,
-    identity: str,
     *,
     board: str,
     threads: int,
     seconds: float,
-    batches: Sequence[int] = BATCHES,
+    batches: Sequence[int] | None = None,
     checked: bool = False,
     progress: Callable[[Point], None] = lambda point: None,
 ) -> Calibration:
@@ -101,8 +101,6 @@ def calibrate(
     ----------
     image
         Directory of the image slot.
-    identity
-        Its image id.
     board
         Kind of board driver.
     threads
@@ -110,7 +108,7 @@ def calibrate(
     seconds
         Physical time each point is measured for, at least, s.
     batches
-        Batch sizes, the smallest first.
+        Batch sizes, the smallest first; `BATCHES` if not given.
     checked
         With compute checks.
     progress
@@ -121,19 +119,27 @@ def calibrate(
     PenumbraError
         There is no such board, or the worker failed; the message says where its log ends.
     """
+    batches = BATCHES if batches is None else batches
     name = open_board(board, BoardSettings(kind=board, cores=threads)).name
     load_before = load_average()
     with tempfile.TemporaryDirectory(
         prefix=f"penumbra-calibrate-{os.getpid()}-", dir=SHARED_MEMORY
     ) as folder:
-        session = _Session(image, Path(folder), threads, max(batches), checked)
+        session = _Session(
+            image,
+            Path(folder),
+            threads=threads,
+            seats=max(batches),
+            positions=min(POSITIONS, load_manifest(image).shape.context),
+            checked=checked,
+        )
         measured = asyncio.run(session.run(points(threads, batches), seconds, progress))
     whole = next(p for p in measured if (p.threads, p.batch, p.duty) == (threads, batches[0], 1.0))
     return Calibration(
         machine=describe_machine(threads, peers=False, load_before=load_before),
         board=name,
         board_measures=False,
-        image_id=identity,
+        image_id=image_id(load_manifest(image)),
         checked=checked,
         points=measured,
         duty_half_share=measured[-1].tokens_s / whole.tokens_s,
@@ -144,19 +150,25 @@ def calibrate(
 class _Session:
     """One worker, and what it says."""
 
-    def __init__(self, image: Path, folder: Path, threads: int, seats: int, checked: bool) -> None:
+    def __init__(
+        self, image: Path, folder: Path, *, threads: int, seats: int, positions: int, checked: bool
+    ) -> None:
         self.loads = 0
         self._messages: asyncio.Queue[tuple[float, protocol.FromWorker]] = asyncio.Queue()
         self._arrived_s = 0.0
         """When the message last taken from the queue arrived, monotonic, s."""
         self._log = folder / "worker.log"
         self._faults: list[str] = []
-        self._jobs = 0
+        self._positions = positions
+        self._number = 0
+        self._running: set[str] = set()
+        self._refill = False
+        """Whether a text that ends is followed by another."""
         argv = [
             sys.executable, "-m", "node.inference.worker",
             "--socket", str(folder / "socket"), "--generation", "1", "--image", str(image),
             "--arena", str(folder / "arena"), "--threads", str(threads),
-            "--seats", str(seats), "--batch", str(seats), "--positions", str(POSITIONS),
+            "--seats", str(seats), "--batch", str(seats), "--positions", str(positions),
             *(["--checked"] if checked else []),
         ]  # fmt: skip
         self._worker = WorkerProcess(
@@ -193,33 +205,29 @@ class _Session:
     def _take(self, message: protocol.FromWorker) -> None:
         if isinstance(message, protocol.Ready):
             self.loads += 1
+        elif isinstance(message, protocol.Block) and message.finish is not None:
+            self._running.discard(message.job)
+            if self._refill:
+                self._start()
         self._messages.put_nowait((time.monotonic(), message))
 
     async def _measure(self, living: asyncio.Task[object], point: Point, seconds: float) -> OperatingPoint:
         self._worker.send(protocol.Pace(duty=point.duty, threads=point.threads, batch=point.batch))
-        jobs = []
-        for number in range(point.batch):
-            self._jobs += 1
-            jobs.append(f"calibrate-{self._jobs}")
-            prompt = PROMPTS[number % len(PROMPTS)]
-            room = POSITIONS - 64
-            self._worker.send(protocol.Start(job=jobs[-1], prompt=prompt, max_tokens=room))
-        seen: dict[str, int] = dict.fromkeys(jobs, 0)
-        while min(seen.values()) < _SETTLED_TOKENS:
-            block = await self._until(living, protocol.Block, _REPLY_S)
-            if block.job in seen:
-                seen[block.job] += len(block.tokens)
+        self._refill = True
+        for _ in range(point.batch):
+            self._start()
+        seen: set[str] = set()
+        while len(seen) < point.batch:
+            seen.add((await self._until(living, protocol.Block, _REPLY_S)).job)
         somewhere = await self._mark(living, 0)
         first = last = await self._mark(living, somewhere.tokens)
         while last.at_s - first.at_s < seconds:
             last = await self._mark(living, last.tokens)
-        for job in jobs:
+        self._refill = False
+        for job in sorted(self._running):
             self._worker.send(protocol.Cancel(job=job))
-        ended: set[str] = set()
-        while ended != set(jobs):
-            block = await self._until(living, protocol.Block, _REPLY_S)
-            if block.finish is not None:
-                ended.add(block.job)
+        while self._running:
+            await self._until(living, protocol.Block, _REPLY_S)
         taken_s = last.at_s - first.at_s
         return OperatingPoint(
             threads=point.threads,
@@ -230,6 +238,14 @@ class _Session:
             power_w=None,
             seconds=taken_s,
         )
+
+    def _start(self) -> None:
+        self._number += 1
+        job = f"calibrate-{self._number}"
+        self._running.add(job)
+        prompt = PROMPTS[self._number % len(PROMPTS)]
+        room = self._positions - PROMPT_ROOM
+        self._worker.send(protocol.Start(job=job, prompt=prompt, max_tokens=room))
 
     async def _mark(self, living: asyncio.Task[object], more_than: int) -> _Mark:
         """Wait for the end of an epoch: a status that tells of more tokens."""

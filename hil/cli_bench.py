@@ -93,7 +93,7 @@ def calibrate(
     """Measure tokens/s and CPU share of each operating point of this board, through a real worker."""
     from hil.bench import render
     from hil.calibrate import calibrate as measure
-    from node.inference.manifest import default_images_dir, image_id, load_manifest
+    from node.inference.manifest import default_images_dir
     from node.inference.slots import active_image
 
     image = active_image(images if images is not None else default_images_dir())
@@ -103,7 +103,7 @@ def calibrate(
             say(f"{point.threads} threads, {point.batch} together, duty {point.duty:g}")
 
         result = measure(
-            image, image_id(load_manifest(image)), board=board, threads=threads or _cores(), seconds=seconds,
+            image, board=board, threads=threads or _cores(), seconds=seconds,
             checked=checked, progress=before,
         )  # fmt: skip
     text = render.calibration(result)

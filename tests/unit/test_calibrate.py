@@ -1,0 +1,62 @@
+"""`penumbra calibrate` leads a real worker of the tiny model from point to point."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from hil import calibrate as c
+from hil.cli import app
+from telemetry.errors import PenumbraError
+
+
+def test_every_thread_count_meets_every_batch_and_one_point_rests_half_the_time():
+    points = c.points(2, (1, 8))
+    assert [(point.threads, point.batch) for point in points[:-1]] == [(1, 1), (1, 8), (2, 1), (2, 8)]
+    assert all(point.duty == 1 for point in points[:-1])
+    assert points[-1] == c.Point(2, 1, 0.5)
+
+
+def test_a_worker_is_led_through_all_points_with_one_load(tiny_image):
+    seen: list[c.Point] = []
+    result = c.calibrate(
+        tiny_image, board="sim", threads=1, seconds=0.5, batches=(1, 2), progress=seen.append
+    )
+    assert seen == c.points(1, (1, 2))
+    assert [(point.batch, point.duty) for point in result.points] == [(1, 1), (2, 1), (1, 0.5)]
+    assert all(point.tokens_s > 0 and point.seconds >= 0.5 for point in result.points)
+    assert all(point.power_w is None for point in result.points)
+    assert result.reloads == 0
+    assert not result.board_measures
+    # A busy machine takes from a resting worker, too: between the two it is a share well under one.
+    assert 0.2 < result.duty_half_share < 0.8
+    assert result.points[2].cpu_share < result.points[0].cpu_share
+
+
+def test_a_worker_that_cannot_start_is_an_error_with_its_last_words(tiny_image, tmp_path):
+    broken = tmp_path / "a"
+    broken.mkdir()
+    (broken / "manifest.json").write_bytes((tiny_image / "manifest.json").read_bytes())
+    with pytest.raises(
+        PenumbraError, match="the worker failed while its operating points were measured: it ended"
+    ):
+        c.calibrate(broken, board="sim", threads=1, seconds=0.5)
+
+
+def test_a_board_of_no_driver_is_refused(tiny_image):
+    with pytest.raises(PenumbraError, match="jetson"):
+        c.calibrate(tiny_image, board="jetson", threads=1, seconds=0.5)
+
+
+def test_the_command_writes_its_points(tiny_images, tmp_path, monkeypatch):
+    monkeypatch.setattr(c, "BATCHES", (1,))
+    path = tmp_path / "c.json"
+    arguments = ["calibrate", "--images", str(tiny_images), "--threads", "1", "--seconds", "0.5"]
+    done = CliRunner().invoke(app, [*arguments, "--json", str(path)], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert "measures no watts" in done.stdout
+    content = json.loads(path.read_text())
+    assert content["board"] == "sim"
+    assert content["points"][0]["power_w"] is None
