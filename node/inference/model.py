@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -179,6 +180,8 @@ def load_graph(
     places = {tensor.name: tensor for tensor in tensors}
     sizes = [-(-matrix.original_bytes // _ALIGNMENT) * _ALIGNMENT for matrix in rebuilt]
     memory = mmap.mmap(-1, max(sum(sizes), PAGE_SIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # large pages are faster to fill, where the kernel has them
+        memory.madvise(mmap.MADV_HUGEPAGE)
     room = np.frombuffer(memory, np.uint8)
     weights = np.memmap(path.with_name(m.WEIGHTS), np.uint8, "r")
     given: dict[str, ort.OrtValue] = {}

@@ -31,7 +31,7 @@ _STRIP: Final = 64
 _SUM_ROWS: Final = 16
 _ALIGNMENT: Final = 64
 _SCALE_BYTES: Final = 4
-_CHUNK_ROWS: Final = 2048
+_CHUNK_ROWS: Final = 1024
 """Rows undone at a time, so that they stay in the CPU's cache."""
 
 
