@@ -59,7 +59,8 @@ class LiveFeed:
         """Until when the job whose text is shown keeps the screen, CLOCK_MONOTONIC, s."""
         self._read_upto = (0, -1)
         """(boot, sequence number) of the newest result read from the disk."""
-        self._strikes: dict[tuple[str, int], int] = {}
+        self._strikes: dict[tuple[str, int, str], int] = {}
+        """When each (target, page, job of a KV row) was struck last, CLOCK_REALTIME, ns."""
         self._counts: deque[tuple[float, int]] = deque()
 
     async def run(self, archived: Callable[[], int]) -> None:
@@ -104,7 +105,7 @@ class LiveFeed:
     def on_strike(self, strike: Strike) -> None:
         """Take a flip that landed."""
         self._state.flips_injected += 1
-        self._strikes[strike.target.value, strike.page] = strike.t_ns
+        self._strikes[strike.target.value, strike.page, strike.job] = strike.t_ns
         self._state.last_strike = f"last in {strike.role}, page {strike.page}"
 
     def _on_housekeeping(self, frame: Frame, packet: Housekeeping) -> None:
@@ -138,7 +139,8 @@ class LiveFeed:
         self._shown_until_s = now_s + (HOLD_S if packet.finish is None else 0.0)
 
     def _on_answer(self, packet: FdirReport) -> None:
-        struck_ns = self._strikes.get((packet.region, packet.page or 0))
+        job = str(packet.evidence.get("job", ""))
+        struck_ns = self._strikes.get((packet.region, packet.page or 0, job))
         if struck_ns is not None and packet.recovered_ns is not None and packet.recovered_ns >= struck_ns:
             took_ms = (packet.recovered_ns - struck_ns) / 1e6
             self._state.last_strike = f"{packet.role} page {packet.page}: {took_ms:.0f} ms"

@@ -272,7 +272,7 @@ class FdirReport(Packet, frozen=True, kw_only=True):
     region: str = ""
     """`weights`, `kv` or `compute`, empty when about none of them."""
     page: Count | None = None
-    """Page number in weights.bin; position of a KV row, whose `evidence` names `seat` and `bank`; number of a
+    """Page number in weights.bin; position of a KV row, whose `evidence` names `job` and `seat`; number of a
     matrix product, 0 for the other checks of computation."""
     role: str = ""
     """Tensor role from the manifest; bank of a KV row, `global` or `window`; what was checked of a

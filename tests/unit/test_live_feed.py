@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from hil import live_feed as module
+from hil.faults import Target
 from hil.live import LiveState
 from hil.live_feed import LiveFeed
 from hil.spacecraft import FlightClock
@@ -165,3 +166,17 @@ async def test_between_contacts_it_reads_the_node_s_disk(feed: Feed, tmp_path: P
     assert (s.tokens_released, s.archived, s.text) == (77, 42, "from the disk")
     assert feed.feed.computing == (2, 1)
     assert s.token_rate_hz == 0.0
+
+
+def test_the_answer_to_a_strike_is_that_of_the_same_job(feed: Feed) -> None:
+    struck = strike(1, target=Target.KV)
+    feed.feed.on_strike(struck)
+    report = FdirReport(
+        monitor="kv.digest", level=Level.IN_WORKER_REPAIR, outcome=Outcome.REPAIRED, action="parity",
+        detected_ns=struck.t_ns, recovered_ns=struck.t_ns + 50_000_000, region="kv", page=struck.page,
+        role="global", evidence={"job": "another"},
+    )  # fmt: skip
+    feed.take(report)
+    assert "last in" in feed.state.last_strike
+    feed.take(msgspec.structs.replace(report, evidence={"job": struck.job}))
+    assert feed.state.last_strike == f"global page {struck.page}: 50 ms"
