@@ -123,6 +123,8 @@ def rate_bound(count: int, trials: int) -> float:
 
     Clopper and Pearson, solved by halving: the largest rate at which so few would still come with 5 %.
     """
+    if count == trials:
+        return 1.0
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2
