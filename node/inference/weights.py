@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from fdir.pages import BadPage
 from fdir.parity import ParityFile, repair
 from node.inference.manifest import PARITY, WEIGHTS, Manifest, attach_weights
-from node.inference.verified import Mended
+from node.inference.proof import Mended
 
 SCRUB_BLOCKS: Final = 2
 """Blocks of tables (1 MiB each) checked in turn at each check: a full pass over 200 MB in some 100 epochs."""

@@ -30,9 +30,10 @@ from node.inference.arena import KvArena
 from node.inference.decoder import arena_shape
 from node.inference.manifest import TOKENIZER, image_id
 from node.inference.model import open_model
+from node.inference.proof import BeyondRepair
 from node.inference.sequence import JobSpec, Rules
 from node.inference.tokenizer import Tokenizer
-from node.inference.verified import BeyondRepair, Policy, VerifiedBatch
+from node.inference.verified import Policy, VerifiedBatch
 from node.inference.weights import ProtectedWeights
 from telemetry.errors import PenumbraError
 

@@ -17,8 +17,9 @@ from engine_bench import Bench, finish, mixed_jobs, proven, texts
 from fdir.pages import memory_view
 from node.inference.guard import ComputeGuard, ComputeTrip, output_gain
 from node.inference.head import HeadFault
+from node.inference.proof import BeyondRepair
 from node.inference.sequence import JobSpec
-from node.inference.verified import BeyondRepair, VerifiedBatch
+from node.inference.verified import VerifiedBatch
 from telemetry.sampling import Sampling
 
 SPEC = JobSpec("job", [2, *range(20, 45)], 40, Sampling(temperature=1.0, seed=11))

@@ -15,9 +15,10 @@ import pytest
 from engine_bench import BLOCK, Bench, finish, mixed_jobs, proven, texts
 
 from node.inference.decoder import PREFILL_CHUNK
+from node.inference.proof import BeyondRepair, Mended
 from node.inference.protocol import Block
 from node.inference.sequence import JobSpec
-from node.inference.verified import BeyondRepair, Mended, VerifiedBatch
+from node.inference.verified import VerifiedBatch
 from telemetry.sampling import Sampling
 
 TOKENS = 40
