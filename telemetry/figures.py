@@ -139,6 +139,14 @@ class MemoryFloor(_Part, frozen=True, kw_only=True):
     """As `floor_share`, with nothing proven."""
 
 
+class Window(_Part, frozen=True, kw_only=True):
+    """A time in which a strike on some memory would go unseen: see `docs/verified-decoding.md`."""
+
+    name: str
+    time_us: Spread
+    """Its length at one sequence, us."""
+
+
 class FreshStart(_Part, frozen=True, kw_only=True):
     """A new process each time: to the first token, and the most memory it ever held."""
 
@@ -184,6 +192,7 @@ class BenchInference(_Part, frozen=True, kw_only=True):
     prefill: list[PrefillRow]
     memory: MemoryFloor
     starts: list[FreshStart]
+    windows: list[Window]
     bars: list[Bar]
     wall_s: float
 
@@ -279,6 +288,7 @@ PARTS: tuple[type[msgspec.Struct], ...] = (
     DecodeRow,
     PrefillRow,
     MemoryFloor,
+    Window,
     FreshStart,
     Bar,
     PerplexityRow,

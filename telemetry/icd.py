@@ -34,6 +34,7 @@ PATH = Path(__file__).resolve().parent.parent / "docs" / "icd.md"
 UNIT_SUFFIXES = {
     "_ns": "ns",
     "_ms": "ms",
+    "_us": "us",
     "_s": "s",
     "_wh": "Wh",
     "_w": "W",

@@ -10,15 +10,17 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, Self, TypeVar
 
 from hil.bench.inference import Contender, Name, Parts, Plan
 from hil.bench.llama import LlamaContext, LlamaPeer
+from hil.bench.stats import spread
 from node.inference.arena import ARENA_VERSION, SHARED_MEMORY, ArenaShape, KvArena
 from node.inference.decoder import PREFILL_CHUNK, BatchDecoder
 from node.inference.guard import ComputeGuard, output_gain
@@ -30,6 +32,7 @@ from node.inference.tokenizer import Tokenizer
 from node.inference.verified import Policy, VerifiedBatch
 from node.inference.weights import ProtectedWeights
 from telemetry.errors import PenumbraError
+from telemetry.figures import Window
 
 POSITIONS: Final = 1024
 """Room of a sequence: enough for the long prompt, and for every run without a slide of the window."""
@@ -41,6 +44,8 @@ _SHORT: Final = 0.01
 for the other contenders."""
 _UNENDED: Final = -1
 """No token has this id: a text of the bench does not end by itself."""
+
+T = TypeVar("T")
 
 
 class PlainEngine:
@@ -93,6 +98,24 @@ class PlainEngine:
         started = time.perf_counter()
         self._read(0, prompt)
         return time.perf_counter() - started
+
+    def times_us(self, steps: int) -> dict[str, list[float]]:
+        """Time trunk and head apart, one sequence, us: `chunk` of a prompt, `step`, and `head` after it."""
+        self._arena.reserve(0, self._arena.shape.positions)
+        found: dict[str, list[float]] = {"chunk": [], "step": [], "head": []}
+        tokens = [100 + place % 100 for place in range(PREFILL_CHUNK)]
+        hidden = self._timed(found["chunk"], lambda: self._decoder.prefill(0, tokens, 0)[None])
+        for position in range(PREFILL_CHUNK, PREFILL_CHUNK + steps):
+            token = int(self._timed(found["head"], partial(self._model.head.top, hidden, [1]))[0].ids[0])
+            hidden = self._timed(found["step"], partial(self._decoder.step, [token], [position]))
+        return found
+
+    @staticmethod
+    def _timed(times_us: list[float], run: Callable[[], T]) -> T:
+        started = time.perf_counter()
+        result = run()
+        times_us.append((time.perf_counter() - started) * 1e6)
+        return result
 
     def _read(self, seat: int, prompt: Sequence[int]) -> int:
         self._arena.reserve(seat, self._arena.shape.positions)
@@ -202,6 +225,14 @@ class VerifiedEngine:
         self.end()
         return taken_s
 
+    def epochs_ms(self) -> list[float]:
+        """Return the lengths of the epochs of the last `decode`, proofs included, ms."""
+        return [length_s * 1e3 for _, length_s in self._epochs]
+
+    def scans_ms(self) -> list[float]:
+        """Return the lengths of their proofs, ms."""
+        return list(self._scans_ms)
+
     def parts(self) -> Parts:
         """See `Verified`; for one sequence."""
         scan_ms = statistics.median(self._scans_ms)
@@ -293,12 +324,38 @@ class Stand:
     """All contenders, loaded."""
 
     contenders: dict[Name, Contender]
+    plain: PlainEngine
     verified: VerifiedEngine
     manifest: Manifest
     image_id: str
     token_bytes: int
     """Bytes of weights one token of one sequence reads."""
     vocab: int
+
+    def windows(self, steps: int = 48) -> list[Window]:
+        """Measure the times of `docs/verified-decoding.md`, at one sequence."""
+        times = self.plain.times_us(steps)
+        self.verified.begin(1)
+        self.verified.decode(2 * steps)
+        digest_us = self.verified.parts().digest_us
+        epochs_us = [length * 1e3 for length in self.verified.epochs_ms()]
+        scans_us = [length * 1e3 for length in self.verified.scans_ms()]
+        self.verified.end()
+        found = {
+            "KV row written to its digest, step": [time_us + digest_us for time_us in times["step"]],
+            "KV row written to its digest, chunk of a prompt": [
+                time_us + digest_us * PREFILL_CHUNK for time_us in times["chunk"]
+            ],
+            "activation in use, step": times["step"],
+            "hidden state to choice": times["head"],
+            "token chosen to its commit": epochs_us,
+            "token committed to the seal of its block": [
+                BLOCK_TOKENS * (step + head)
+                for step, head in zip(times["step"], times["head"][1:], strict=False)
+            ],
+            "page scanned to commit": scans_us,
+        }
+        return [Window(name=name, time_us=spread(length)) for name, length in found.items()]
 
     def warm(self, steps: int) -> None:
         """Let each contender touch its memory once."""
@@ -324,8 +381,9 @@ def open_contenders(image: Path, gguf: Path | None, threads: int, plan: Plan) ->
         # One seat more than sequences, idle: digests are timed there.
         seats, policy = max(plan.steps) + 1, Policy(epoch_s=plan.epoch_s)
         verified = stack.enter_context(VerifiedEngine(model, threads, seats, policy))
+        plain = stack.enter_context(PlainEngine(model, seats))
         contenders: dict[Name, Contender] = {
-            "off": stack.enter_context(PlainEngine(model, seats)),
+            "off": plain,
             "on": verified,
             "checked": stack.enter_context(VerifiedEngine(checked, threads, seats, policy)),
         }
@@ -333,8 +391,8 @@ def open_contenders(image: Path, gguf: Path | None, threads: int, plan: Plan) ->
             stack.callback(peer.close)
             contenders["llama.cpp"] = LlamaEngine(peer)
         yield Stand(
-            contenders, verified, model.manifest, image_id(model.manifest), token_bytes(model.manifest),
-            model.shape.vocab,
+            contenders, plain, verified, model.manifest, image_id(model.manifest),
+            token_bytes(model.manifest), model.shape.vocab,
         )  # fmt: skip
 
 

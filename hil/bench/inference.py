@@ -301,6 +301,7 @@ def run_inference(
         )
         reader.close()
         costs = run_costs(plan, stand.contenders, progress)
+        windows = stand.windows()
         token_bytes, manifest, identity = stand.token_bytes, stand.manifest, stand.image_id
     found = ratios(record, token_bytes)
     first_token_s = starts[0].first_token_s
@@ -319,6 +320,7 @@ def run_inference(
         prefill=prefill_rows(record, plan.prefill_tokens),
         memory=memory_floor(record, token_bytes),
         starts=starts,
+        windows=windows,
         bars=bars.judge(found, costs, first_token_s),
         wall_s=time.monotonic() - started,
     )

@@ -91,6 +91,14 @@ def inference(result: BenchInference, command: str) -> str:
                 ("share of the floor, `off`", _spread(memory.share_off, 3)),
             ),
         ),
+        "## Windows\n",
+        "Times in which a strike on some memory goes unseen, at one sequence; `docs/verified-decoding.md` "
+        "says which memory, and why. The longest row counts: one of the first layer waits for its digest through "
+        "the whole run of the model.\n",
+        _table(
+            ("window", "us, median (range)"),
+            ((window.name, _spread(window.time_us, 0)) for window in result.windows),
+        ),
         "## A fresh process\n",
         _table(
             ("contender", "imports, s", "load, s", "load to first token, s", "peak memory, MB"),

@@ -248,6 +248,8 @@ def test_the_whole_bench_without_a_peer(tiny_image, tiny_gguf, tmp_path):
     assert [bar.verdict for bar in result.bars if bar.name.endswith("parallel sequences")] == ["not measured"]
     assert {start.contender for start in result.starts} == {"penumbra"}
     assert set(result.starts[0].peak_bytes) == {"1", "8"}
+    assert len(result.windows) == 7
+    assert all(window.time_us.min > 0 for window in result.windows)
     assert result.load_to_first_token_s == result.starts[0].first_token_s
     write_json(tmp_path / "bench.json", result)
     content = json.loads((tmp_path / "bench.json").read_text())
