@@ -93,7 +93,7 @@ def inference(result: BenchInference, command: str) -> str:
         ),
         "## Windows\n",
         "Times in which a strike on some memory goes unseen, at one sequence; `docs/verified-decoding.md` "
-        "says which memory, and why. The longest row counts: one of the first layer waits for its digest through "
+        "says which memory, and why. The longest counts: a row of the first layer waits through "
         "the whole run of the model.\n",
         _table(
             ("window", "us, median (range)"),
