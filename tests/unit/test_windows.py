@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_gemma
 from engine_bench import BLOCK, Bench, finish, proven, texts
+from tiny_gemma import Size, write_tiny_gguf
 
 from hil.reference import full_arena
 from node.inference.builder import build_image
@@ -26,9 +26,7 @@ WARM = Sampling(temperature=1.0, seed=11)
 def long_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model whose context is longer than its window's room."""
     folder = tmp_path_factory.mktemp("long")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiny_gemma, "CONTEXT", 2048)
-        gguf = tiny_gemma.write_tiny_gguf(folder / "long.gguf")
+    gguf = write_tiny_gguf(folder / "long.gguf", size=Size(context=2048))
     return build_image(gguf, folder / "images", "a")
 
 
