@@ -71,6 +71,26 @@ def blocks(
     return out
 
 
+def last_block(start: p.Start, first: int, epoch_tokens: int, finish: str) -> p.Block:
+    """The block that ends a job before its end, at token `first`: without tokens, and certified as such."""
+    every = blocks(start.job, start.prompt, start.max_tokens, epoch_tokens)
+    before = [block for block in every if block.first < first]
+    chain = chain_start(IMAGE_ID, start.job, prompt_tokens(start.prompt))
+    if before:
+        chain = before[-1].certificate.chain
+    kv_digest = bytes(8)
+    chain = chain_next(chain, len(before), first, [], kv_digest)
+    return p.Block(
+        job=start.job,
+        first=first,
+        tokens=[],
+        text=b"",
+        certificate=Certificate(image_id=IMAGE_ID, epoch=len(before), kv_digest=kv_digest, chain=chain),
+        prompt_tokens=prompt_tokens(start.prompt) if first == 0 else None,
+        finish=finish,
+    )
+
+
 @dataclass
 class Job:
     """A job under way."""
@@ -203,8 +223,7 @@ class ScriptedWorker:
         """End an epoch of one job."""
         block = job.pending.pop(0)
         if job.finish is not None:
-            ending = {"tokens": [], "text": b"", "finish": job.finish, "logprobs": None}
-            self.send(p.Block(**{**_fields(block), **ending}))
+            self.send(last_block(job.start, block.first, self.args.epoch_tokens, job.finish))
             return
         if self.misbehave_once(job, "exit_at", block.first):
             os._exit(3)
@@ -266,10 +285,6 @@ class ScriptedWorker:
                 tokens_s=0.0,
             )
         )
-
-
-def _fields(block: p.Block) -> dict[str, object]:
-    return {name: getattr(block, name) for name in block.__struct_fields__}
 
 
 def main() -> int:
