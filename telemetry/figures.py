@@ -200,7 +200,9 @@ class BenchInference(_Part, frozen=True, kw_only=True):
 class PerplexityRow(_Part, frozen=True, kw_only=True):
     """How one implementation predicts the fixed text."""
 
-    contender: Literal["penumbra", "reference", "llama.cpp"]
+    contender: Literal["penumbra", "penumbra float32", "reference", "llama.cpp"]
+    """`penumbra`: as flown, activations rounded to 8 bits a block; `penumbra float32`: the same graph without
+    that rounding."""
     perplexity: float
     against_reference_pct: Annotated[float, Meta(description="%")] | None
     """Perplexity over that of the reference, minus 1; null for the reference itself."""
@@ -214,7 +216,7 @@ class PerplexityRow(_Part, frozen=True, kw_only=True):
 class Disagreement(_Part, frozen=True, kw_only=True):
     """Where the most probable token differs from the reference's, and how close the choice was there."""
 
-    contender: Literal["penumbra", "llama.cpp"]
+    contender: Literal["penumbra", "penumbra float32", "llama.cpp"]
     positions: Count
     gap_median: Nats | None
     """Reference logit of its first choice minus its second, median over those positions; null without any."""

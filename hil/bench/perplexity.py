@@ -1,8 +1,9 @@
 """`penumbra bench perplexity`: how the image predicts a fixed text, beside the reference and llama.cpp.
 
-All three read the same tokens and are judged by the exact logits after every one of them. Ours come from the
-trunk's hidden states and the head's table; the head as it flies (screen, then rescoring) runs over
-the first positions too, to see that it finds the same tokens.
+All read the same tokens and are judged by the exact logits after every one of them. Ours come from the
+trunk's hidden states and the head's table; the head as it flies (screen, then rescoring) runs over the
+first positions too, to see that it finds the same tokens. The trunk runs twice: as flown, and with its
+matrix products in float32, which tells what rounding activations to 8 bits does from what the graph does.
 """
 
 from __future__ import annotations
@@ -10,17 +11,21 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Final, Literal
 
 import numpy as np
+import onnxruntime as ort
 from numpy.typing import NDArray
+from onnx import numpy_helper
 
 from hil.bench.llama import LlamaPeer
 from hil.bench.machine import describe_machine, load_average
 from hil.bench.reference_gemma import ReferenceGemma
+from node.inference.gguf_source import GgufSource
+from node.inference.graph import build_trunk
 from node.inference.head import ScreenedHead
 from node.inference.manifest import TOKENIZER, image_id
 from node.inference.model import Model, open_model
@@ -39,6 +44,7 @@ _STRIP: Final = 128
 """Positions whose logits are held at once: 134 MB at 262,144 of them."""
 
 Floats = NDArray[np.float32]
+Other = Literal["penumbra", "penumbra float32", "llama.cpp"]
 
 
 @dataclass(frozen=True)
@@ -159,6 +165,21 @@ def trunk_hidden(model: Model, ids: Sequence[int]) -> Floats:
     return np.concatenate(found)
 
 
+def float_trunk(gguf: Path, model: Model) -> Model:
+    """Return the model with the trunk it was built from, whose matrix products do not round their input.
+
+    Nothing is packed: it is some times slower.
+    """
+    graph, tensors = build_trunk(GgufSource(gguf), model.shape, checked=False)
+    for node in graph.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = 0
+    graph.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in tensors.items())
+    session = ort.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    return replace(model, trunk=session)
+
+
 def llama_strips(peer: LlamaPeer, ids: Sequence[int]) -> Iterator[Floats]:
     """Yield llama.cpp's logits over a text."""
     context = peer.context(1, len(ids), _STRIP)
@@ -169,9 +190,7 @@ def llama_strips(peer: LlamaPeer, ids: Sequence[int]) -> Iterator[Floats]:
         context.close()
 
 
-def disagreement(
-    contender: Literal["penumbra", "llama.cpp"], found: Scores, reference: Scores
-) -> Disagreement:
+def disagreement(contender: Other, found: Scores, reference: Scores) -> Disagreement:
     """Look at the positions whose most probable token is not the reference's."""
     other = np.flatnonzero(found.first != reference.first)
     gaps = reference.gap[other]
@@ -234,12 +253,15 @@ def run_perplexity(image: Path, gguf: Path, *, threads: int, peers: bool, tokens
     ids = fixed_tokens(Tokenizer(image / TOKENIZER), tokens)
     reference = ReferenceGemma(gguf)
 
-    scores: dict[Literal["penumbra", "reference", "llama.cpp"], tuple[Scores, float]] = {}
+    scores: dict[Other | Literal["reference"], tuple[Scores, float]] = {}
     started = time.perf_counter()
     scores["reference"] = score(reference.logits(reference.hidden(ids)), ids), time.perf_counter() - started
     started = time.perf_counter()
     hidden = trunk_hidden(model, ids)
     scores["penumbra"] = score(reference.logits(hidden), ids), time.perf_counter() - started
+    started = time.perf_counter()
+    exact = trunk_hidden(float_trunk(gguf, model), ids)
+    scores["penumbra float32"] = score(reference.logits(exact), ids), time.perf_counter() - started
     if peer is not None:
         started = time.perf_counter()
         scores["llama.cpp"] = score(llama_strips(peer, ids), ids), time.perf_counter() - started
@@ -247,7 +269,7 @@ def run_perplexity(image: Path, gguf: Path, *, threads: int, peers: bool, tokens
     equal, error = flown_head(model.head, hidden[:HEAD_POSITIONS], reference.head)
 
     truth = scores["reference"][0]
-    others: list[Literal["penumbra", "llama.cpp"]] = ["penumbra"]
+    others: list[Other] = ["penumbra", "penumbra float32"]
     if "llama.cpp" in scores:
         others.append("llama.cpp")
     rows = [

@@ -8,16 +8,13 @@ Two graphs are held against the reference. With activations in float32 the trunk
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 from numpy.typing import NDArray
-from onnx import numpy_helper
 
 from hil.bench.llama import LlamaPeer
 from hil.bench.perplexity import (
@@ -25,6 +22,7 @@ from hil.bench.perplexity import (
     Scores,
     disagreement,
     fixed_tokens,
+    float_trunk,
     flown_head,
     llama_strips,
     score,
@@ -32,7 +30,6 @@ from hil.bench.perplexity import (
 )
 from hil.bench.reference_gemma import ReferenceGemma
 from node.inference.gguf_source import GgufSource, QuantMatrix, packaged_gguf
-from node.inference.graph import build_trunk
 from node.inference.manifest import TOKENIZER, default_images_dir
 from node.inference.model import Model, open_model
 from node.inference.tokenizer import Tokenizer
@@ -79,21 +76,6 @@ def ours(reference: ReferenceGemma, hidden: NDArray[np.float32], ids: list[int])
     return score(reference.logits(hidden), ids)
 
 
-@pytest.fixture(scope="module")
-def float_trunk(gguf: Path, model: Model) -> Model:
-    """The same trunk, but its matrix products do not round their input."""
-    graph, tensors = build_trunk(GgufSource(gguf), model.shape, checked=False)
-    for node in graph.graph.node:
-        for attribute in node.attribute:
-            if attribute.name == "accuracy_level":
-                attribute.i = 0
-    graph.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in tensors.items())
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 2
-    session = ort.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return replace(model, trunk=session)
-
-
 def test_perplexity_is_that_of_the_reference(ours: Scores, truth: Scores) -> None:
     assert ours.perplexity == pytest.approx(truth.perplexity, rel=0.01)
 
@@ -117,10 +99,10 @@ def test_the_head_as_flown_finds_the_largest_exact_logit(
 
 
 def test_the_graph_in_float32_agrees_on_99_percent(
-    reference: ReferenceGemma, ids: list[int], truth: Scores, float_trunk: Model
+    gguf: Path, model: Model, reference: ReferenceGemma, ids: list[int], truth: Scores
 ) -> None:
     head = ids[:FLOAT_POSITIONS]
-    found = score(reference.logits(trunk_hidden(float_trunk, head)), head)
+    found = score(reference.logits(trunk_hidden(float_trunk(gguf, model), head)), head)
     expected = Scores(
         *(part[:FLOAT_POSITIONS] for part in (truth.loss, truth.first, truth.second, truth.gap))
     )

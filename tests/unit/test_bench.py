@@ -316,6 +316,9 @@ def test_the_trunk_reads_a_text_as_the_reference_does(tiny_image, tiny_gguf):
     found = p.score(reference.logits(hidden), ids)
     assert found.agreement(truth) > 0.9
     assert found.perplexity == pytest.approx(truth.perplexity, rel=0.02)
+    exact = p.score(reference.logits(p.trunk_hidden(p.float_trunk(tiny_gguf, model), ids)), ids)
+    assert exact.agreement(truth) >= found.agreement(truth)
+    assert exact.perplexity == pytest.approx(truth.perplexity, rel=0.005)
     equal, error = p.flown_head(model.head, hidden[:20], reference.head)
     assert equal == 20
     assert error < 0.5
@@ -373,7 +376,7 @@ def test_perplexity_on_the_command_line(tiny_images, tiny_gguf, tmp_path):
     done = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert done.exit_code == 0
     content = json.loads((tmp_path / "p.json").read_text())
-    assert [row["contender"] for row in content["rows"]] == ["reference", "penumbra"]
+    assert [row["contender"] for row in content["rows"]] == ["reference", "penumbra", "penumbra float32"]
     assert content["rows"][0]["against_reference_pct"] is None
     assert content["against_llama_pct"] is None
     assert content["tokens"] == 200
