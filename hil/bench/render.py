@@ -137,8 +137,8 @@ def perplexity(result: BenchPerplexity, command: str) -> str:
                 for row in result.rows
             ),
         ),
-        "`penumbra`: as flown, activations rounded to 8 bits a block, as in llama.cpp. `penumbra float32`: the "
-        "same graph without that rounding; it differs by the requantised Q4_K matrices only.\n",
+        "`penumbra`: as flown, activations rounded to 8 bits a block, as in llama.cpp. `penumbra float32`: "
+        "the same graph without that rounding; it differs by the requantised Q4_K matrices only.\n",
         f"Ours against llama.cpp: {_percent(against, signed=True)}. Clear: the reference's first choice "
         "leads its second by 0.1 nat or more.\n",
         "## Where first tokens differ\n",
