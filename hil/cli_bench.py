@@ -46,10 +46,10 @@ def inference(
     peers: Peers = True,
 ) -> None:
     """Decode and prefill with protection off, on and with compute checks, beside llama.cpp."""
+    image, source = _model(images, gguf, peers)
     from hil.bench import render
     from hil.bench.inference import Plan, run_inference
 
-    image, source = _model(images, gguf, peers)
     plan = Plan.quick() if quick else Plan()
     if runs is not None:
         plan = replace(plan, runs=runs)
@@ -72,10 +72,10 @@ def perplexity(
     peers: Peers = True,
 ) -> None:
     """Judge the image, a float32 reference and llama.cpp by one fixed English text."""
+    image, source = _model(images, gguf, peers)
     from hil.bench import render
     from hil.bench.perplexity import run_perplexity
 
-    image, source = _model(images, gguf, peers)
     with _status() as say:
         say("reading the text")
         result = run_perplexity(image, source, threads=threads or _cores(), peers=peers, tokens=tokens)
@@ -121,12 +121,17 @@ def _model(images: Path | None, gguf: Path | None, peers: bool) -> tuple[Path, P
         There is no image, or it was built from another file; or the peer is wanted and not installed.
     """
     from hil.bench.llama import require_peer
-    from node.inference.gguf_file import GgufFile
-    from node.inference.gguf_source import packaged_gguf
     from node.inference.manifest import default_images_dir, load_manifest
     from node.inference.slots import active_image
     from telemetry.errors import PenumbraError
 
+    try:
+        from node.inference.gguf_file import GgufFile
+        from node.inference.gguf_source import packaged_gguf
+    except ImportError as error:
+        raise PenumbraError(
+            f"the GGUF the image was built from cannot be read: {error}", "pip install 'penumbra-node[gemma]'"
+        ) from None
     if peers:
         require_peer()
     directory = images if images is not None else default_images_dir()

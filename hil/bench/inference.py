@@ -65,7 +65,7 @@ class Plan:
 
     runs: int = 7
     triples: int = 40
-    steps: dict[int, int] = field(default_factory=lambda: {1: 64, 2: 48, 4: 48, 8: 40, 16: 32})
+    steps: dict[int, int] = field(default_factory=lambda: {1: 48, 2: 48, 4: 48, 8: 32, 16: 24})
     prefill_tokens: int = PREFILL_TOKENS
     starts: int = 7
     epoch_s: float = 1.0

@@ -28,13 +28,13 @@ def require_peer() -> Any:
     Raises
     ------
     PenumbraError
-        The extra `peers` is not installed.
+        The extra `peers` is not installed, or its library cannot be loaded.
     """
     try:
         from llama_cpp import llama_cpp as binding  # noqa: PLC0415
-    except ImportError:
+    except (ImportError, OSError, RuntimeError) as error:  # the last two: its library cannot be loaded
         raise PenumbraError(
-            "the peer llama.cpp (llama-cpp-python) is not installed",
+            f"the peer llama.cpp (llama-cpp-python) is not installed, or cannot be loaded: {error}",
             "pip install 'penumbra-node[peers]' (it is compiled: a C++ compiler and cmake are needed), "
             "or measure without it: --no-peers",
         ) from None
