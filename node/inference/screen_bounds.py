@@ -34,5 +34,5 @@ class ScreenBounds(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     skew: float
     """What the rotation and its inverse miss of 1 together (Frobenius norm), rounding included."""
     sum_limit: float
-    """Largest difference a sound screen shows between the sum of all bounds and what it must be, in units of
-    the norm of the rotated hidden state."""
+    """Allowed difference between the sum of all bounds and what it must be, in the units of `row_bound`; the
+    head adds a share of the sum."""

@@ -123,6 +123,7 @@ def test_state_that_is_no_number(bad: float) -> None:
         ("screen.high.scale", lambda value: value * 64),
         ("screen.low.weight", lambda value: value ^ 0x88),
         ("screen.row_bound", lambda value: value + np.float32(1)),
+        ("screen.row_bound", lambda value: value - np.float32(0.04)),
     ],
 )
 def test_fault_in_the_screen_is_seen(name: str, change: object) -> None:
@@ -132,6 +133,13 @@ def test_fault_in_the_screen_is_seen(name: str, change: object) -> None:
         damaged(small, name, change, at=slice(int(best.ids[0]), int(best.ids[0]) + 1)).top(
             small.hidden[:1], [1]
         )
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e6])
+def test_fault_in_the_sums_is_seen(value: float) -> None:
+    small = small_head()
+    with pytest.raises(HeadFault, match="off their sum"):
+        damaged(small, "screen.row_bound.sum", np.float32(value)).top(small.hidden[:1], [1])
 
 
 def test_fault_in_the_table_is_seen() -> None:
