@@ -23,7 +23,7 @@ Outputs
         float32 ``[B, T, width]``: what the head takes, of each position.
     ``residual``
         float32 ``[B, T, 4 * layers]``, of a checked trunk only: for each matrix product (`check_names`) how
-        far its result is from what its checksum says. See below.
+        far its result is from its checksum. See below.
     ``present_key.{i}``, ``present_value.{i}``
         As ``past_*``. Bind each to the very buffer of its ``past_*``: the new rows are then appended in place
         and nothing else is written.
@@ -37,10 +37,10 @@ standard ONNX. Query, key and value are one product, gate and up another. The em
 their scales; the full float table never exists. The order of operations follows llama.cpp,
 ``src/models/gemma3.cpp``.
 
-A checked trunk computes each product ``y = W x`` a second way: with a fixed sign vector ``s``, the sum
-``s . y`` must equal ``(s W) x``. ``s W`` is made with the image and stored in three 8-bit parts, each the
-rounding error of the one before, so ``(s W) x`` goes through the same operator with the same rounding of
-``x``; what remains is the rounding of float32. Products whose input has no fixed length (``attn_output``,
+Each weight matrix has four more rows, which are cut off its result: three 8-bit parts of minus the sum of
+all other rows, each the rounding error of the one before, and zeros. So all components of the uncut result
+add up to the rounding of float32 and no more, whatever the input and however it was rounded to 8 bits. A
+checked trunk adds them up; that is its residual. Products whose input has no fixed length (``attn_output``,
 ``ffn_down``) are judged relative to the length of their result, which the norm that follows computes anyway.
 """
 
@@ -69,8 +69,7 @@ _RELATIVE: Final = ("attn_output", "ffn_down")
 _CHECK_PARTS: Final = 3
 """8-bit parts of a checksum: the error left is below float32 rounding."""
 _CHECK_ROWS: Final = 4
-"""Rows of a checksum matrix, the last zero: kernels take four rows at a time."""
-_SIGN_SEED: Final = 20261124
+"""Rows a checksum adds, the last zero: kernels take four rows at a time."""
 
 
 class _Graph:
@@ -162,9 +161,7 @@ class _Trunk:
         self.source, self.shape, self.checked = source, shape, checked
         self.graph = _Graph()
         self.sums: dict[str, str] = {}
-        """By name of the product, its signed sum."""
-        self.checksums: dict[str, str] = {}
-        """By name of the product, the parts of what that sum should be."""
+        """By name of the product, the sum of its uncut result."""
         self.scales: dict[str, str] = {}
         """By name of the product, if its residual is relative, the factor that makes it so."""
 
@@ -190,71 +187,61 @@ class _Trunk:
         """Add a layer; returns the residual stream and what the next norm makes of it."""
         graph, shape, prefix = self.graph, self.shape, f"blk.{layer}"
         inner, kv_inner = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-        qkv = self._product(
-            layer, "attn_qkv", normed, {"attn_q": inner, "attn_k": kv_inner, "attn_v": kv_inner}
-        )
-        parts = {
-            f"{prefix}.attn_{part}": size for part, size in (("q", inner), ("k", kv_inner), ("v", kv_inner))
-        }
-        query, key, value = graph.split(qkv, parts)
-        query = _head_norm(graph, self.source, shape, query)
-        key = _head_norm(graph, self.source, shape, key)
+        sizes = {"attn_q": inner, "attn_k": kv_inner, "attn_v": kv_inner}
+        query, key, value = self._product(layer, "attn_qkv", normed, sizes)
+        query = _head_norm(graph, self.source, shape, f"{prefix}.attn_q", query)
+        key = _head_norm(graph, self.source, shape, f"{prefix}.attn_k", key)
         attended = _attention(graph, shape, layer, [query, key, value])
-        output = self._product(layer, "attn_output", attended, {"attn_output": shape.width})
-        output = self._post_norm(f"{prefix}.post_attention_norm", output)
+        (output,) = self._product(layer, "attn_output", attended, {"attn_output": shape.width})
+        output = self._post_norm(f"{prefix}.post_attention_norm", output, f"{prefix}.attn_output")
         name = f"{prefix}.ffn_norm"
         x, normed = graph.add_and_norm(name, x, output, self._vector(name), shape.rms_eps)
 
         sizes = {"ffn_gate": shape.ffn, "ffn_up": shape.ffn}
-        both = self._product(layer, "ffn_gate_up", normed, sizes)
-        gate, up = graph.split(both, {f"{prefix}.{name}": size for name, size in sizes.items()})
+        gate, up = self._product(layer, "ffn_gate_up", normed, sizes)
         gated = graph.add(
             "Mul", f"{prefix}.gated", [graph.add("Gelu", f"{prefix}.gelu", [gate], approximate="tanh"), up]
         )
-        down = self._product(layer, "ffn_down", gated, {"ffn_down": shape.width})
-        down = self._post_norm(f"{prefix}.post_ffw_norm", down)
+        (down,) = self._product(layer, "ffn_down", gated, {"ffn_down": shape.width})
+        down = self._post_norm(f"{prefix}.post_ffw_norm", down, f"{prefix}.ffn_down")
         return graph.add_and_norm(next_norm, x, down, self._vector(next_norm), shape.rms_eps)
 
-    def _post_norm(self, name: str, x: str) -> str:
+    def _post_norm(self, name: str, x: str, product: str) -> str:
         scale = f"{name}_scale" if self.checked else ""
-        self.scales[x] = scale
+        self.scales[product] = scale
         return self.graph.rms_norm(name, x, self._vector(name), self.shape.rms_eps, scale)
 
-    def _product(self, layer: int, role: str, x: str, parts: dict[str, int]) -> str:
-        """Multiply by matrices of the file, stacked; ``parts`` are their names and numbers of rows."""
-        name = f"blk.{layer}.{role}"
+    def _product(self, layer: int, role: str, x: str, parts: dict[str, int]) -> list[str]:
+        """Multiply by matrices of the file, stacked; ``parts`` are their names and numbers of rows.
+
+        Returns
+        -------
+        The result of each, without the checksum.
+        """
+        prefix, graph = f"blk.{layer}", self.graph
+        name = f"{prefix}.{role}"
         columns = {"attn_output": self.shape.heads * self.shape.head_dim, "ffn_down": self.shape.ffn}
         weights = stack(
             [
-                self.source.matrix(f"blk.{layer}.{part}.weight", rows, columns.get(role, self.shape.width))
+                self.source.matrix(f"{prefix}.{part}.weight", rows, columns.get(role, self.shape.width))
                 for part, rows in parts.items()
             ]
         )
-        y = self.graph.matmul(name, x, weights, name)
+        y = graph.matmul(name, x, stack([weights, checksum(weights)]), name)
         if self.checked:
-            self._check(name, x, y, weights)
-        return y
-
-    def _check(self, name: str, x: str, y: str, weights: QuantMatrix) -> None:
-        graph, rows = self.graph, len(weights.codes)
-        signs = sign_vector(rows)
-        sign_name = graph.constant(f"check.signs.{rows}", signs.reshape(-1, 1))
-        self.sums[name] = graph.add("MatMul", f"{name}.sum", [y, sign_name])
-        self.checksums[name] = graph.matmul(f"{name}.check", x, checksum(weights, signs), f"{name}.check")
+            axis = graph.constant("check.axis", np.array([-1], np.int64))
+            self.sums[name] = graph.add("ReduceSum", f"{name}.sum", [y, axis], keepdims=1)
+        sizes = {f"{prefix}.{part}.result": rows for part, rows in parts.items()}
+        return graph.split(y, {**sizes, f"{name}.checksum": _CHECK_ROWS})[:-1]
 
     def _residual(self) -> None:
-        """Join all residuals, ``|signed sum - checksum|``, in the order of `check_names`."""
+        """Join all residuals in the order of `check_names`."""
         graph, names = self.graph, check_names(self.shape)
         relative = [name for name in names if is_relative(name)]
-        absolute = names[: len(names) - len(relative)]
-        parts = graph.constant("check.parts", np.array([0, 0, -1, _CHECK_ROWS], np.int64))
-        axis = graph.constant("check.axis", np.array([-1], np.int64))
+        absolute = len(names) - len(relative)
         sums = graph.add("Concat", "check.sums", [self.sums[name] for name in names], axis=-1)
-        joined = graph.add("Concat", "check.joined", [self.checksums[name] for name in names], axis=-1)
-        split = graph.add("Reshape", "check.split", [joined, parts])
-        expected = graph.add("ReduceSum", "check.expected", [split, axis], keepdims=0)
-        size = graph.add("Abs", "check.size", [graph.add("Sub", "check.difference", [sums, expected])])
-        first, second = graph.split(size, {"check.absolute": len(absolute), "check.unscaled": len(relative)})
+        size = graph.add("Abs", "check.size", [sums])
+        first, second = graph.split(size, {"check.absolute": absolute, "check.unscaled": len(relative)})
         scales = graph.add("Concat", "check.scales", [self.scales[name] for name in relative], axis=-1)
         scaled = graph.add("Mul", "check.relative", [second, scales])
         graph.add("Concat", "residual", [first, scaled], axis=-1)
@@ -312,27 +299,18 @@ def stack(matrices: list[QuantMatrix]) -> QuantMatrix:
     return QuantMatrix(np.concatenate([matrix.codes for matrix in matrices]), np.concatenate(scales))
 
 
-def sign_vector(rows: int) -> NDArray[np.float32]:
-    """Return the fixed signs a result of that length is summed with, float32, shape ``(rows,)``.
-
-    Random signs, so that checksums are no larger than they must be and equal errors do not cancel.
-    """
-    return np.random.default_rng(_SIGN_SEED).choice(np.array([-1, 1], np.float32), rows)
-
-
-def checksum(weights: QuantMatrix, signs: NDArray[np.float32]) -> QuantMatrix:
-    """Return the signed sum of a matrix's rows in 8-bit parts, shape ``(4, columns)``, the last row zero.
+def checksum(weights: QuantMatrix) -> QuantMatrix:
+    """Return minus the sum of a matrix's rows in 8-bit parts, shape ``(4, columns)``, the last row zero.
 
     It has the blocks of the matrix, in which the operator rounds the input.
     """
-    codes = weights.codes.reshape(len(signs), -1, weights.block).astype(np.float64) - 128
-    left = np.einsum("rbk,rb,r->bk", codes, weights.scales.astype(np.float64), signs.astype(np.float64))
+    codes = weights.codes.reshape(len(weights.codes), -1, weights.block).astype(np.float64) - 128
+    left = -np.einsum("rbk,rb->bk", codes, weights.scales.astype(np.float64)).reshape(1, -1)
     parts = []
     for _ in range(_CHECK_PARTS):
-        part = quantize(left.reshape(1, -1).astype(np.float32), weights.block)
-        parts.append(part)
-        left = left.reshape(1, -1) - part.to_float()
-    parts += [quantize(np.zeros((1, left.size), np.float32), weights.block)] * (_CHECK_ROWS - _CHECK_PARTS)
+        parts.append(quantize(left.astype(np.float32), weights.block))
+        left = left - parts[-1].to_float()
+    parts += [quantize(np.zeros_like(left, np.float32), weights.block)] * (_CHECK_ROWS - _CHECK_PARTS)
     return stack(parts)
 
 
@@ -373,11 +351,11 @@ def _embedding(graph: _Graph, source: GgufSource, shape: GemmaShape) -> str:
     return graph.add("Mul", "embed", [joined, gain])
 
 
-def _head_norm(graph: _Graph, source: GgufSource, shape: GemmaShape, name: str) -> str:
+def _head_norm(graph: _Graph, source: GgufSource, shape: GemmaShape, name: str, x: str) -> str:
     """Normalise each head by itself: ``[B, T, n * head_dim]`` in and out."""
     split = graph.constant("heads.split", np.array([0, 0, -1, shape.head_dim], np.int64))
     join = graph.constant("heads.join", np.array([0, 0, -1], np.int64))
-    heads = graph.add("Reshape", f"{name}_heads", [name, split])
+    heads = graph.add("Reshape", f"{name}_heads", [x, split])
     normed = graph.rms_norm(f"{name}_norm", heads, source.vector(f"{name}_norm.weight"), shape.rms_eps)
     return graph.add("Reshape", f"{name}_joined", [normed, join])
 

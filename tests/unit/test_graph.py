@@ -13,8 +13,8 @@ from reference_gemma import ReferenceGemma
 from tiny_gemma import Size, write_tiny_gguf
 
 from node.inference.builder import build_image
-from node.inference.gguf_source import GgufSource
-from node.inference.graph import check_names, checksum, sign_vector
+from node.inference.gguf_source import GgufSource, quantize
+from node.inference.graph import check_names, checksum, stack
 from node.inference.image import image_info
 from node.inference.manifest import TOKENIZER, attach_weights, load_manifest
 from node.inference.model import Model, open_model
@@ -258,14 +258,21 @@ def test_a_struck_weight_trips_the_check_of_its_product_and_no_other(struck_mode
         assert np.flatnonzero(tripped).tolist() == [column], name
 
 
-def test_a_checksum_is_the_signed_sum_of_all_rows(tiny_gguf):
+def test_a_checksum_is_minus_the_sum_of_all_rows(tiny_gguf):
     weights = GgufSource(tiny_gguf).matrix("blk.0.ffn_up.weight", 128, 64)
-    signs = sign_vector(128)
-    parts = checksum(weights, signs)
-    expected = signs.astype(np.float64) @ weights.to_float().astype(np.float64)
-    found = parts.to_float().astype(np.float64).sum(axis=0)
+    parts = checksum(weights)
+    expected = -weights.to_float().sum(axis=0, dtype=np.float64)
+    found = parts.to_float().sum(axis=0, dtype=np.float64)
     assert np.abs(found - expected).max() < 2**-20 * np.abs(expected).max()
     assert parts.block == weights.block
+
+
+def test_stacked_matrices_keep_their_weights_whatever_their_blocks(tiny_gguf):
+    whole = GgufSource(tiny_gguf).matrix("blk.0.ffn_up.weight", 128, 64)
+    fine = quantize(whole.to_float(), 16)
+    stacked = stack([whole, fine])
+    assert stacked.block == 16
+    assert np.array_equal(stacked.to_float(), np.concatenate((whole.to_float(), fine.to_float())))
 
 
 @pytest.mark.gemma

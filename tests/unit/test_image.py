@@ -71,7 +71,7 @@ def test_a_model_maps_what_the_manifest_says_and_nothing_else(image, checked):
 
 def test_every_matrix_norm_and_table_is_in_the_manifest(tiny_image):
     found = {(tensor.role, tensor.layer) for tensor in m.load_manifest(tiny_image).tensors}
-    roles = ("attn_qkv", "attn_output", "ffn_gate_up", "ffn_down", "norm", "check")
+    roles = ("attn_qkv", "attn_output", "ffn_gate_up", "ffn_down", "norm")
     assert found >= {(role, layer) for role in roles for layer in range(tiny_gemma.LAYERS)}
     assert found >= {("head", None), ("embed", None), ("rope", None), ("norm", None)}
     assert "other" not in {role for role, _ in found}

@@ -49,7 +49,7 @@ def memory(image, manifest, model):
     return attach_weights(image, manifest)
 
 
-def test_a_checked_model_has_its_checksums_watched(image, manifest):
+def test_a_checked_model_is_watched_whole(image, manifest):
     model = open_model(image, 1, checked=True)
     memory = attach_weights(image, manifest, checked=True)
     assert {tensor.name for tensor in memory.tensors} == {tensor.name for tensor in manifest.tensors}
