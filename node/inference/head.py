@@ -135,6 +135,7 @@ class ScreenedHead:
         session.run_with_iobinding(quiet.binding)
         self._row_bound: NDArray[np.float32] = quiet.bound[0].copy()
 
+    @np.errstate(over="ignore", invalid="ignore")  # what damage makes infinite or no number, checks refuse
     def top(
         self, hidden: NDArray[np.float32], k: Sequence[int | Wanted], totals: Sequence[bool] | None = None
     ) -> list[Candidates]:
@@ -246,8 +247,7 @@ class ScreenedHead:
 
     def _check_sums(self, run: _Run) -> None:
         expected = run.expected[:, 0].astype(np.float64)
-        with np.errstate(invalid="ignore"):  # infinity less infinity is no number, and is refused
-            difference = np.abs(run.total.sum(axis=1, dtype=np.float64) - expected)
+        difference = np.abs(run.total.sum(axis=1, dtype=np.float64) - expected)
         limit = self._bounds.sum_limit + _SUM_ERROR * np.abs(expected)
         if not ((difference <= limit) & np.isfinite(expected)).all():
             raise HeadFault(f"the bounds of the screen are off their sum by {float(difference.max()):.3g}")
@@ -299,7 +299,7 @@ class ScreenedHead:
         upper = state.bound[rows].astype(np.float64)
         lower = upper - 2.0 * self._row_bound[rows]
         room = state.slack + _LOGIT_ERROR * np.abs(value)
-        if not ((value <= upper + room) & (value >= lower - room)).all():
+        if not (np.isfinite(value) & (value <= upper + room) & (value >= lower - room)).all():
             raise HeadFault("a logit is outside the bounds the screen proved for it")
         state.bound[rows] = -np.inf
 

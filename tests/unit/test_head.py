@@ -142,11 +142,12 @@ def test_fault_in_the_sums_is_seen(value: float) -> None:
         damaged(small, "screen.row_bound.sum", np.float32(value)).top(small.hidden[:1], [1])
 
 
-def test_fault_in_the_table_is_seen() -> None:
+@pytest.mark.parametrize("scale", [1.0, -1.0, 0.0, 3e38, np.inf, np.nan])
+def test_fault_in_the_table_is_seen(scale: float) -> None:
     small = small_head()
     (best,) = small.head.top(small.hidden[:1], [1])
     scales = small.table.scales.copy()
-    scales[best.ids[0]] *= 2
+    scales[best.ids[0]] = scale
     table = QuantMatrix(small.table.codes, scales)
     with pytest.raises(HeadFault, match="outside the bounds"):
         open_head(table, small.screen, small.session).top(small.hidden[:1], [1])
