@@ -228,6 +228,8 @@ class ScreenedHead:
             raise HeadFault("a hidden state is not finite")
         rotated = np.stack([state @ self._rotation for state in states])
         norms: _Reals = np.sqrt(np.square(rotated).sum(axis=1))
+        if not np.isfinite(norms).all():
+            raise HeadFault("a rotated hidden state is not finite")
         norms[norms == 0] = 1
         rotated /= norms[:, np.newaxis]
         slack = (

@@ -162,6 +162,16 @@ def test_fault_in_the_rotation_is_seen() -> None:
         open_head(small.table, screen, small.session).top(small.hidden[:1], [1])
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1e300])
+def test_rotation_that_is_no_number_is_seen(value: float) -> None:
+    small = small_head()
+    rotation = small.screen.rotation.copy()
+    rotation[3, 5] = value
+    screen = replace(small.screen, rotation=rotation)
+    with pytest.raises(HeadFault, match="not finite"):
+        open_head(small.table, screen, small.session).top(small.hidden[:1], [1])
+
+
 def test_shapes_that_do_not_fit() -> None:
     small = small_head()
     codes = small.table.codes.reshape(640, 4, 32)
