@@ -80,7 +80,7 @@ def one_tensor(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", EXACT, ids=lambda kind: kind.name)
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_blocks_of_any_content_are_exact(one_tensor, kind, data):
     size, weights, scales = EXACT[kind]
@@ -89,7 +89,7 @@ def test_blocks_of_any_content_are_exact(one_tensor, kind, data):
     assert np.array_equal(found, dequantize(raw, kind))
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(raw=blocks(Q4_K[0], Q4_K[2]))
 def test_q4_k_is_within_its_bound(one_tensor, raw):
     assert_within_half_a_step(one_tensor(raw, Type.Q4_K, BLOCKS * Q4_K[1]), dequantize(raw, Type.Q4_K))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from node.inference import layout
@@ -47,6 +47,7 @@ def strip_bytes(row: np.ndarray, strip: int, bits: int) -> list[int]:
     return columns if bits == 8 else [columns[j] | columns[32 + j] << 4 for j in range(32)]
 
 
+@settings(deadline=None)
 @given(rows=st.integers(1, 21), strips=st.integers(1, 3), bits=st.sampled_from([4, 8]), data=st.data())
 def test_what_is_packed_comes_back(rows, strips, bits, data):
     block = data.draw(st.sampled_from([16, 32, 64]))
