@@ -16,6 +16,7 @@ from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 
+from hil.bench.engine import LlamaEngine
 from hil.bench.llama import LlamaPeer
 from hil.bench.perplexity import (
     CLEAR_LEAD,
@@ -139,3 +140,27 @@ def test_every_matrix_of_the_real_file_is_converted_exactly_or_within_half_a_ste
             steps = np.repeat(matrix.scales[:rows], matrix.block, axis=1)
             assert np.all(np.abs(found - expected) <= 0.5001 * steps), name
     assert kinds == EXACT | {GGMLQuantizationType.Q4_K}
+
+
+def test_the_peer_decodes_prefills_and_batches(gguf: Path, gemma_image: Path) -> None:
+    pytest.importorskip("llama_cpp", reason="extra `peers` is not installed")
+    peer = LlamaPeer(gguf, 2)
+    tokenizer = Tokenizer(gemma_image / TOKENIZER)
+    ids = tokenizer.encode("Water boils at a temperature of")
+    context = peer.context(2, 64)
+    tokens = [context.prefill(ids, sequence) for sequence in (0, 1)]
+    text = [tokens[0]]
+    for at in range(4):
+        tokens = context.step(tokens, [len(ids) + at] * 2)
+        assert tokens[0] == tokens[1]
+        text.append(tokens[0])
+    assert tokenizer.decode(text) == " 100 degrees"
+    context.clear()
+    assert context.all_logits(ids, 0)[-1].argmax() == text[0]
+    context.close()
+    engine = LlamaEngine(peer)
+    engine.begin(2)
+    assert engine.decode(2)[0] == 4
+    engine.end()
+    assert engine.prefill(ids) > 0
+    peer.close()

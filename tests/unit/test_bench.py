@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from hil.bench import bars, fresh, inference, llama, render
 from hil.bench import perplexity as p
-from hil.bench.engine import LlamaEngine, PlainEngine, VerifiedEngine, open_contenders, prompt, token_bytes
+from hil.bench.engine import PlainEngine, VerifiedEngine, open_contenders, prompt, token_bytes
 from hil.bench.inference import Parts, Plan, Record, run_costs, run_rounds
 from hil.bench.machine import MemoryReader, describe_machine, peak_bytes
 from hil.bench.reference_gemma import ReferenceGemma
@@ -390,27 +390,3 @@ def test_an_unwritable_page_is_refused(tiny_images, tiny_gguf, tmp_path):
     done = CliRunner().invoke(app, [*arguments, "--markdown", str(tmp_path / "none" / "p.md")])
     assert isinstance(done.exception, PenumbraError)
     assert "cannot be written" in str(done.exception)
-
-
-@pytest.mark.gemma
-def test_the_peer_decodes_prefills_and_batches(gemma_image):
-    pytest.importorskip("llama_cpp", reason="extra `peers` is not installed")
-    peer = llama.LlamaPeer(gemma_image.parents[1] / "gguf" / "gemma-3-270m-q4_k_m.gguf", 2)
-    ids = Tokenizer(gemma_image / TOKENIZER).encode("Water boils at a temperature of")
-    context = peer.context(2, 64)
-    tokens = [context.prefill(ids, sequence) for sequence in (0, 1)]
-    text = [tokens[0]]
-    for at in range(4):
-        tokens = context.step(tokens, [len(ids) + at] * 2)
-        assert tokens[0] == tokens[1]
-        text.append(tokens[0])
-    assert Tokenizer(gemma_image / TOKENIZER).decode(text) == " 100 degrees"
-    context.clear()
-    assert context.all_logits(ids, 0)[-1].argmax() == text[0]
-    context.close()
-    engine = LlamaEngine(peer)
-    engine.begin(2)
-    assert engine.decode(2)[0] == 4
-    engine.end()
-    assert engine.prefill(ids) > 0
-    peer.close()
