@@ -42,16 +42,17 @@ class Bench:
         retries: int = 6,
         epoch_s: float = 60.0,
         budget: float = 1e-6,
-        eos: int = -1,
+        threads: int = 1,
+        copy: bool = True,
     ) -> None:
         self.folder = folder
-        # A copy of its own: weights can be watched only while one model of the process maps them.
-        image = Path(shutil.copytree(image, folder / "image"))
-        self.model: Model = open_model(image, 1, checked=checked)
-        self.weights = ProtectedWeights(image, self.model.manifest, 1, checked=checked)
+        if copy:  # weights can be watched only while one model of the process maps them
+            image = Path(shutil.copytree(image, folder / "image"))
+        self.model: Model = open_model(image, threads, checked=checked)
+        self.weights = ProtectedWeights(image, self.model.manifest, threads, checked=checked)
         self.shape = arena_shape(self.model, positions, seats)
         self.retries, self.epoch_s, self.budget = retries, epoch_s, budget
-        self.rules = Rules(image_id(self.model.manifest), BLOCK, eos, lambda ids: b"".join(map(letter, ids)))
+        self.rules = Rules(image_id(self.model.manifest), BLOCK, -1, lambda ids: b"".join(map(letter, ids)))
         self.strikes: list[Strike] = []
         self.runs = 0
         self.on_run: Callable[[int], None] = lambda run: None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 
 from node.inference.arena import ArenaFull, KvArena, Seat
 from node.inference.decoder import PREFILL_CHUNK
@@ -19,14 +19,17 @@ class Places:
         The arena.
     rules
         What all sequences have in common.
-    is_active
-        Tells of a job whether it must keep its seat.
+    active, waiting
+        Jobs that are active, and those of them that have not been given a seat since: looked at, not changed.
     """
 
-    def __init__(self, arena: KvArena, rules: Rules, is_active: Callable[[str], bool]) -> None:
+    def __init__(
+        self, arena: KvArena, rules: Rules, active: Collection[str], waiting: Collection[str]
+    ) -> None:
         self._arena = arena
         self._rules = rules
-        self._is_active = is_active
+        self._active = active
+        self._waiting = waiting
         self._sequences: dict[str, SequenceState] = {}
         """Every job in a seat, in order of last use."""
 
@@ -159,9 +162,11 @@ class Places:
     def _evict(self, spare: SequenceState | None = None, keep: Seat | None = None) -> bool:
         """Free the seat of the job that is missed least; False when there is none."""
         holders = [
-            Holder(job, sequence.finish is not None, used)
+            Holder(job, sequence.finish is not None, job in self._active, used)
             for used, (job, sequence) in enumerate(self._sequences.items())
-            if not self._is_active(job) and sequence is not spare and sequence.seat is not keep
+            if (job not in self._active or job in self._waiting)
+            and sequence is not spare
+            and sequence.seat is not keep
         ]
         job = first_to_go(holders)
         if job is None:

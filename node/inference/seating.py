@@ -22,11 +22,13 @@ class Role(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """A job that keeps a seat though it is not active."""
+    """A job that has a seat and does not decode."""
 
     job: str
     finished: bool
     """Its rows serve others as a prefix only; nothing is lost with it."""
+    wanted: bool
+    """It waits to go on, behind others: it would have to start again from its prompt."""
     used: int
     """Order of last use; larger is later."""
 
@@ -90,6 +92,9 @@ def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def first_to_go(holders: Iterable[Holder]) -> str | None:
-    """Return the job whose seat is taken first: finished before parked, then the oldest use; None if none."""
-    order = sorted(holders, key=lambda holder: (not holder.finished, holder.used))
+    """Return the job whose seat is taken first; None if there is none.
+
+    Finished ones go before parked ones, those before wanted ones, and the oldest use first.
+    """
+    order = sorted(holders, key=lambda holder: (holder.wanted, not holder.finished, holder.used))
     return order[0].job if order else None

@@ -139,9 +139,9 @@ class VerifiedBatch:
         self._proof = Proof(weights, report, executor)
         self._active: list[str] = []
         """Active jobs in order of admission."""
-        self._places = Places(arena, rules, self._active.__contains__)
         self._waiting: dict[str, JobSpec] = {}
         """Active jobs that are not seated yet, in order of admission."""
+        self._places = Places(arena, rules, self._active, self._waiting)
         self._leaving: dict[str, str | None] = {}
         """Jobs to end, and how; None: to park."""
         self._call = False

@@ -196,6 +196,7 @@ class Worker:
         """Send a block unless the supervisor has it: a job that starts again makes it again."""
         if block.first >= self._known.get(block.job, 0):
             self._channel.send(block)
+            self._known[block.job] = block.first + len(block.tokens)
         if block.finish is not None:
             self._known.pop(block.job, None)
 

@@ -80,11 +80,17 @@ def test_the_common_prefix_is_the_longest_there_is() -> None:
 
 
 def test_finished_jobs_go_before_parked_ones_and_the_oldest_use_first() -> None:
-    holders = [Holder("a", False, 0), Holder("b", True, 3), Holder("c", True, 2), Holder("d", False, 1)]
+    holders = [
+        Holder("a", finished=False, wanted=False, used=1),
+        Holder("b", finished=True, wanted=False, used=4),
+        Holder("c", finished=True, wanted=False, used=3),
+        Holder("d", finished=False, wanted=False, used=2),
+        Holder("e", finished=False, wanted=True, used=0),
+    ]
     order = []
     while holders:
         job = first_to_go(holders)
         order.append(job)
         holders = [holder for holder in holders if holder.job != job]
-    assert order == ["c", "b", "a", "d"]
+    assert order == ["c", "b", "a", "d", "e"]
     assert first_to_go([]) is None

@@ -157,6 +157,22 @@ def test_sixty_mixed_jobs_say_together_what_each_says_alone(bench: Bench) -> Non
     assert bench.strikes == []
 
 
+def test_certificates_too_depend_on_nothing_but_the_job(bench: Bench) -> None:
+    jobs = mixed_jobs(8, seed=12)
+    engine = bench.engine()
+    together = _run(engine, *jobs)
+    for job in jobs:
+        engine.drop(job.job)
+    assert sorted(map(_certified, together)) == sorted(
+        _certified(block) for job in jobs for block in _run(engine, job)
+    )
+
+
+def _certified(block: Block) -> tuple[str, int, list[int], bytes, bytes, bytes]:
+    c = block.certificate
+    return block.job, block.first, block.tokens, block.text, c.kv_digest, c.chain
+
+
 def test_jobs_parked_and_taken_up_at_random_say_the_same(bench: Bench) -> None:
     jobs = mixed_jobs(24, seed=3)
     expected = bench.plain(jobs)
