@@ -198,7 +198,7 @@ def test_node_that_cannot_come_up_ends_the_flight_with_its_log(folder: Path, tin
     (images / "a").mkdir(parents=True)
     for file in (tiny_images / "a").iterdir():
         (images / "a" / file.name).write_bytes(file.read_bytes())
-    (images / "a" / "model.onnx").write_bytes(b"no graph")
+    (images / "a" / "trunk.onnx").write_bytes(b"no graph")
     started = time.monotonic()
     done = subprocess.run(
         command(tiny_scenario(folder), "--images", images, "--out", folder / "r"),
@@ -208,7 +208,7 @@ def test_node_that_cannot_come_up_ends_the_flight_with_its_log(folder: Path, tin
         timeout=110,
     )
     assert done.returncode == 2, done.stdout + done.stderr
-    assert "model.onnx" in done.stderr
+    assert "trunk.onnx" in done.stderr
     assert "Traceback" not in done.stderr
     assert time.monotonic() - started < 60  # not the bound on loading, but the node's own verdict
 
