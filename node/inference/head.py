@@ -127,9 +127,11 @@ class ScreenedHead:
         if rotation.shape != (width, width) or bounds.high + bounds.low != width:
             raise ValueError(f"rotation {rotation.shape} and bounds do not fit a width of {width}")
         self._codes, self._scales, self._rotation, self._bounds = codes, scales, rotation, bounds
-        self._vocab, self._width = vocab, width
+        self._vocab = vocab
         self._session = session
+        self._largest = _Run(session, _arrays(1, vocab, bounds))
         self._runs: dict[int, _Run] = {}
+        """By batch size; all of them share the arrays of the largest."""
         quiet = self._run(1)
         quiet.high[:] = quiet.low[:] = 0
         session.run_with_iobinding(quiet.binding)
@@ -216,8 +218,12 @@ class ScreenedHead:
         return logits
 
     def _run(self, batch: int) -> _Run:
+        if batch > len(self._largest.bound):
+            self._runs.clear()
+            self._largest = _Run(self._session, _arrays(batch, self._vocab, self._bounds))
         if batch not in self._runs:
-            self._runs[batch] = _Run(self._session, batch, self._vocab, self._bounds)
+            part = {name: array[:batch] for name, array in self._largest.arrays.items()}
+            self._runs[batch] = _Run(self._session, part)
         return self._runs[batch]
 
     def _feed(self, run: _Run, hidden: NDArray[np.float32]) -> tuple[_Reals, _Reals]:
@@ -340,19 +346,26 @@ class _State:
 class _Run:
     """Input and output arrays of one batch size, bound to the session."""
 
-    def __init__(self, session: ort.InferenceSession, batch: int, vocab: int, bounds: ScreenBounds) -> None:
-        groups = vocab // bounds.group
-        self.high = np.zeros((batch, bounds.high), np.float32)
-        self.low = np.zeros((batch, bounds.low), np.float32)
-        self.bound = np.empty((batch, vocab), np.float32)
-        self.peak = np.empty((batch, groups), np.float32)
-        self.total = np.empty((batch, groups), np.float32)
-        self.expected = np.empty((batch, 1), np.float32)
+    def __init__(self, session: ort.InferenceSession, arrays: dict[str, NDArray[np.float32]]) -> None:
+        self.arrays = arrays
+        self.high, self.low = arrays["high"], arrays["low"]
+        self.bound, self.peak = arrays["bound"], arrays["peak"]
+        self.total, self.expected = arrays["total"], arrays["expected"]
         self.binding: Any = session.io_binding()
-        for name in ("high", "low"):
-            self.binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(getattr(self, name)))
-        for name in ("bound", "peak", "total", "expected"):
-            self.binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(getattr(self, name)))
+        for name, array in arrays.items():
+            value = ort.OrtValue.ortvalue_from_numpy(array)
+            if name in {"high", "low"}:
+                self.binding.bind_ortvalue_input(name, value)
+            else:
+                self.binding.bind_ortvalue_output(name, value)
+
+
+def _arrays(batch: int, vocab: int, bounds: ScreenBounds) -> dict[str, NDArray[np.float32]]:
+    groups = vocab // bounds.group
+    lengths = {"high": bounds.high, "low": bounds.low, "bound": vocab, "peak": groups, "total": groups}
+    return {
+        name: np.zeros((batch, length), np.float32) for name, length in (lengths | {"expected": 1}).items()
+    }
 
 
 def quantize_input(values: _Reals, block: int, out: NDArray[np.float32]) -> None:
