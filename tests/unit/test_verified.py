@@ -370,13 +370,27 @@ def test_a_successor_repairs_what_was_struck_meanwhile(bench: Bench, rows: list[
     assert texts([*sent, *finish(second)]) == bench.plain([SPEC])
 
 
-def test_a_damaged_record_of_the_job_is_not_gone_on_with(bench: Bench) -> None:
+@pytest.mark.parametrize(("epochs", "position"), [(20, len(PROMPT) + 2), (20, len(PROMPT) + 18), (2, 3)])
+def test_a_damaged_record_of_the_job_is_not_gone_on_with(bench: Bench, epochs: int, position: int) -> None:
+    """Whether a block's certificate covers the token yet or not."""
+    bench.epoch_s = 0.0
+    first = bench.engine()
+    first.admit(SPEC)
+    for _ in range(epochs):
+        first.run_epoch()
+    bench.arena.seats[0].tokens[position] ^= 1
+    second = bench.successor()
+    assert second.sequence("job") is None
+    assert texts(_run(second, SPEC)) == bench.plain([SPEC])
+
+
+def test_a_damaged_certificate_is_not_gone_on_with(bench: Bench) -> None:
     bench.epoch_s = 0.0
     first = bench.engine()
     first.admit(SPEC)
     for _ in range(20):
         first.run_epoch()
-    bench.arena.seats[0].tokens[len(PROMPT) + 2] ^= 1
+    bench.arena.seats[0].blocks["kv"][0, 3] ^= 1
     second = bench.successor()
     assert second.sequence("job") is None
     assert texts(_run(second, SPEC)) == bench.plain([SPEC])
