@@ -141,7 +141,8 @@ class BatchDecoder:
         hidden: Hidden = run.hidden[0]
         residual = None if run.residual is None else run.residual[0]
         self.guard.check(hidden, residual, [seat] * len(tokens), range(start, stop))
-        return hidden[-1]
+        last: Hidden = hidden[-1]
+        return last
 
     def _run(self, first: int, count: int, length: int) -> _Run:
         """Return the bound run; those of steps and of whole chunks are kept."""

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from node.inference.decoder import BatchDecoder, Hidden
-from node.inference.head import Candidates, ScreenedHead
+from node.inference.head import Candidates, ScreenedHead, Wanted
 from node.inference.sampling import choose, wanted
 from node.inference.sequence import SequenceState
 
@@ -33,7 +33,7 @@ class _Asked:
     """A question to the head, and its answer."""
 
     hidden: Hidden
-    k: list[int]
+    wants: list[Wanted]
     totals: list[bool]
     answer: list[Candidates]
 
@@ -142,7 +142,7 @@ class Epoch:
             if hidden.tobytes() != ran.hidden.tobytes():
                 raise Unequal(ran.positions[0], "hidden states")
             if ran.asked is not None:
-                again = self._head.top(ran.asked.hidden, ran.asked.k, ran.asked.totals)
+                again = self._head.top(ran.asked.hidden, ran.asked.wants, ran.asked.totals)
                 if not all(map(_same, ran.asked.answer, again)):
                     raise Unequal(ran.positions[0], "logits")
             self._rest(started)
@@ -206,13 +206,13 @@ class Epoch:
         asking = [sequence for sequence in sequences if sequence.abreast]
         if not asking:
             return None
-        k = [wanted(sequence.sampling, sequence.seen) for sequence in asking]
+        wants = [wanted(sequence.sampling, sequence.seen) for sequence in asking]
         totals = [sequence.sampling.logprobs for sequence in asking]
-        answer = self._head.top(hidden, k, totals)
+        answer = self._head.top(hidden, wants, totals)
         for sequence, candidates in zip(asking, answer, strict=True):
             self.head_rows.append(candidates.rows)
             sequence.take(choose(candidates, sequence.sampling, sequence.index, sequence.seen))
-        return None if self._log is None else _Asked(hidden.copy(), k, totals, answer)
+        return None if self._log is None else _Asked(hidden.copy(), wants, totals, answer)
 
     def _rest(self, started: float) -> None:
         took_s = time.perf_counter() - started
