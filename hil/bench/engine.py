@@ -187,9 +187,9 @@ class VerifiedEngine:
         room = self._arena.shape.positions - PROMPT_TOKENS
         for number in range(batch):
             self._admit(prompt(number), room)
-        before = self._batch.counters.tokens_committed
         self._batch.epoch_factor = _SHORT
-        while self._batch.counters.tokens_committed - before < 2 * batch:
+        # All of them, not so many tokens together: the first ones step while the last are still being read.
+        while any(self._committed(job) < 2 for job in self._jobs):
             self._run_epoch()
         self._batch.epoch_factor = 1.0
 
@@ -247,6 +247,10 @@ class VerifiedEngine:
             step_ms=statistics.median(steps_ms),
             digest_us=digest_us,
         )
+
+    def _committed(self, job: str) -> int:
+        sequence = self._batch.sequence(job)
+        return 0 if sequence is None else len(sequence.generated)
 
     def _run_epoch(self) -> None:
         if not self._batch.active:
