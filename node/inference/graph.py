@@ -189,8 +189,8 @@ class _Trunk:
         inner, kv_inner = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         sizes = {"attn_q": inner, "attn_k": kv_inner, "attn_v": kv_inner}
         query, key, value = self._product(layer, "attn_qkv", normed, sizes)
-        query = _head_norm(graph, self.source, shape, f"{prefix}.attn_q", query)
-        key = _head_norm(graph, self.source, shape, f"{prefix}.attn_k", key)
+        query = _head_norm(self, f"{prefix}.attn_q", query, shape.heads)
+        key = _head_norm(self, f"{prefix}.attn_k", key, shape.kv_heads)
         attended = _attention(graph, shape, layer, [query, key, value])
         (output,) = self._product(layer, "attn_output", attended, {"attn_output": shape.width})
         output = self._post_norm(f"{prefix}.post_attention_norm", output, f"{prefix}.attn_output")
@@ -336,28 +336,37 @@ def _check_dimensions(source: GgufSource, shape: GemmaShape) -> None:
 
 
 def _embedding(graph: _Graph, source: GgufSource, shape: GemmaShape) -> str:
-    codes, scales = graph.matrix("token_embd", source.matrix("token_embd.weight", shape.vocab, shape.width))
-    zero = graph.constant("token_embd.zero", np.array(128, np.float32))
+    table = source.matrix("token_embd.weight", shape.vocab, shape.width)
+    rows = graph.add(
+        "GatherBlockQuantized",
+        "embed.rows",
+        [
+            graph.constant("token_embd.weight", table.codes),
+            "input_ids",
+            graph.constant("token_embd.scale", table.scales),
+        ],
+        _MICROSOFT,
+        bits=8,
+        block_size=table.block,
+        gather_axis=0,
+        quantize_axis=1,
+    )
     gain = graph.constant("token_embd.gain", np.array(math.sqrt(shape.width), np.float32))
-    column = graph.constant("embed.column", np.array([3], np.int64))
-    flat = graph.constant("embed.flat", np.array([0, 0, shape.width], np.int64))
-    rows = graph.add("Gather", "embed.rows", [codes, "input_ids"], axis=0)
-    row_scales = graph.add("Gather", "embed.row_scales", [scales, "input_ids"], axis=0)
-    as_float = graph.add("Cast", "embed.float", [rows], to=TensorProto.FLOAT)
-    signed = graph.add("Sub", "embed.signed", [as_float, zero])
-    columns = graph.add("Unsqueeze", "embed.columns", [row_scales, column])
-    values = graph.add("Mul", "embed.values", [signed, columns])
-    joined = graph.add("Reshape", "embed.joined", [values, flat])
-    return graph.add("Mul", "embed", [joined, gain])
+    return graph.add("Mul", "embed", [rows, gain])
 
 
-def _head_norm(graph: _Graph, source: GgufSource, shape: GemmaShape, name: str, x: str) -> str:
-    """Normalise each head by itself: ``[B, T, n * head_dim]`` in and out."""
-    split = graph.constant("heads.split", np.array([0, 0, -1, shape.head_dim], np.int64))
-    join = graph.constant("heads.join", np.array([0, 0, -1], np.int64))
-    heads = graph.add("Reshape", f"{name}_heads", [x, split])
-    normed = graph.rms_norm(f"{name}_norm", heads, source.vector(f"{name}_norm.weight"), shape.rms_eps)
-    return graph.add("Reshape", f"{name}_joined", [normed, join])
+def _head_norm(trunk: _Trunk, name: str, x: str, heads: int) -> str:
+    """Normalise each head by itself: ``[B, T, heads * head_dim]`` in and out."""
+    graph, shape = trunk.graph, trunk.shape
+    gain = graph.constant(f"{name}_norm.weight", trunk.source.vector(f"{name}_norm.weight"))
+    return graph.add(
+        "BranchwiseRMSNorm",
+        f"{name}_norm",
+        [x, gain],
+        _MICROSOFT,
+        num_branches=heads,
+        epsilon=shape.rms_eps,
+    )
 
 
 def _attention(graph: _Graph, shape: GemmaShape, layer: int, qkv: list[str]) -> str:
