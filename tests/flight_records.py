@@ -58,7 +58,9 @@ def housekeeping(t_s: float, tokens: int, records: int) -> HousekeepingSample:
 
 def strike(index: int, t_s: float = 600.0, target: Target = Target.WEIGHTS) -> Strike:
     role = (
-        ("head", "ffn_gate_up", "ffn_down", "attn_qkv")[index % 4] if target is Target.WEIGHTS else "kv"[index % 2]
+        ("head", "ffn_gate_up", "ffn_down", "attn_qkv")[index % 4]
+        if target is Target.WEIGHTS
+        else "kv"[index % 2]
     )
     return Strike(
         index=index, target=target, pid=77, t_ns=START_NS + int(t_s / 60 * 1e9), address=4096 * index,
