@@ -258,12 +258,13 @@ class Governor:
         left_s = inputs.period_s or s.unforeseen_eclipse_s
         if inputs.umbra is not None:
             _, dark_w = self._orbit_w(inputs, eps)
-            need_j = (
-                (eps.platform_w + max(dark_w, service_w)) * inputs.umbra.duration_s / s.discharge_efficiency
-            )
-            need = need_j / (eps.battery_wh * SECONDS_PER_HOUR)
-            # Not above what one battery can hold: the eclipse plan then gives less.
-            to_go = min(s.target_soc, eps.soc_floor + s.soc_margin + need)
+            capacity_j = eps.battery_wh * SECONDS_PER_HOUR * s.discharge_efficiency
+            per_w = inputs.umbra.duration_s / capacity_j
+            reserve = eps.soc_floor + s.soc_margin
+            least = reserve + (eps.platform_w + service_w) * per_w
+            wanted = reserve + (eps.platform_w + max(dark_w, service_w)) * per_w
+            # Over the target only for what bare service takes; else the eclipse plan gives less.
+            to_go = min(wanted, max(s.target_soc, min(least, 1.0)))
             left_s = (inputs.umbra.entry_ns - inputs.t_ns) / NS_PER_S
         left_s = max(left_s, s.settle_s * inputs.rate)
         missing_wh = max(0.0, to_go - eps.battery_soc) * eps.battery_wh / s.charge_efficiency

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import strategies
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from node.power.forecast import UmbraPass
@@ -122,6 +122,18 @@ class Walk:
 
 
 @given(strategies.power_cases)
+@example(  # bare service through the eclipse takes more than the target state of charge leaves
+    {
+        "array_w": 13.0,
+        "battery_wh": 12.0,
+        "platform_w": 4.0,
+        "soc_start": 1.0,
+        "eclipse_share": 0.234375,
+        "phase": 0.0,
+        "gain": 1.0,
+        "work": [True],
+    }
+)
 @settings(max_examples=150, deadline=None)
 def test_battery_stays_above_its_floor_and_service_goes_on(case: dict[str, Any]) -> None:
     assume(feasible(case))

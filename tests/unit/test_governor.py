@@ -62,10 +62,12 @@ def test_a_small_array_binds_and_leaves_what_charging_needs() -> None:
 
 def test_target_is_enough_for_the_eclipse_and_no_more_than_asked() -> None:
     large = decide(with_eps(SUN, battery_wh=200.0))
-    small = decide(with_eps(SUN, battery_wh=10.0))
+    small = decide(with_eps(SUN, battery_wh=24.0))
+    least = decide(with_eps(SUN, battery_wh=10.0))
     assert large.target_soc is not None
     assert large.target_soc < 0.85
     assert small.target_soc == 0.97
+    assert least.target_soc == 1.0  # bare service takes more than the target leaves
 
 
 def test_eclipse_spends_what_the_battery_has_above_floor_and_margin() -> None:
