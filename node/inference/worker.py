@@ -124,6 +124,11 @@ class Worker:
         self._early: list[protocol.Strike] | None = []
         model = open_model(args.image, args.threads, checked=args.checked)
         manifest, image = model.manifest, image_id(model.manifest)
+        if args.positions > model.shape.context:
+            raise PenumbraError(
+                f"[worker] positions is {args.positions}; image {args.image} addresses {model.shape.context}",
+                f"lower it, or build the image with: penumbra model build --context {args.positions}",
+            )
         arena = KvArena(args.arena, arena_shape(model, args.positions, args.seats))
         self._weights = ProtectedWeights(args.image, manifest, args.threads, checked=args.checked)
         self._tokenizer = Tokenizer(args.image / TOKENIZER)

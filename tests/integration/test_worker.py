@@ -462,12 +462,24 @@ def test_a_missing_image_is_one_sentence_and_exit_code_2(supervisor: Supervisor,
     assert "Traceback" not in message
 
 
+def test_more_positions_than_the_image_has_are_refused(supervisor: Supervisor) -> None:
+    with pytest.raises(EOFError):
+        supervisor.start("--positions", "512")
+    code, message = supervisor.end()
+    assert code == 2
+    assert "[worker] positions is 512" in message
+    assert "addresses 256" in message
+    assert "--context 512" in message
+    assert "Traceback" not in message
+
+
 def test_a_killed_supervisor_takes_the_worker_with_it(tiny_image: Path, tmp_path: Path) -> None:
     program = (
         "import socket, subprocess, sys\n"
         "listener = socket.socket(socket.AF_UNIX); listener.bind(sys.argv[1]); listener.listen()\n"
         "worker = subprocess.Popen([sys.executable, '-m', 'node.inference.worker', '--generation', '1',"
-        " '--socket', sys.argv[1], '--image', sys.argv[2], '--arena', sys.argv[3], '--threads', '1'])\n"
+        " '--socket', sys.argv[1], '--image', sys.argv[2], '--arena', sys.argv[3], '--threads', '1',"
+        " '--positions', '256'])\n"
         "connection, _ = listener.accept(); connection.recv(1)\n"
         "print(worker.pid, flush=True); sys.stdin.read()"
     )
