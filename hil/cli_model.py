@@ -76,6 +76,9 @@ Json: TypeAlias = Annotated[
     Path | None, typer.Option("--json", help="Also write the outcome to this file, as JSON.")
 ]
 SlotOption: TypeAlias = Annotated[Slots, typer.Option(help="Slot of the image.")]
+ActiveOption: TypeAlias = Annotated[
+    Slots | None, typer.Option(help="Slot of the image; by default the active one.")
+]
 
 
 @model_app.command()
@@ -118,7 +121,7 @@ def build(  # noqa: PLR0917 - options of the command
 def switch(
     slot: Annotated[OneSlot, typer.Argument(help="Slot to fly.")], images: Images = None, json: Json = None
 ) -> None:
-    """Make a slot the active one, once its image is proven. A worker takes it when it next starts."""
+    """Make a slot the active one, once its image is proven. The node takes it when it next starts."""
     from node.inference.slots import switch_slot  # noqa: PLC0415
 
     before = switch_slot(_directory(images), slot.value)
@@ -137,25 +140,27 @@ def rollback(images: Images = None, json: Json = None) -> None:
 
 
 @model_app.command()
-def verify(images: Images = None, slot: SlotOption = Slots.A, json: Json = None) -> None:
+def verify(images: Images = None, slot: ActiveOption = None, json: Json = None) -> None:
     """Prove images whole: every byte on the disk, and that they were built for this machine."""
     from node.inference.image import verify_image  # noqa: PLC0415
 
     started = time.monotonic()
     directory = _directory(images)
-    for name in _slots(slot):
+    chosen = slot or _active(directory)
+    for name in _slots(chosen):
         verify_image(directory / name)
         typer.echo(f"{directory / name}: whole")
-    _write(json, VerifyReport(images=_describe(directory, slot), wall_s=time.monotonic() - started))
+    _write(json, VerifyReport(images=_describe(directory, chosen), wall_s=time.monotonic() - started))
 
 
 @model_app.command()
-def info(images: Images = None, slot: SlotOption = Slots.A, json: Json = None) -> None:
+def info(images: Images = None, slot: ActiveOption = None, json: Json = None) -> None:
     """Describe images: what they were built from, and what each kind of tensor takes."""
     from rich.console import Console  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415
 
-    report = InfoReport(images=_describe(_directory(images), slot))
+    directory = _directory(images)
+    report = InfoReport(images=_describe(directory, slot or _active(directory)))
     console = Console()
     for image in report.images:
         table = Table(title=f"{image.directory}  image {image.image_id}", title_justify="left")
@@ -173,6 +178,12 @@ def info(images: Images = None, slot: SlotOption = Slots.A, json: Json = None) -
             highlight=False,
         )
     _write(json, report)
+
+
+def _active(directory: Path) -> Slots:
+    from node.inference.slots import active_slot  # noqa: PLC0415
+
+    return Slots(active_slot(directory))
 
 
 def _directory(images: Path | None) -> Path:

@@ -43,7 +43,7 @@ def active_image(images: Path) -> Path:
 def switch_slot(images: Path, slot: m.Slot) -> m.Slot:
     """Make a slot the active one, once its image is proven whole and built for this machine.
 
-    A running worker is not disturbed; the next one that starts takes the new slot.
+    A running node is not disturbed; it takes the new slot when it next starts.
 
     Parameters
     ----------
@@ -64,6 +64,10 @@ def switch_slot(images: Path, slot: m.Slot) -> m.Slot:
     # The node's supervisor reads which slot is active: it must not load ONNX Runtime for that.
     from node.inference.image import verify_image  # noqa: PLC0415
 
+    if not (images / slot / m.MANIFEST).exists():
+        raise PenumbraError(
+            f"{images / slot} is not a model image", f"build it: `penumbra model build --slot {slot}`"
+        )
     verify_image(images / slot)
     before = active_slot(images)
     if before != slot:

@@ -71,7 +71,7 @@ def test_there_is_no_way_back_to_a_slot_damaged_since(images):
 
 def test_an_empty_slot_is_refused(images):
     shutil.rmtree(images / "b")
-    with pytest.raises(PenumbraError, match="is not a model image"):
+    with pytest.raises(PenumbraError, match=r"is not a model image(?s:.*)model build --slot b"):
         switch_slot(images, "b")
 
 
@@ -116,6 +116,9 @@ def test_from_the_command_line(images, tmp_path):
     found = json.loads(report.read_bytes())
     assert (found["before"], found["active"]) == ("a", "b")
     assert "slot b is active, was active before" in run("switch", "b")
+    assert f"{images / 'b'}: whole" in run("verify")
+    run("info")
+    assert json.loads(report.read_bytes())["images"][0]["directory"] == str(images / "b")
     assert "slot a is active, instead of b" in run("rollback")
     wrong = CliRunner().invoke(model_app, ["switch", "c"])
     assert wrong.exit_code == 2
