@@ -34,9 +34,9 @@ class Fate(StrEnum):
     """What became of a strike."""
 
     REPAIRED = "repaired"
-    """Detected, and whole again in place."""
+    """Detected, and whole again in the same worker."""
     DETECTED = "detected"
-    """Detected, not repaired in place: a later level of recovery had to act."""
+    """Detected, not whole again in that worker: a later level of recovery had to act."""
     MASKED = "masked"
     """Never reported, and it could not matter: the memory was given up, or was no longer in use."""
     MISSED = "missed"
@@ -200,18 +200,17 @@ def attribute(
     fates = []
     for strike in sorted(strikes, key=lambda s: s.t_ns):
         gone_ns, why_gone = _given_up(strike, commits, worker_deaths, end_ns)
-        answer = next(
-            (
-                report
-                for report in by_page[strike.target.value, strike.page]
-                if _same_row(strike, report)
-                and strike.t_ns <= (report.recovered_ns or report.detected_ns)
-                and report.detected_ns <= gone_ns
-            ),
-            None,
-        )
-        if answer is not None:
-            fates.append(_answered(strike, answer, commits))
+        answers = [
+            report
+            for report in by_page[strike.target.value, strike.page]
+            if _same_row(strike, report)
+            and strike.t_ns <= (report.recovered_ns or report.detected_ns)
+            and report.detected_ns <= gone_ns
+        ]
+        if answers:
+            # Rows that are computed anew are told twice: when they are found, and when they are whole again.
+            told = [report for report in answers if report.detected_ns == answers[0].detected_ns]
+            fates.append(_answered(strike, next(filter(_whole, told), answers[0]), commits))
         else:
             fates.append(_unanswered(strike, commits, gone_ns, why_gone))
     return fates
@@ -277,12 +276,15 @@ def _row_ends(strike: Strike, commits: Sequence[Commit]) -> Iterator[tuple[int, 
         yield left_ns, "its job ended, and the row is not read again"
 
 
+def _whole(report: FdirReport) -> bool:
+    return report.recovered_ns is not None and report.outcome in {Outcome.REPAIRED, Outcome.REDONE}
+
+
 def _answered(strike: Strike, report: FdirReport, commits: Sequence[Commit]) -> StrikeFate:
     recovered_ns = report.recovered_ns
-    whole = recovered_ns is not None and report.outcome in {Outcome.REPAIRED, Outcome.REDONE}
     return StrikeFate(
         strike=strike,
-        fate=Fate.REPAIRED if whole else Fate.DETECTED,
+        fate=Fate.REPAIRED if _whole(report) else Fate.DETECTED,
         reason=report.monitor,
         detect_ms=max(0.0, (report.detected_ns - strike.t_ns) / 1e6),
         repair_ms=None if recovered_ns is None else max(0.0, (recovered_ns - strike.t_ns) / 1e6),

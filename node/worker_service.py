@@ -316,13 +316,18 @@ class WorkerService:
             self._report_trip(strike)
             return
         repaired = strike.recovered_ns is not None
-        self.counters.strikes_detected += 1
+        recomputed = strike.method == "recompute"
+        self.counters.strikes_detected += not (recomputed and repaired)
         self.counters.strikes_repaired += repaired
+        if recomputed:
+            level, outcome = Level.EPOCH_REDO, Outcome.REDONE if repaired else Outcome.STARTED
+        else:
+            level, outcome = Level.IN_WORKER_REPAIR, Outcome.REPAIRED if repaired else Outcome.ESCALATED
         self._recorder.post(
             FdirReport(
                 monitor=f"{strike.region}.digest",
-                level=Level.IN_WORKER_REPAIR,
-                outcome=Outcome.REPAIRED if repaired else Outcome.ESCALATED,
+                level=level,
+                outcome=outcome,
                 action=strike.method,
                 detected_ns=strike.detected_ns,
                 recovered_ns=strike.recovered_ns,

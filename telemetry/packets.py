@@ -151,7 +151,7 @@ class Housekeeping(Packet, frozen=True, kw_only=True):
     strikes_detected: Count
     """Damaged pages and rows found, since boot."""
     strikes_repaired: Count
-    """Of these, repaired in place."""
+    """Of these, repaired in place, or computed anew."""
     scan_ms: Annotated[float, Meta(ge=0, description="ms")]
     """Mean time of one proof of an epoch, last period."""
     jobs_queued: Count

@@ -8,6 +8,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -76,6 +77,8 @@ class Proof:
         self._weights = weights
         self._report = report
         self._executor = executor
+        self._lost: dict[str, list[Strike]] = {}
+        """Strikes on rows that are being computed anew, by job."""
 
     def of_weights(self) -> None:
         """Prove the weights alone, for nobody.
@@ -117,21 +120,35 @@ class Proof:
     def mend(self, sequence: SequenceState, bad: Mapping[Bank, list[BadRow]]) -> None:
         """Report rows found bad; if one is beyond repair, have all rows of the sequence computed anew."""
         now_ns = time.time_ns()
+        lost = []
         for bank, rows in bad.items():
             for row in rows:
-                self._report(
-                    Strike(
-                        region="kv", page=row.position, role=bank,
-                        method=row.method if row.repaired else "recompute",
-                        detected_ns=now_ns, recovered_ns=now_ns if row.repaired else None,
-                        evidence={
-                            "job": sequence.job, "seat": sequence.seat.index, "position": row.position,
-                            "planes": ",".join(map(str, row.planes)),
-                        },
-                    )
+                strike = Strike(
+                    region="kv", page=row.position, role=bank,
+                    method=row.method if row.repaired else "recompute",
+                    detected_ns=now_ns, recovered_ns=now_ns if row.repaired else None,
+                    evidence={
+                        "job": sequence.job, "seat": sequence.seat.index, "position": row.position,
+                        "planes": ",".join(map(str, row.planes)),
+                    },
                 )  # fmt: skip
-        if not all(row.repaired for rows in bad.values() for row in rows):
+                self._report(strike)
+                if not row.repaired:
+                    lost.append(strike)
+        if lost:
+            self._lost.setdefault(sequence.job, []).extend(lost)
             sequence.lose_rows()
+
+    def regained(self, sequence: SequenceState) -> None:
+        """Report lost rows of a sequence as recovered, once all are computed anew and proven."""
+        if sequence.job in self._lost and not sequence.lagging:
+            now_ns = time.time_ns()
+            for strike in self._lost.pop(sequence.job):
+                self._report(msgspec.structs.replace(strike, recovered_ns=now_ns))
+
+    def forget(self, job: str) -> None:
+        """Forget rows of a job that nobody will compute anew."""
+        self._lost.pop(job, None)
 
     def account_for(self, fault: Exception) -> bool:
         """Report what a check on the computing found, unless struck memory accounts for it.

@@ -158,7 +158,8 @@ class Strike(Message, frozen=True, kw_only=True, tag="strike"):
     detected_ns: int
     """CLOCK_REALTIME, ns."""
     recovered_ns: int | None
-    """None when it could not be repaired in place."""
+    """None when it could not be repaired in place. Rows to `recompute` are told a second time when they are
+    whole again, with the same `detected_ns`."""
     method: str
     """`parity`, `golden`, `digest`, `redo`, `recompute` or `none`."""
     evidence: dict[str, str | int | float | bool | None] = {}

@@ -146,6 +146,11 @@ class SequenceState:
         return self.written < len(self.prompt)
 
     @property
+    def lagging(self) -> bool:
+        """Whether rows that were lost are still to be computed anew."""
+        return self.written < len(self.prompt) + len(self.generated) - 1
+
+    @property
     def free(self) -> int:
         """Rows that can be written before the window has to slide."""
         return self.seat.window_rows.free

@@ -222,6 +222,7 @@ class VerifiedBatch:
 
     def drop(self, job: str) -> None:
         """Forget a job that is not active, and free its seat."""
+        self._proof.forget(job)
         self._places.drop(job)
 
     # Epochs.
@@ -309,7 +310,9 @@ class VerifiedBatch:
                 progress.blocks += sequence.commit(finish)
             except Diverged as error:
                 raise BeyondRepair(str(error)) from error
+            self._proof.regained(sequence)
             if sequence.finish is not None:
+                self._proof.forget(sequence.job)
                 self._retire(sequence.job)
         counters.tokens_committed += committed
         counters.prefill_tokens += epoch.prefilled

@@ -107,6 +107,16 @@ def test_detected_but_not_repaired_in_place(outcome: Outcome) -> None:
     assert fate.repair_ms is None
 
 
+def test_rows_computed_anew_are_told_twice_and_repaired_once() -> None:
+    row = strike(100, Target.KV)
+    found = report(350, None, region="kv", outcome=Outcome.STARTED, job="a")
+    whole = report(350, 900, region="kv", outcome=Outcome.REDONE, job="a")
+    seen = commits(50, 120, 600, 1000)
+    assert only([row], [found], commits=seen).fate is Fate.DETECTED
+    fate = only([row], [found, whole], commits=seen)
+    assert (fate.fate, fate.detect_ms, fate.repair_ms) == (Fate.REPAIRED, 250, 800)
+
+
 def test_report_of_another_page_region_or_time_is_no_answer() -> None:
     others = [
         report(350, 352, page=8),

@@ -489,6 +489,12 @@ def test_lost_rows_are_made_anew_beside_the_others_and_are_those_certified(bench
     assert [strike.method for strike in bench.strikes] == ["recompute", "recompute"]
     blocks += finish(engine)
     assert texts(blocks) == bench.plain(jobs)
+    found, again = bench.strikes[:2], bench.strikes[2:]
+    assert [(s.page, s.method, s.detected_ns) for s in again] == [
+        (s.page, s.method, s.detected_ns) for s in found
+    ]
+    assert all(s.recovered_ns is None for s in found)
+    assert all(s.recovered_ns is not None and s.recovered_ns > s.detected_ns for s in again)
 
 
 def test_a_job_killed_while_its_rows_are_made_anew_goes_on(bench: Bench) -> None:
