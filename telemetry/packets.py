@@ -180,6 +180,43 @@ class Housekeeping(Packet, frozen=True, kw_only=True):
     """Prompt tokens read by the worker, since boot; those of a shared prefix are read once."""
     compute_trips: Count = 0
     """Computations that failed a check although their memory was right, since boot."""
+    fdir_enabled: Count = 0
+    """Rows of the FDIR table that are enabled."""
+    fdir_passive: Count = 0
+    """Rows that are evaluated and reported, and act on nothing."""
+    fdir_disabled: Count = 0
+    """Rows that are switched off."""
+    fdir_external: bool = False
+    """True while the ground has told the FDIR to keep its hands off: it reports, and does nothing."""
+    fdir_detections: Count = 0
+    """Findings of enabled rows, since boot."""
+    fdir_actions: Count = 0
+    """Recovery actions carried out, since boot."""
+    fdir_level: Count | None = None
+    """Level of the highest recovery under way; None when there is none."""
+    resets: Count = 0
+    """Restarts of the node that the FDIR has asked for, since the ground or a long clean time cleared them
+    (durable)."""
+    scrub_pass_s: Seconds | None = None
+    """Time the last full pass over code and tables took; None before the first is done."""
+    scrub_age_s: Seconds = 0.0
+    """Time since the end of the last full pass, or since the start."""
+    scrub_miscompares: Count = 0
+    """Damaged stretches of code and tables found, since boot."""
+    worker_scrub_pass_s: Seconds | None = None
+    """Time of the worker's last pass over all pages of the model image; None before the first is done."""
+    loop_lag_ms: Annotated[float, Meta(ge=0, description="ms")] = 0.0
+    """Longest time the event loop was not free, last period."""
+    watchdog: str = "none"
+    """Watchdog that is fed: `device`, `systemd`, `parent` or `none`."""
+    watchdog_fed: Count = 0
+    """Times it was fed, since boot."""
+    sensor_rejections: Count = 0
+    """Values of the bus that were rejected, since boot."""
+    eps_source: str = "none"
+    """Where the state of charge comes from: `voted`, `single`, `estimated` or `none`."""
+    state_repairs: Count = 0
+    """Values held in three copies that were mended by a vote, since boot."""
 
 
 class Event(Packet, frozen=True, kw_only=True):
@@ -260,7 +297,8 @@ class FdirReport(Packet, frozen=True, kw_only=True):
     type_name: ClassVar[str] = "fdir"
 
     monitor: str
-    """What noticed: `weights.digest`, `kv.digest`, `compute.check`, `worker.ping`, `worker.exit`."""
+    """What noticed: a row of the FDIR table (docs/fdir-table.md), or `epoch.proof` for an epoch that was
+    decoded again."""
     level: Level
     outcome: Outcome
     action: str
@@ -278,6 +316,66 @@ class FdirReport(Packet, frozen=True, kw_only=True):
     """Tensor role from the manifest; bank of a KV row, `global` or `window`; what was checked of a
     computation: `matmul`, `hidden`, `logits` or `redundancy`."""
     evidence: dict[str, str | int | float | bool | None] = {}
+
+
+class FlightRecord(Packet, frozen=True, kw_only=True):
+    """Dump of the flight recorder: the last stimuli and actions before a recovery of level 3 or above."""
+
+    stream: ClassVar[Stream] = Stream.FDIR
+    type_name: ClassVar[str] = "flight_record"
+
+    reason: str
+    """What made it be sent: a row of the FDIR table and its finding, or a crash."""
+    level: Level | None
+    """Level of the recovery; None for a crash, and on command."""
+    noted: Count
+    """Stimuli and actions noted since boot; the dump holds the latest."""
+    entries: bytes
+    """msgpack array of entries, oldest first, each `[t_ns, kind, machine, name, fields]`: host clock
+    (CLOCK_REALTIME), `stimulus` or `action`, who decided, the event or action, and its fields as a map."""
+
+
+class RowReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """State and counters of a row of the FDIR table, since boot."""
+
+    row: str
+    """Its id in the table."""
+    state: str
+    """`enabled`, `passive` (reported, not acted on) or `disabled`."""
+    watch: str
+    """Result of its check: `false`, `true`, `stale`, `error` or `unchecked`."""
+    point: str
+    """Result over its persistence: `pass`, `fail`, `stale`, `error` or `unchecked`."""
+    fired: bool
+    """True from its action until it is re-armed."""
+    evaluations: Count
+    consecutive: Count
+    """Violations in a row until now."""
+    cumulative: Count
+    """Violations."""
+    actions: Count
+    """Times it fired."""
+    last_violation_s: Seconds | None = None
+    """Physical time since it last changed to a violation; None when it never did."""
+
+
+class FdirStatus(Packet, frozen=True, kw_only=True):
+    """Answer to the command `query_fdir`: the whole FDIR table as it stands."""
+
+    stream: ClassVar[Stream] = Stream.FDIR
+    type_name: ClassVar[str] = "fdir_status"
+
+    table_sha256: str
+    """SHA-256 of the table, hexadecimal."""
+    overall: str
+    """State of the FDIR as a whole, `enabled`, `passive` or `disabled`; the lower of it and a row's holds."""
+    external_control: bool
+    """True while the ground has told the FDIR to keep its hands off."""
+    resets: Count
+    """Restarts of the node that the FDIR has asked for, not cleared yet."""
+    max_resets: Count
+    """So many are allowed; then safe mode."""
+    rows: list[RowReport]
 
 
 class BootReport(Packet, frozen=True, kw_only=True):
@@ -306,6 +404,20 @@ class BootReport(Packet, frozen=True, kw_only=True):
     """First of the jobs that go on where the boot before left them; None when there is none."""
     resumed_jobs: list[str] = []
     """All of them, in order of arrival."""
+    mode: Mode = Mode.NOMINAL
+    """What the boot manager decided: `nominal` or `safe`."""
+    slot: str | None = None
+    """Image slot it decided for, `a` or `b`; None for the one that is active."""
+    reasons: list[str] = []
+    """Why, where it is not the usual."""
+    unintended_reboots: Count = 0
+    """Boots in a row that did not end in order and were not asked for, this one's included."""
+    resets: Count = 0
+    """Restarts of the node that the FDIR has asked for, see housekeeping."""
+    repaired_state: list[str] = []
+    """Values of the state on disk of which a copy was damaged, and was mended by a vote."""
+    fdir_sha256: str = ""
+    """SHA-256 of the FDIR table, hexadecimal."""
 
 
 class PowerPlan(Packet, frozen=True, kw_only=True):
@@ -376,7 +488,8 @@ class SecurityReport(Packet, frozen=True, kw_only=True):
 
 
 PACKETS: tuple[type[Packet], ...] = (
-    Housekeeping, Event, Result, Verification, FdirReport, BootReport, PowerPlan, Ledger, SecurityReport,
+    Housekeeping, Event, Result, Verification, FdirReport, FlightRecord, FdirStatus, BootReport, PowerPlan,
+    Ledger, SecurityReport,
 )  # fmt: skip
 """Every packet type, in the order of the ICD."""
 

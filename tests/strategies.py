@@ -16,9 +16,15 @@ from telemetry.commands import (
     Arguments,
     Cancel,
     Command,
+    ExternalControl,
     Infer,
     Ping,
+    QueryFdir,
+    RearmFdir,
     ReportLedger,
+    ResetCounters,
+    ScrubNow,
+    SetFdirRow,
     SetMode,
     SetPowerCap,
     make_command,
@@ -60,6 +66,20 @@ stream_ledgers = st.builds(
     dropped=st.dictionaries(texts, counts, max_size=3),
 )
 
+row_reports = st.builds(
+    p.RowReport,
+    row=texts,
+    state=texts,
+    watch=texts,
+    point=texts,
+    fired=st.booleans(),
+    evaluations=counts,
+    consecutive=counts,
+    cumulative=counts,
+    actions=counts,
+    last_violation_s=st.none() | reals,
+)
+
 PACKETS: dict[str, st.SearchStrategy[p.Packet]] = {
     "housekeeping": st.builds(
         p.Housekeeping,
@@ -99,6 +119,13 @@ PACKETS: dict[str, st.SearchStrategy[p.Packet]] = {
         threads=counts,
         prefill_tokens=counts,
         compute_trips=counts,
+        fdir_external=st.booleans(),
+        fdir_level=st.none() | counts,
+        resets=counts,
+        scrub_pass_s=st.none() | reals,
+        loop_lag_ms=positive_reals,
+        watchdog=texts,
+        eps_source=texts,
     ),
     "event": st.builds(
         p.Event, severity=st.sampled_from(p.Severity), name=texts, text=texts, evidence=evidence
@@ -137,6 +164,22 @@ PACKETS: dict[str, st.SearchStrategy[p.Packet]] = {
         role=texts,
         evidence=evidence,
     ),
+    "flight_record": st.builds(
+        p.FlightRecord,
+        reason=texts,
+        level=st.none() | st.sampled_from(p.Level),
+        noted=counts,
+        entries=st.binary(max_size=40),
+    ),
+    "fdir_status": st.builds(
+        p.FdirStatus,
+        table_sha256=texts,
+        overall=texts,
+        external_control=st.booleans(),
+        resets=counts,
+        max_resets=counts,
+        rows=st.lists(row_reports, max_size=3),
+    ),
     "boot": st.builds(
         p.BootReport,
         software=texts,
@@ -149,6 +192,10 @@ PACKETS: dict[str, st.SearchStrategy[p.Packet]] = {
         onnxruntime=st.none() | texts,
         resumed_job=st.none() | job_ids,
         resumed_jobs=st.lists(job_ids, max_size=3),
+        mode=st.sampled_from(p.Mode),
+        slot=st.none() | texts,
+        reasons=st.lists(texts, max_size=2),
+        repaired_state=st.lists(texts, max_size=2),
     ),
     "plan": st.builds(
         p.PowerPlan,
@@ -186,6 +233,7 @@ samplings = st.builds(
     stop=st.lists(st.text(min_size=1, max_size=64), max_size=4).map(tuple),
     logprobs=st.booleans(),
 )
+row_ids = st.sampled_from(["*", "weights.digest", "node.memory", "a.b_2.c"])
 arguments: st.SearchStrategy[Arguments] = st.one_of(
     st.builds(Ping),
     st.builds(
@@ -201,6 +249,12 @@ arguments: st.SearchStrategy[Arguments] = st.one_of(
     st.builds(SetMode, mode=st.sampled_from(["nominal", "safe"])),
     st.builds(SetPowerCap, power_w=st.none() | st.floats(0.1, 1000)),
     st.builds(ReportLedger),
+    st.builds(SetFdirRow, row=row_ids, state=st.sampled_from(["enabled", "passive", "disabled"])),
+    st.builds(RearmFdir, row=row_ids),
+    st.builds(ExternalControl, on=st.booleans()),
+    st.builds(ResetCounters),
+    st.builds(ScrubNow, region=st.sampled_from(["supervisor.code", "config"])),
+    st.builds(QueryFdir, recorder=st.booleans()),
 )
 
 

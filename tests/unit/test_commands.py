@@ -47,6 +47,12 @@ EXAMPLES: list[c.Arguments] = [
     c.SetMode(mode="safe"),
     c.SetPowerCap(power_w=7.5),
     c.ReportLedger(),
+    c.SetFdirRow(row="worker.ping", state="passive"),
+    c.RearmFdir(row="*"),
+    c.ExternalControl(on=True),
+    c.ResetCounters(),
+    c.ScrubNow(region="supervisor.code"),
+    c.QueryFdir(recorder=True),
 ]
 
 JOB: dict[str, object] = {"job": "a", "prompt": "x", "max_tokens": 1}
@@ -164,6 +170,18 @@ def test_taking_the_power_cap_away() -> None:
         ("set_power_cap", {"power_w": math.inf}),
         ("set_power_cap", {}),
         ("report_ledger", {"x": None}),
+        ("set_fdir_row", {"row": "worker.ping", "state": "off"}),
+        ("set_fdir_row", {"row": "worker.ping"}),
+        ("set_fdir_row", {"row": "", "state": "passive"}),
+        ("set_fdir_row", {"row": "**", "state": "passive"}),
+        ("set_fdir_row", {"row": "worker.ping\n", "state": "passive"}),
+        ("rearm_fdir", {"row": "a." + "b" * 64}),
+        ("rearm_fdir", {}),
+        ("external_control", {"on": 1}),
+        ("reset_counters", {"row": "*"}),
+        ("scrub_now", {"region": "*"}),
+        ("scrub_now", {"region": "/etc/passwd"}),
+        ("query_fdir", {"recorder": "yes"}),
     ],
 )
 def test_arguments_out_of_range_are_refused(name: str, args: dict[str, object]) -> None:
