@@ -11,9 +11,12 @@ waiting unread, and must not be called late for it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 
+OVERTAKEN_MAX = 16
+"""Keys given up on that a `HealthBoard` remembers of one patient (assumed: a queue of pings is shorter)."""
 _KEY_MODULUS = 1 << 31
 
 
@@ -134,6 +137,11 @@ class PingMonitor:
         """Watched time the outstanding ping has waited for its answer, s; 0 when none is outstanding."""
         return self._silent_s if self._outstanding else 0.0
 
+    @property
+    def outstanding_key(self) -> int | None:
+        """Key whose answer is awaited; None when none is."""
+        return self._key if self._outstanding else None
+
     def handle(self, event: PingEvent, now_s: float) -> list[PingAction]:
         """Take one event at `now_s` (monotonic, s); return what to do, in order."""
         match event:
@@ -188,3 +196,155 @@ class PingMonitor:
         self.state = PingState.PASSIVE
         self._outstanding = False
         return PingFatal(reason, self._silent_s)
+
+
+@dataclass(frozen=True)
+class ForPatient:
+    """Event or action of one patient of a `HealthBoard`.
+
+    As an event it carries `Arm`, `Disarm` or `Pong`, as an action any `PingAction`.
+    """
+
+    name: str
+    what: PingEvent | PingAction
+
+
+@dataclass(frozen=True)
+class SetEnabled:
+    """Event: watch this patient, or leave it out of the account."""
+
+    name: str
+    enabled: bool
+
+
+@dataclass(frozen=True)
+class SetLimits:
+    """Event: from now on these limits apply to this patient; a ping under way is judged by them too."""
+
+    name: str
+    limits: PingLimits
+
+
+BoardEvent = ForPatient | Tick | SetEnabled | SetLimits
+
+
+@dataclass
+class _Patient:
+    monitor: PingMonitor
+    enabled: bool = True
+    armed: bool | None = None
+    """None before it is armed for the first time; False once disarmed on purpose."""
+    overtaken: set[int] = field(default_factory=set)
+    """Keys given up on whose answer may still come: it is late, not wrong."""
+
+
+class HealthBoard:
+    """Watch many patients by keyed pings: what a watchdog is fed on.
+
+    A patient counts as out of limits until it is armed for the first time, when its answer is late, and from
+    a fatal finding until it is armed again. One that was disarmed on purpose, or is not enabled, does not
+    count.
+
+    Parameters
+    ----------
+    patients
+        Limits by name. The set of patients is fixed.
+    """
+
+    def __init__(self, patients: Mapping[str, PingLimits]) -> None:
+        self._patients = {name: _Patient(PingMonitor(limits)) for name, limits in patients.items()}
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._patients
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All patients, enabled or not."""
+        return tuple(self._patients)
+
+    @property
+    def in_limits(self) -> bool:
+        """True while no enabled patient is out of limits."""
+        return not self.out_of_limits
+
+    @property
+    def out_of_limits(self) -> tuple[str, ...]:
+        """Enabled patients that are late, lost, or were never armed."""
+        return tuple(
+            name
+            for name, patient in self._patients.items()
+            if patient.enabled and patient.armed is not False and not patient.monitor.in_limits
+        )
+
+    def is_enabled(self, name: str) -> bool:
+        """Return whether this patient is watched. Raises ValueError for an unknown name."""
+        return self._patient(name).enabled
+
+    def limits(self, name: str) -> PingLimits:
+        """Return the limits of this patient. Raises ValueError for an unknown name."""
+        return self._patient(name).monitor.limits
+
+    def silent_s(self, name: str) -> float:
+        """Return how long the ping under way has waited, s; 0 for none. ValueError for an unknown name."""
+        return self._patient(name).monitor.silent_s
+
+    def handle(self, event: BoardEvent, now_s: float) -> list[ForPatient]:
+        """Take one event at `now_s` (monotonic, s); return what to do, in order.
+
+        Raises
+        ------
+        ValueError
+            A patient of that name is not on the board.
+        """
+        match event:
+            case Tick():
+                return [
+                    action
+                    for name, patient in self._patients.items()
+                    if patient.enabled
+                    for action in self._pass_on(name, patient, event, now_s)
+                ]
+            case ForPatient(name, Arm() | Disarm() | Pong() as what):
+                return self._one(name, what, now_s)
+            case SetEnabled(name, enabled):
+                return self._enable(name, enabled, now_s)
+            case SetLimits(name, limits):
+                self._patient(name).monitor.limits = limits
+                return []
+            case _:
+                raise ValueError(f"{event} is not an event of one patient: Arm, Disarm or Pong")
+
+    def _one(self, name: str, what: Arm | Disarm | Pong, now_s: float) -> list[ForPatient]:
+        patient = self._patient(name)
+        if isinstance(what, Pong) and what.key in patient.overtaken:
+            patient.overtaken.discard(what.key)
+            return []
+        if not isinstance(what, Pong):
+            patient.armed = isinstance(what, Arm)
+        return self._pass_on(name, patient, what, now_s) if patient.enabled else []
+
+    def _enable(self, name: str, enabled: bool, now_s: float) -> list[ForPatient]:
+        """Leave a patient out, or take it in again: with a new ping, if it is to be armed at all."""
+        patient = self._patient(name)
+        if patient.enabled == enabled:
+            return []
+        patient.enabled = enabled
+        return self._pass_on(name, patient, Arm() if enabled and patient.armed else Disarm(), now_s)
+
+    @staticmethod
+    def _pass_on(name: str, patient: _Patient, event: PingEvent, now_s: float) -> list[ForPatient]:
+        """Hand an event to the monitor; remember the key it gives up on, for its answer may still come."""
+        awaited = patient.monitor.outstanding_key
+        actions = patient.monitor.handle(event, now_s)
+        answered = isinstance(event, Pong) and event.key == awaited
+        if awaited is not None and not answered and patient.monitor.outstanding_key != awaited:
+            patient.overtaken.add(awaited)
+            if len(patient.overtaken) > OVERTAKEN_MAX:
+                patient.overtaken.discard(min(patient.overtaken))
+        return [ForPatient(name, action) for action in actions]
+
+    def _patient(self, name: str) -> _Patient:
+        try:
+            return self._patients[name]
+        except KeyError:
+            raise ValueError(f"no patient {name!r}, there are: {', '.join(self._patients)}") from None
