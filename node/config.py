@@ -30,6 +30,7 @@ SOCKET_PATH_BYTES = 107
 
 Seconds = Annotated[float, Meta(gt=0, le=86_400)]
 Text = Annotated[str, Meta(min_length=1, max_length=4096)]
+TextOrEmpty = Annotated[str, Meta(max_length=4096)]
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -42,7 +43,7 @@ class NodeSection(Section, frozen=True, kw_only=True):
     name: Text
     """Name in every topic: 1 to 31 of a-z, 0-9 and '-'."""
     state_dir: Text
-    """Directory for `node.db`, `worker.sock` and `worker.log`; made if missing."""
+    """Directory for `node.db`, `worker.sock`, `worker.log` and `code.manifest`; made if missing."""
 
 
 class ModelSection(Section, frozen=True, kw_only=True):
@@ -108,7 +109,7 @@ class WorkerSection(Section, frozen=True, kw_only=True):
     stop_timeout_s: Annotated[float, Meta(gt=0, le=10)] = 3.0
     """Time a worker has to end in order before it is killed."""
     restart_limit: Annotated[int, Meta(ge=1, le=1000)] = 5
-    """Restarts within the window; one fault more is safe mode."""
+    """Restarts within the window; one fault more and the image is looked at (row `worker.restarts`)."""
     restart_window_s: Seconds = 60.0
 
     def __post_init__(self) -> None:
@@ -155,6 +156,67 @@ class TelemetrySection(Section, frozen=True, kw_only=True):
             )
 
 
+class FdirSection(Section, frozen=True, kw_only=True):
+    """Fault detection, isolation and recovery. Times are physical seconds."""
+
+    table: TextOrEmpty = ""
+    """FDIR table, see docs/fdir-table.md; empty: the one of the software."""
+    max_resets: Annotated[int, Meta(ge=0, le=100)] = 3
+    """Restarts of the node that the FDIR may ask for until they are cleared; then safe mode."""
+    sample_s: Annotated[float, Meta(ge=0.05, le=60)] = 1.0
+    """Period at which the monitored items are sampled."""
+    stable_s: Seconds = 30.0
+    """Time of service after which a boot counts as good."""
+    other_slot_after: Annotated[int, Meta(ge=1, le=100)] = 2
+    """Unintended reboots in a row after which the other image slot is used."""
+    safe_after: Annotated[int, Meta(ge=1, le=100)] = 4
+    """Unintended reboots in a row after which the node starts in safe mode."""
+    model_file: TextOrEmpty = ""
+    """Model file an image is built from when both slots are damaged; empty: the one of the package."""
+    repair_timeout_s: Annotated[float, Meta(ge=1, le=7200)] = 600.0
+    """Time the repair of an image may take."""
+    scrub_budget_s: Annotated[float, Meta(ge=0.0005, le=1)] = 0.01
+    """Time a cycle of the scrub of code and tables may take."""
+    scrub_period_s: Annotated[float, Meta(ge=0.01, le=60)] = 0.5
+    """Time between the starts of two cycles."""
+    ping_period_s: Seconds = 1.0
+    """Period of the health pings to the tasks of the node."""
+    ping_warn_s: Seconds = 3.0
+    ping_fatal_s: Seconds = 10.0
+    lag_limit_s: Seconds = 3.0
+    """Longest time the event loop may be held up while the watchdog is still fed."""
+    watchdog: Literal["auto", "device", "systemd", "parent", "none"] = "auto"
+    """What is fed while all is well; `auto`: the parent's pipe, systemd or the device, whichever is there."""
+    watchdog_device: TextOrEmpty = ""
+    """Hardware watchdog, e.g. `/dev/watchdog`; empty: none."""
+    watchdog_period_s: Annotated[float, Meta(ge=0.05, le=60)] = 1.0
+    """Time between two feeds, at most."""
+    latchup_profile: TextOrEmpty = ""
+    """Model of the expected current, written by `penumbra calibrate`; empty: no latch-up detection."""
+
+    def __post_init__(self) -> None:
+        if not self.ping_period_s <= self.ping_warn_s < self.ping_fatal_s:
+            raise ValueError(
+                f"ping_period_s {self.ping_period_s:g} <= ping_warn_s {self.ping_warn_s:g}"
+                f" < ping_fatal_s {self.ping_fatal_s:g} does not hold"
+            )
+        if self.other_slot_after > self.safe_after:
+            raise ValueError(
+                f"other_slot_after {self.other_slot_after} must not be above safe_after {self.safe_after}:"
+                " the other slot would never be tried"
+            )
+        if self.scrub_budget_s >= self.scrub_period_s:
+            raise ValueError(
+                f"scrub_budget_s {self.scrub_budget_s:g} must be below scrub_period_s {self.scrub_period_s:g}"
+            )
+        if self.watchdog == "device" and not self.watchdog_device:
+            raise ValueError('watchdog = "device" needs watchdog_device, e.g. "/dev/watchdog"')
+
+    def ping_limits(self) -> PingLimits:
+        """Return the limits of the health pings to the node's own tasks."""
+        return PingLimits(self.ping_period_s, self.ping_warn_s, self.ping_fatal_s, self.ping_period_s)
+
+
 class NodeConfig(Section, frozen=True, kw_only=True):
     """The whole configuration."""
 
@@ -167,6 +229,7 @@ class NodeConfig(Section, frozen=True, kw_only=True):
     power: GovernorSettings = GovernorSettings()
     telemetry: TelemetrySection = TelemetrySection()
     board: BoardSettings = BoardSettings()
+    fdir: FdirSection = FdirSection()
 
     @classmethod
     def load(cls, path: Path) -> NodeConfig:
@@ -232,4 +295,12 @@ class NodeConfig(Section, frozen=True, kw_only=True):
             node=msgspec.structs.replace(self.node, state_dir=str(state_dir)),
             model=msgspec.structs.replace(self.model, images_dir=str(base / self.model.images_dir)),
             keys=msgspec.structs.replace(self.keys, file=str(base / self.keys.file)),
+            fdir=msgspec.structs.replace(
+                self.fdir,
+                **{
+                    name: str(base / value)
+                    for name in ("table", "model_file", "latchup_profile")
+                    if (value := getattr(self.fdir, name))
+                },
+            ),
         )

@@ -11,13 +11,13 @@ from collections.abc import Callable
 from node.recorder import Evidence, Recorder, Throttle
 from telemetry import topics
 from telemetry.ack import Ack, AckError, decode_ack
-from telemetry.bus import CHANNELS, BusMessage, decode
+from telemetry.bus import CHANNELS, FROM_NODE, BusMessage, decode
 from telemetry.errors import PenumbraError
 from telemetry.keys import KeyRing
 from telemetry.packets import Severity
 
-BUS_CHANNELS = tuple(c for c in CHANNELS if c != "load")
-"""Channels the node listens to; `load` is its own."""
+BUS_CHANNELS = tuple(c for c in CHANNELS if c not in FROM_NODE)
+"""Channels the node listens to."""
 REPORT_PERIOD_S = 10.0
 """Time between two events about garbage, s (assumed)."""
 

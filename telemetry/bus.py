@@ -1,13 +1,13 @@
 """Messages of the spacecraft bus, as the node sees them (topics `bus/*`, msgpack maps).
 
-On the bench the plant publishes them; in flight the bus gateway does. `load` goes the other way:
-the board reports what it draws, which is what the power unit would measure (ADR 0001).
+On the bench the plant publishes them; in flight the bus gateway does. `load` and `request` go the other way:
+the board reports what it draws, which is what the power unit would measure (ADR 0001), and asks for help.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -84,6 +84,18 @@ class BusLoad(BusMessage, frozen=True, kw_only=True):
     power_w: Annotated[float, Meta(ge=0, le=10_000)]
 
 
+class BusRequest(BusMessage, frozen=True, kw_only=True):
+    """What the payload computer asks the spacecraft for (published by the node, several times)."""
+
+    t_ns: int
+    """When it was decided: the same in every repetition of a request."""
+    request: Literal["power_cycle"]
+    """`power_cycle`: take the supply away for a moment, which ends a latch-up."""
+    reason: str
+    """Why, in words."""
+    evidence: dict[str, str | int | float | bool | None] = {}
+
+
 CHANNELS: dict[str, type[BusMessage]] = {
     "time": BusTime,
     "orbit": BusOrbit,
@@ -91,7 +103,10 @@ CHANNELS: dict[str, type[BusMessage]] = {
     "thermal": BusThermal,
     "contact": BusContact,
     "load": BusLoad,
+    "request": BusRequest,
 }
+FROM_NODE = ("load", "request")
+"""Channels that the node publishes; it listens to all others."""
 
 
 def encode(message: BusMessage) -> bytes:

@@ -189,7 +189,7 @@ def _topic_section() -> str:
     rows.append((f"`{topics.tc(node)}`", "ground to node", "telecommand"))
     rows.append((f"`{topics.ack(node)}`", "ground to node", "acknowledgement of the archive"))
     for channel in topics.BUS_CHANNELS:
-        way = "node to bus" if channel == "load" else "bus to node"
+        way = "node to bus" if channel in bus.FROM_NODE else "bus to node"
         rows.append(
             (f"`{topics.bus(node, channel)}`", way, f"[{bus.CHANNELS[channel].__name__}](#bus{channel})")
         )

@@ -9,7 +9,7 @@ from telemetry.packets import Stream
 
 ROOT = "penumbra"
 NODE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,30}")
-BUS_CHANNELS = ("time", "orbit", "eps", "thermal", "contact", "load")
+BUS_CHANNELS = ("time", "orbit", "eps", "thermal", "contact", "load", "request")
 
 
 def check_node_name(node: str) -> str:
@@ -44,5 +44,5 @@ def ack(node: str) -> str:
 
 
 def bus(node: str, channel: str) -> str:
-    """Spacecraft bus channel; all from the bus to the node, but `load`, which the node publishes."""
+    """Spacecraft bus channel; all from the bus to the node, but `load` and `request`, which the node publishes."""
     return f"{ROOT}/{node}/bus/{channel}"

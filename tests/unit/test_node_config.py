@@ -47,6 +47,8 @@ def test_paths_are_taken_from_the_directory_of_the_file(tmp_path: Path) -> None:
     with pytest.raises(PenumbraError, match="names no slot"):
         _ = config.image_dir
     assert config.keys.file == str(tmp_path / "keys.toml")
+    assert config.fdir.table == ""
+    assert load(tmp_path, 'table = ""', 'table = "t.toml"').fdir.table == str(tmp_path / "t.toml")
     assert str(config.arena_path.parent) == "/dev/shm"  # noqa: S108
     assert config.arena_path.name.startswith("penumbra-penumbra-1-")
 
@@ -88,6 +90,12 @@ def test_nodes_with_other_state_directories_have_other_arenas_and_digests(tmp_pa
         ('"mqtt://127.0.0.1:1884"', '"mqtt://x:99999"', ["link.url", "port"]),
         ('state_dir = "state"', f'state_dir = "{"s" * 120}"', ["node.state_dir", "107"]),
         ("[keys]", "[key]", ["key"]),
+        ("max_resets = 3", "max_resets = -1", ["fdir.max_resets", "-1", ">= 0"]),
+        ("other_slot_after = 2", "other_slot_after = 5", ["fdir", "other_slot_after 5", "safe_after 4"]),
+        ("scrub_budget_s = 0.01", "scrub_budget_s = 0.5", ["fdir", "scrub_budget_s 0.5"]),
+        ("ping_fatal_s = 10.0", "ping_fatal_s = 3.0", ["fdir", "ping_warn_s 3", "ping_fatal_s 3"]),
+        ('watchdog = "auto"', 'watchdog = "device"', ["fdir", "watchdog_device", "/dev/watchdog"]),
+        ('watchdog = "auto"', 'watchdog = "dog"', ["fdir.watchdog", "'dog'"]),
         ("[node]", "[node", ["TOML"]),
     ],
 )
