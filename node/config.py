@@ -20,6 +20,7 @@ from fdir.recovery import RestartPolicy
 from node.boards import BoardSettings
 from node.inference.slots import active_image
 from node.power.governor import GovernorSettings
+from node.watchdog import WatchdogConfig
 from telemetry.errors import PenumbraError
 from telemetry.link import BrokerAddress
 from telemetry.strict_toml import load_toml
@@ -185,12 +186,6 @@ class FdirSection(Section, frozen=True, kw_only=True):
     ping_fatal_s: Seconds = 10.0
     lag_limit_s: Seconds = 3.0
     """Longest time the event loop may be held up while the watchdog is still fed."""
-    watchdog: Literal["auto", "device", "systemd", "parent", "none"] = "auto"
-    """What is fed while all is well; `auto`: the parent's pipe, systemd or the device, whichever is there."""
-    watchdog_device: TextOrEmpty = ""
-    """Hardware watchdog, e.g. `/dev/watchdog`; empty: none."""
-    watchdog_period_s: Annotated[float, Meta(ge=0.05, le=60)] = 1.0
-    """Time between two feeds, at most."""
     latchup_profile: TextOrEmpty = ""
     """Model of the expected current, written by `penumbra calibrate`; empty: no latch-up detection."""
 
@@ -209,8 +204,6 @@ class FdirSection(Section, frozen=True, kw_only=True):
             raise ValueError(
                 f"scrub_budget_s {self.scrub_budget_s:g} must be below scrub_period_s {self.scrub_period_s:g}"
             )
-        if self.watchdog == "device" and not self.watchdog_device:
-            raise ValueError('watchdog = "device" needs watchdog_device, e.g. "/dev/watchdog"')
 
     def ping_limits(self) -> PingLimits:
         """Return the limits of the health pings to the node's own tasks."""
@@ -230,6 +223,7 @@ class NodeConfig(Section, frozen=True, kw_only=True):
     telemetry: TelemetrySection = TelemetrySection()
     board: BoardSettings = BoardSettings()
     fdir: FdirSection = FdirSection()
+    watchdog: WatchdogConfig = WatchdogConfig()
 
     @classmethod
     def load(cls, path: Path) -> NodeConfig:

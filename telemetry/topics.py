@@ -44,5 +44,5 @@ def ack(node: str) -> str:
 
 
 def bus(node: str, channel: str) -> str:
-    """Spacecraft bus channel: from the bus to the node, but `load` and `request`, which the node publishes."""
+    """Spacecraft bus channel, from the bus to the node; `load` and `request` go the other way."""
     return f"{ROOT}/{node}/bus/{channel}"

@@ -94,8 +94,7 @@ def test_nodes_with_other_state_directories_have_other_arenas_and_digests(tmp_pa
         ("other_slot_after = 2", "other_slot_after = 5", ["fdir", "other_slot_after 5", "safe_after 4"]),
         ("scrub_budget_s = 0.01", "scrub_budget_s = 0.5", ["fdir", "scrub_budget_s 0.5"]),
         ("ping_fatal_s = 10.0", "ping_fatal_s = 3.0", ["fdir", "ping_warn_s 3", "ping_fatal_s 3"]),
-        ('watchdog = "auto"', 'watchdog = "device"', ["fdir", "watchdog_device", "/dev/watchdog"]),
-        ('watchdog = "auto"', 'watchdog = "dog"', ["fdir.watchdog", "'dog'"]),
+        ("timeout_s = 15", "timeout_s = 1", ["watchdog.timeout_s", "1", ">= 2"]),
         ("[node]", "[node", ["TOML"]),
     ],
 )
