@@ -13,7 +13,6 @@ from node.feed_gate import (
     LagBeat,
     PingReport,
     RestartRequested,
-    Resumed,
     Stopping,
     Withheld,
 )
@@ -75,12 +74,10 @@ def _life(rng: random.Random, steps: int) -> None:
         assert (Feed() in actions) == (may and due), "fed when it must not be, or not fed when it must be"
         assert gate.feeds == feeds + (Feed() in actions)
         assert (gate.withheld == ()) == may
-        if Feed() in actions:
-            fed_s = now_s
-        if any(isinstance(a, Withheld) for a in actions):
-            assert not may
-            told_withheld = True
-        if Resumed() in actions:
-            assert told_withheld, "resumed what was not withheld"
-            told_withheld = False
+        fed_s = now_s if Feed() in actions else fed_s
+        words = [a for a in actions if a != Feed()]
+        if words:
+            (word,) = words
+            assert isinstance(word, Withheld) or told_withheld, "resumed what was not withheld"
+            told_withheld = isinstance(word, Withheld)
         assert told_withheld == (not may), "the last word on feeding is out of date"
