@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 from node import state
 from node.jobs import JobConflict, JobQueue, JobState
+from node.pulse import Pulse
 from node.recorder import Recorder, Throttle
 from telemetry import commands
 from telemetry.authenticator import Accepted, Authenticator, Redelivered, Rejected, ReplayError
@@ -71,7 +72,10 @@ class Commanding:
         self._authenticator = authenticator
         self._recorder = recorder
         self._on_executed = on_executed
-        self._inbox: asyncio.Queue[bytes] = asyncio.Queue(MAX_WAITING)
+        self._inbox: asyncio.Queue[bytes | None] = asyncio.Queue(MAX_WAITING)
+        """Messages; None wakes the task to answer a health ping."""
+        self.pulse = Pulse("commanding", self._wake)
+        """Health of the task that executes."""
         # Apart, so that a flood from someone without a key does not silence the answers to those with one.
         self._rejections = {authentic: Throttle(1.0, burst=5) for authentic in (False, True)}
         self._repetitions = Throttle(1.0, burst=16)
@@ -83,10 +87,18 @@ class Commanding:
         except asyncio.QueueFull:
             self.dropped += 1
 
+    def _wake(self) -> None:
+        # A full inbox is being worked off, and the task beats at each message.
+        if not self._inbox.full():
+            self._inbox.put_nowait(None)
+
     async def run(self) -> None:
         """Handle commands until cancelled."""
         while True:
             payload = await self._inbox.get()
+            self.pulse.beat()
+            if payload is None:
+                continue
             now_ns = self._recorder.now_ns()
             match self._authenticator.check(payload, now_ns):
                 case Accepted() as accepted:

@@ -15,6 +15,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 
+from node.pulse import Pulse
 from telemetry import topics
 from telemetry.ack import Ack
 from telemetry.database import Database, StoreFull
@@ -138,6 +139,8 @@ class Downlink:
         self._link = link
         self._window = window
         self._acks: asyncio.Queue[Ack] = asyncio.Queue()
+        self.pulse = Pulse("downlink")
+        """Health of the sending task, which turns by itself."""
 
     def on_ack(self, ack: Ack) -> None:
         """Take an authenticated acknowledgement: what it covers is deleted."""
@@ -152,9 +155,11 @@ class Downlink:
 
     async def _send(self) -> None:
         while True:
+            self.pulse.beat()
             if not self._link.connected.is_set():
                 self._window.on_disconnected()
-                await self._link.connected.wait()
+                await asyncio.sleep(POLL_S)
+                continue
             limit = min(self._window.room(time.monotonic()), BATCH)
             records = await self._take(limit) if limit > 0 else []
             if records:

@@ -20,6 +20,7 @@ from typing import TypeVar
 from node import scheduler
 from node.inference import protocol
 from node.jobs import Duplicate, Gap, Job, JobQueue, NotActive, Stored
+from node.pulse import Pulse
 from node.recorder import Evidence, Recorder, Throttle
 from node.scheduler import End, Park, Start, Task
 from telemetry.database import Database, StoreFull
@@ -41,6 +42,11 @@ JobMessage = protocol.Block | protocol.JobError | protocol.Parked
 @dataclass(frozen=True)
 class _Look:
     """Something changed: look for work."""
+
+
+@dataclass(frozen=True)
+class _Beat:
+    """A health ping waits."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +106,10 @@ class JobRunner:
         self._given_up: set[str] = set()
         """Running jobs that have failed here: what the worker still sends of them is dropped."""
         self._next_deadline_ns: int | None = None
-        self._inbox: asyncio.Queue[JobMessage | _Look | _Ready] = asyncio.Queue()
+        self._inbox: asyncio.Queue[JobMessage | _Look | _Ready | _Beat] = asyncio.Queue()
         self._throttle = Throttle(10.0)
+        self.pulse = Pulse("jobs", lambda: self._inbox.put_nowait(_Beat()))
+        """Health of the task that stores and starts."""
 
     def worker_ready(self) -> None:
         """Tell that a worker is ready for jobs."""
@@ -134,6 +142,7 @@ class JobRunner:
     async def _serve(self) -> None:
         while True:
             message = await self._inbox.get()
+            self.pulse.beat()
             try:
                 match message:
                     case protocol.Block():
@@ -151,6 +160,8 @@ class JobRunner:
                         await self._look_for_work()
                     case _Look():
                         await self._look_for_work()
+                    case _Beat():
+                        pass
             except ValueError as error:
                 self._on_fault("worker.protocol", f"unusable {type(message).__name__}: {error}")
 
@@ -297,6 +308,8 @@ class JobRunner:
     async def _patiently(self, function: Callable[[sqlite3.Connection], T]) -> T:
         """Run a transaction, again and again while the store has no room."""
         while True:
+            # Waiting for room is no illness.
+            self.pulse.beat()
             try:
                 result = await self._database.run(function)
             except (SpoolRefused, StoreFull, sqlite3.OperationalError) as error:

@@ -15,6 +15,7 @@ from node.inference import protocol
 from node.power.forecast import UmbraPass
 from node.power.governor import Governor, PowerInputs, Setpoint
 from node.power.operating_point import OperatingPoint
+from node.pulse import Pulse
 from node.recorder import Recorder
 from telemetry import bus, topics
 from telemetry.link import Link, LinkDown
@@ -102,6 +103,8 @@ class PowerService:
         self._on_sunlit = on_sunlit
         self._governor = Governor(config.power)
         self._planned: tuple[Setpoint, float] | None = None
+        self.pulse = Pulse("power")
+        """Health of the governing task, which turns by itself."""
 
     async def run(self) -> None:
         """Govern until cancelled."""
@@ -116,6 +119,7 @@ class PowerService:
 
     async def _govern(self) -> None:
         while True:
+            self.pulse.beat()
             self._turn(time.monotonic())
             await asyncio.sleep(PERIOD_S)
 

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TypeAlias
 
+from node.pulse import Pulse
 from telemetry.database import Database, StoreFull
 from telemetry.frame import FrameError
 from telemetry.packets import Event, Packet, Severity
@@ -84,6 +85,8 @@ class Recorder:
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
+        self.pulse = Pulse("recorder", self._wake.set)
+        """Health of the writer."""
 
     def post(self, packet: Packet) -> None:
         """Queue a packet, stamped now. Never blocks, never raises."""
@@ -104,6 +107,7 @@ class Recorder:
         while True:
             await self._wake.wait()
             self._wake.clear()
+            self.pulse.beat()
             # Submitted together, so that the database can commit them together.
             while self._waiting:
                 packets = [self._waiting.popleft() for _ in range(len(self._waiting))]
