@@ -14,16 +14,15 @@ a result is right or is reported as lost; it is never silently wrong.
 
 from __future__ import annotations
 
-import mmap
-import os
 from collections import defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import zfec
 
+from fdir.golden import read_golden, write_golden
 from fdir.pages import PAGE_SIZE, PageTable, WeightMemory
 
 DATA_PAGES = 16
@@ -45,12 +44,18 @@ class Repair:
     from_file
         Pages restored from the file on disk, now good in memory.
     lost
-        Pages neither could restore; memory was left as it is.
+        Pages nothing could restore; memory was left as it is.
+    from_spare
+        Pages restored from another file of the same contents, now good in memory.
+    rewritten
+        Those of them that are good again in the file on disk, too.
     """
 
     from_parity: tuple[int, ...]
     from_file: tuple[int, ...]
     lost: tuple[int, ...]
+    from_spare: tuple[int, ...] = ()
+    rewritten: tuple[int, ...] = ()
 
 
 def group_count(pages: int, data_pages: int = DATA_PAGES) -> int:
@@ -102,11 +107,7 @@ def encode(
 
 
 def golden_page(path: Path, page: int) -> bytes:
-    """Read a page of a file from the disk itself.
-
-    A clean private mapping *is* the page cache, so a plain read could return the very page that was struck.
-    This reads past the cache with ``O_DIRECT``; where the file system refuses that (tmpfs has nothing but
-    the cache), it drops the page from the cache first, as far as the kernel does so.
+    """Read a page of a file from the disk itself, past the page cache: see `fdir.golden`.
 
     Parameters
     ----------
@@ -124,19 +125,7 @@ def golden_page(path: Path, page: int) -> bytes:
     OSError
         The file cannot be opened or read.
     """
-    offset = page * PAGE_SIZE
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
-    except OSError:
-        return _page_after_drop(path, offset)
-    try:
-        with mmap.mmap(-1, PAGE_SIZE) as buffer:
-            count = os.preadv(descriptor, [buffer], offset)
-            return buffer[:count].ljust(PAGE_SIZE, b"\0")
-    except OSError:
-        return _page_after_drop(path, offset)
-    finally:
-        os.close(descriptor)
+    return read_golden(path, page * PAGE_SIZE, PAGE_SIZE)
 
 
 class ParityFile:
@@ -211,8 +200,16 @@ class ParityFile:
         return content if self.table.parity_is_good(page, content) else b""
 
 
-def repair(memory: WeightMemory, parity: ParityFile, pages: Collection[int], file: Path) -> Repair:
-    """Make bad pages of live memory good again, in place: from parity, else from the file on disk.
+def repair(
+    memory: WeightMemory,
+    parity: ParityFile,
+    pages: Collection[int],
+    file: Path,
+    spares: Sequence[Path] = (),
+) -> Repair:
+    """Make bad pages of live memory good again, in place: from parity, the file on disk, or a spare file.
+
+    A page that neither parity nor the file has is bad in the file, too: what a spare gave is written there.
 
     Parameters
     ----------
@@ -224,12 +221,15 @@ def repair(memory: WeightMemory, parity: ParityFile, pages: Collection[int], fil
         Numbers of the bad pages.
     file
         The mapped file.
+    spares
+        Files that may hold the same, such as that of the other image slot; digests tell page by page.
 
     Returns
     -------
     What became of each page. A page counts as restored once its bytes *in memory* hash to its digest again.
     """
     done: dict[int, str] = {}
+    rewritten: list[int] = []
 
     def write(page: int, content: bytes, source: str) -> None:
         view = memory.page_view(page)
@@ -243,29 +243,38 @@ def repair(memory: WeightMemory, parity: ParityFile, pages: Collection[int], fil
     for page, content in parity.restore(pages, read).items():
         write(page, content, "parity")
     for page in pages:
-        if page not in done:
-            try:
-                content = golden_page(file, page)
-            except OSError:
+        for source in (file, *spares):
+            if page in done or (sound := _good_page(source, page, memory.table)) is None:
                 continue
-            if memory.table.page_is_good(page, content):
-                write(page, content, "file")
+            write(page, sound, "file" if source is file else "spare")
+            if source is not file and _rewrite(file, page, sound):
+                rewritten.append(page)
     return Repair(
         from_parity=tuple(sorted(page for page, source in done.items() if source == "parity")),
         from_file=tuple(sorted(page for page, source in done.items() if source == "file")),
         lost=tuple(sorted(set(pages) - set(done))),
+        from_spare=tuple(sorted(page for page, source in done.items() if source == "spare")),
+        rewritten=tuple(sorted(rewritten)),
     )
+
+
+def _good_page(file: Path, page: int, table: PageTable) -> bytes | None:
+    """Return a page from the disk, None if it cannot be read or is not what it should be."""
+    try:
+        content = golden_page(file, page)
+    except OSError:
+        return None
+    return content if table.page_is_good(page, content) else None
+
+
+def _rewrite(file: Path, page: int, content: bytes) -> bool:
+    """Write a page to the disk; False where the disk does not take it (memory is whole all the same)."""
+    try:
+        return write_golden(file, page * PAGE_SIZE, content)
+    except OSError:
+        return False
 
 
 def _padded(data: memoryview, start: int, length: int) -> bytes | memoryview:
     piece = data[start : start + length]
     return piece if len(piece) == length else bytes(piece).ljust(length, b"\0")
-
-
-def _page_after_drop(path: Path, offset: int) -> bytes:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.posix_fadvise(descriptor, offset, PAGE_SIZE, os.POSIX_FADV_DONTNEED)
-        return os.pread(descriptor, PAGE_SIZE, offset).ljust(PAGE_SIZE, b"\0")
-    finally:
-        os.close(descriptor)
