@@ -10,6 +10,7 @@ has the digest of the manifest. Needs Linux, and the right to trace the process 
 
 from __future__ import annotations
 
+import errno
 import os
 from array import array
 from dataclasses import dataclass
@@ -205,9 +206,18 @@ class ProcessCode:
         return descriptor
 
     def _mappings(self) -> list[CodeMapping]:
-        descriptor = os.open("maps", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._folder)
-        with open(descriptor, encoding="utf-8", errors="surrogateescape") as file:
-            return code_mappings(file.read())
+        try:
+            descriptor = os.open("maps", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._folder)
+            with open(descriptor, encoding="utf-8", errors="surrogateescape") as file:
+                found = code_mappings(file.read())
+        except (FileNotFoundError, ProcessLookupError):
+            raise self._gone() from None
+        if not found:  # it has ended, and nobody has taken note of it yet
+            raise self._gone()
+        return found
+
+    def _gone(self) -> ProcessLookupError:
+        return ProcessLookupError(errno.ESRCH, f"the {self._process} has ended")
 
     def _expected(self, watched: _Watched) -> array[int] | None:
         """Return the digests of a mapping's file, none if it is gone; None if it cannot be read."""
@@ -233,7 +243,7 @@ class ProcessCode:
         at = mapping.address // PAGE_SIZE + first
         raw = os.pread(self._pagemap, (last - first) * 8, at * 8)
         if len(raw) != (last - first) * 8:
-            raise ProcessLookupError(3, f"{self._process} is gone")
+            raise self._gone()
         runs: list[tuple[int, int]] = []
         for page, entry in enumerate(array("Q", raw), first):
             if not entry & _PRESENT:
@@ -250,7 +260,7 @@ class ProcessCode:
     def _read(self, address: int, length: int) -> bytes:
         content = os.pread(self._mem, length, address)
         if len(content) != length:
-            raise ProcessLookupError(3, f"{self._process} is gone")
+            raise self._gone()
         return content
 
     def _mend(self, watched: _Watched, page: int, found: memoryview) -> list[Damage]:

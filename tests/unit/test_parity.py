@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fdir import parity
+from fdir import golden, parity
 from fdir.pages import PAGE_SIZE, MappedTensor, PageTable, WeightMemory
 from fdir.parity import DATA_PAGES, PARITY_PAGES, ParityFile, encode, golden_page, group_count, repair
 from node.inference.manifest import PARITY, WEIGHTS, attach_weights, load_manifest
@@ -165,16 +165,16 @@ def test_where_direct_reading_is_refused_the_cache_is_dropped(tmp_path, monkeypa
     path = tmp_path / "file"
     path.write_bytes(b"c" * PAGE_SIZE)
     dropped: list[tuple[int, int]] = []
-    real_open = parity.os.open
+    real_open = golden.os.open
 
     def refuse_direct(name: Path, flags: int) -> int:
-        if flags & parity.os.O_DIRECT:
+        if flags & golden.os.O_DIRECT:
             raise OSError(22, "Invalid argument")
         return real_open(name, flags)
 
-    monkeypatch.setattr(parity.os, "open", refuse_direct)
+    monkeypatch.setattr(golden.os, "open", refuse_direct)
     monkeypatch.setattr(
-        parity.os, "posix_fadvise", lambda _fd, at, length, _advice: dropped.append((at, length))
+        golden.os, "posix_fadvise", lambda _fd, at, length, _advice: dropped.append((at, length))
     )
     assert golden_page(path, 0) == b"c" * PAGE_SIZE
     assert dropped == [(0, PAGE_SIZE)]
