@@ -79,6 +79,18 @@ class Pace(Message, frozen=True, kw_only=True, tag="pace"):
     """Whether every epoch is computed twice and compared."""
 
 
+class Repair(Message, frozen=True, kw_only=True, tag="repair"):
+    """What the worker may mend by itself; all of it until told otherwise.
+
+    The proof is never switched off: a token that it does not cover does not leave. Where mending is off, the
+    worker does not report what it finds, but gives up with `Fatal`.
+    """
+
+    weights: bool
+    kv: bool
+    compute: bool
+
+
 class Ping(Message, frozen=True, kw_only=True, tag="ping"):
     """Answer with the same key."""
 
@@ -196,7 +208,7 @@ class Fatal(Message, frozen=True, kw_only=True, tag="fatal"):
     reason: str
 
 
-FromSupervisor = Start | Park | Cancel | Pace | Ping | Shutdown
+FromSupervisor = Start | Park | Cancel | Pace | Repair | Ping | Shutdown
 FromWorker = Ready | Pong | Block | Parked | JobError | Strike | Status | Fatal
 
 _encoder = msgspec.msgpack.Encoder()

@@ -120,6 +120,7 @@ class Worker:
         self._cores = Cores(args.threads)
         self._duty = START_DUTY
         self._stop = False
+        self._may_mend = protocol.Repair(weights=True, kv=True, compute=True)
         self._known: dict[str, int] = {}
         self._early: list[protocol.Strike] | None = []
         model = open_model(args.image, args.threads, checked=args.checked)
@@ -215,6 +216,8 @@ class Worker:
             self._engine.redundant = pace.redundant
 
     def _report(self, strike: protocol.Strike) -> None:
+        if not getattr(self._may_mend, strike.region):
+            raise BeyondRepair(f"{strike.region} struck ({strike.role}), and mending it is switched off")
         if self._early is None:
             self._channel.send(strike)
         else:
@@ -242,6 +245,8 @@ class Worker:
                     self._channel.send(protocol.Pong(key=key))
                 case protocol.Pace():
                     self._pace(message)
+                case protocol.Repair():
+                    self._may_mend = message
                 case protocol.Start():
                     self._start(message)
                 case protocol.Park(job=job):

@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from fdir.pages import MappedTensor
 from hil.reference import ReferenceJob, run_reference
 from node.inference import protocol
 from node.inference.arena import ArenaShape, newest_state, read_record
@@ -246,17 +247,42 @@ def test_a_prompt_too_long_is_the_jobs_fault_not_the_workers(supervisor: Supervi
     assert supervisor.blocks()[-1].finish == "length"
 
 
-def test_a_strike_from_outside_is_repaired_and_reported(supervisor: Supervisor) -> None:
-    from fdir.pages import PAGE_SIZE, live_mappings
+def _ffn_down(supervisor: Supervisor, pid: int) -> tuple[MappedTensor, int]:
+    """Return a tensor and where the worker has it."""
+    from fdir.pages import live_mappings
     from node.inference.manifest import WEIGHTS, load_manifest
 
-    ready = supervisor.start()
     tensor = next(t for t in load_manifest(supervisor.image).tensors if t.role == "ffn_down")
     (address,) = (
         span.address + tensor.offset - span.file_offset
-        for span in live_mappings(supervisor.image / WEIGHTS, ready.pid)
+        for span in live_mappings(supervisor.image / WEIGHTS, pid)
         if span.file_offset <= tensor.offset < span.file_offset + span.length
     )
+    return tensor, address
+
+
+def test_a_strike_is_fatal_and_not_reported_where_mending_is_switched_off(supervisor: Supervisor) -> None:
+    ready = supervisor.start()
+    supervisor.send(protocol.Repair(weights=False, kv=True, compute=True))
+    supervisor.send(Ping(key=1))
+    supervisor.expect(Pong)
+    _, address = _ffn_down(supervisor, ready.pid)
+    with open(f"/proc/{ready.pid}/mem", "r+b", buffering=0) as memory:
+        memory.seek(address + 5)
+        (byte,) = memory.read(1)
+        memory.seek(address + 5)
+        memory.write(bytes([byte ^ 0x40]))
+    told = next(m for m in supervisor._messages if isinstance(m, Strike | protocol.Fatal))
+    assert isinstance(told, protocol.Fatal)
+    assert "switched off" in told.reason
+    assert supervisor.end()[0] == 3
+
+
+def test_a_strike_from_outside_is_repaired_and_reported(supervisor: Supervisor) -> None:
+    from fdir.pages import PAGE_SIZE
+
+    ready = supervisor.start()
+    tensor, address = _ffn_down(supervisor, ready.pid)
     with open(f"/proc/{ready.pid}/mem", "r+b", buffering=0) as memory:
         memory.seek(address + 5)
         (byte,) = memory.read(1)

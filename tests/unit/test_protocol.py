@@ -22,6 +22,7 @@ FROM_SUPERVISOR = [
     protocol.Cancel(job="a", finish="deadline"),
     protocol.Pace(duty=0.5),
     protocol.Pace(duty=0.5, threads=1, batch=4, redundant=True),
+    protocol.Repair(weights=True, kv=False, compute=True),
     protocol.Ping(key=2**40),
     protocol.Shutdown(),
 ]
