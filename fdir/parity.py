@@ -153,7 +153,7 @@ class ParityFile:
         pages
             Numbers of the bad pages.
         read
-            Returns a page of the file, 4096 bytes; what it returns is checked before use.
+            Returns a page of the file, 4096 bytes, or nothing; what it returns is checked before use.
 
         Returns
         -------
@@ -238,7 +238,9 @@ def repair(
             done[page] = source
 
     def read(page: int) -> bytes | memoryview:
-        return memory.page_view(page).data if memory.holds(page) else golden_page(file, page)
+        if memory.holds(page):
+            return memory.page_view(page).data
+        return next((good for name in (file, *spares) if (good := _good_page(name, page, memory.table))), b"")
 
     for page, content in parity.restore(pages, read).items():
         write(page, content, "parity")

@@ -30,8 +30,11 @@ class Mended:
 
     page: int
     role: str
+    """Role of its tensor; `digests` when it was the page's digest in memory that was bad."""
     method: str
-    """`parity`, `golden`, or `none` when the page is still bad."""
+    """`parity`, `golden`, `other_slot`, or `none` when the page is still bad."""
+    file_mended: bool | None = None
+    """Whether the image file was mended with it; None when that was not tried."""
 
 
 class Weights(Protocol):
@@ -193,8 +196,11 @@ class Proof:
                 Strike(
                     region="weights", page=page.page, role=page.role, method=page.method,
                     detected_ns=detected_ns, recovered_ns=time.time_ns() if whole else None,
+                    evidence={} if page.file_mended is None else {"file_mended": page.file_mended},
                 )
             )  # fmt: skip
         if any(page.method == "none" for page in mended):
-            raise BeyondRepair("a weight page could not be restored from parity nor from the image file")
+            raise BeyondRepair(
+                "a weight page could not be restored from parity, the image file, or the other slot"
+            )
         return not mended

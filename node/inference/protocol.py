@@ -166,14 +166,15 @@ class Strike(Message, frozen=True, kw_only=True, tag="strike"):
     page: int
     """Page number in weights.bin; position of a KV row; number of a matrix product, 0 for other checks."""
     role: str
-    """Role of the tensor; `global` or `window` rows; `matmul`, `hidden`, `logits` or `redundancy`."""
+    """Role of the tensor, or `digests` of pages; `global` or `window` rows; `matmul`, `hidden`, `logits` or
+    `redundancy`."""
     detected_ns: int
     """CLOCK_REALTIME, ns."""
     recovered_ns: int | None
     """None when it could not be repaired in place. Rows to `recompute` are told a second time when they are
     whole again, with the same `detected_ns`."""
     method: str
-    """`parity`, `golden`, `digest`, `redo`, `recompute` or `none`."""
+    """`parity`, `golden`, `other_slot`, `digest`, `redo`, `recompute` or `none`."""
     evidence: dict[str, str | int | float | bool | None] = {}
 
 

@@ -3,30 +3,38 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
-from fdir.pages import BadPage
+from fdir.pages import BadPage, PageTable
 from fdir.parity import ParityFile, repair
-from node.inference.manifest import PARITY, WEIGHTS, Manifest, attach_weights
+from node.inference.manifest import PARITY, SLOTS, WEIGHTS, Manifest, attach_weights, load_page_table
 from node.inference.proof import Mended
+from telemetry.errors import PenumbraError
 
-SCRUB_BLOCKS: Final = 2
-"""Blocks of tables (1 MiB each) checked in turn at each check: a full pass over 200 MB in some 100 epochs."""
+SCRUB_S: Final = 0.001
+"""Time for the rolling scrub at the proof of an epoch, s: a full pass takes some 12 epochs (measured, Gemma 3
+270M), for a thousandth of the time."""
+IDLE_SCRUB_S: Final = 0.004
+"""The same at a proof with no job running."""
 
 
 class ProtectedWeights:
     """Prove and repair the weights a loaded session has mapped.
 
+    Every proof covers what steps read whole and what is named; all other mapped pages are proven in turn, a
+    little at each proof, so that a full pass takes a bounded time whether jobs run or not.
+
     Parameters
     ----------
     image_dir
-        Directory of the image slot.
+        Directory of the image slot. Where it is one of two, pages may be restored from the other one.
     manifest
         Its manifest.
     threads
@@ -43,20 +51,29 @@ class ProtectedWeights:
     def __init__(self, image_dir: Path, manifest: Manifest, threads: int, *, checked: bool = False) -> None:
         self._memory = attach_weights(image_dir, manifest, checked=checked)
         self._parity = ParityFile(image_dir / PARITY, self._memory.table)
-        self._file = image_dir / WEIGHTS
+        self._image_dir, self._manifest = image_dir, manifest
+        self._spares = [image_dir.with_name(slot) for slot in SLOTS if image_dir.name in SLOTS]
+        self._spares = [spare for spare in self._spares if spare != image_dir]
+        self._references = _digest(self._memory.table)
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads, "penumbra-scan")
+        memory = self._memory
+        self._turn = range(len(memory.live_blocks), memory.block_count)
+        """Blocks that are proven in turn."""
         self._next_scrub = 0
+        self._block_s: float | None = None
+        """Time a block takes in a proof, s, as measured last."""
         self._pass_started_s = time.monotonic()
         self.scrub_pass_s: float | None = None
-        """Time the last full pass over the tables took, s; None before the first is done."""
+        """Time the last full pass over what is proven in turn took, s; None before the first is done."""
 
     def check(
         self, tokens: Collection[int], rows: Iterable[NDArray[np.int64]] = (), positions: Collection[int] = ()
     ) -> list[Mended]:
         """Prove all pages steps read, and the next blocks of the scrub.
 
-        Bad pages are repaired in place: from parity, else from the image file read past the page cache.
+        Bad pages are repaired in place: from parity, else from the image file read past the page cache, else
+        from that of the other slot, and then the own file is mended, too.
 
         Parameters
         ----------
@@ -77,10 +94,11 @@ class ProtectedWeights:
         places = np.fromiter(positions, np.int64, len(positions))
         memory = self._memory
         pages = [memory.row_pages(role, numbers) for role, numbers in self._rows(fed, scored, places)]
-        found = memory.scan(
-            self._pool, self._threads, blocks=self._scrub_slice(), pages=np.concatenate(pages)
-        )
-        return self._mend({page.page: page for page in found}) if found else []
+        chosen = self._scrub_slice(SCRUB_S if tokens else IDLE_SCRUB_S)
+        started_s = time.perf_counter()
+        found = memory.scan(self._pool, self._threads, blocks=chosen, pages=np.concatenate(pages))
+        self._block_s = (time.perf_counter() - started_s) / (len(memory.live_blocks) + len(chosen) or 1)
+        return self._mend(found) if found else []
 
     def _rows(
         self, fed: NDArray[np.int64], scored: NDArray[np.int64], places: NDArray[np.int64]
@@ -90,17 +108,48 @@ class ProtectedWeights:
             return [("embed", fed), ("table", scored), ("rope", places)]
         return [("embed", np.concatenate((fed, scored))), ("rope", places)]
 
-    def _scrub_slice(self) -> range:
-        blocks = self._memory.row_blocks
-        chosen = blocks[self._next_scrub : self._next_scrub + SCRUB_BLOCKS]
-        self._next_scrub += SCRUB_BLOCKS
-        if self._next_scrub >= len(blocks):
+    def _scrub_slice(self, budget_s: float) -> range:
+        """Return the next blocks to prove in turn: as many as the time allows, and one at least."""
+        count = 1 if not self._block_s else max(1, int(budget_s / self._block_s))
+        chosen = self._turn[self._next_scrub : self._next_scrub + count]
+        self._next_scrub += len(chosen)
+        if self._next_scrub >= len(self._turn):
             now_s = time.monotonic()
             self.scrub_pass_s, self._pass_started_s = now_s - self._pass_started_s, now_s
             self._next_scrub = 0
         return chosen
 
-    def _mend(self, bad: dict[int, BadPage]) -> list[Mended]:
-        result = repair(self._memory, self._parity, bad, self._file)
+    def _mend(self, found: Sequence[BadPage]) -> list[Mended]:
+        """Make bad pages whole; but first the digests they were found bad by, if those were struck."""
+        mended = self._mend_references()
+        if mended:
+            found = self._memory.scan_pages([page.page for page in found])
+        bad = {page.page: page for page in found}
+        spares = [spare / WEIGHTS for spare in self._spares]
+        result = repair(self._memory, self._parity, bad, self._image_dir / WEIGHTS, spares)
         method = dict.fromkeys(result.from_parity, "parity") | dict.fromkeys(result.from_file, "golden")
-        return [Mended(page, bad[page].role, method.get(page, "none")) for page in sorted(bad)]
+        method |= dict.fromkeys(result.from_spare, "other_slot")
+        for page in sorted(bad):
+            file_mended = page in result.rewritten if page in result.from_spare else None
+            mended.append(Mended(page, bad[page].role, method.get(page, "none"), file_mended))
+        return mended
+
+    def _mend_references(self) -> list[Mended]:
+        """Read the digests anew if those in memory are not what they were."""
+        table = self._memory.table
+        if _digest(table) == self._references:
+            return []
+        for image in (self._image_dir, *self._spares):
+            try:
+                fresh = load_page_table(image, self._manifest)
+            except (PenumbraError, OSError):
+                continue  # struck as well, or another image: the manifest in memory tells
+            differing = np.flatnonzero(fresh.pages != table.pages)
+            table.pages[:], table.parity[:] = fresh.pages, fresh.parity
+            self._references = _digest(table)
+            return [Mended(int(differing[0]) if len(differing) else 0, "digests", "golden")]
+        return []
+
+
+def _digest(table: PageTable) -> tuple[int, int]:
+    return xxhash.xxh3_64_intdigest(table.pages.data), xxhash.xxh3_64_intdigest(table.parity.data)
