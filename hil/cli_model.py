@@ -96,8 +96,9 @@ def build(  # noqa: PLR0917 - options of the command
     json: Json = None,
 ) -> None:
     """Build the image of a model. A second slot is a proven copy of the first."""
-    from node.inference.builder import build_image, copy_image  # noqa: PLC0415
+    from node.inference.builder import build_image  # noqa: PLC0415
     from node.inference.gguf_source import packaged_gguf  # noqa: PLC0415
+    from node.inference.slot_files import copy_image  # noqa: PLC0415
 
     started = time.monotonic()
     directory = _directory(images)

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from tiny_gemma import write_tiny_gguf
 
-from node.inference.builder import build_image, copy_image
+from node.inference.builder import build_image
 from node.inference.gguf_source import packaged_gguf
 from node.inference.manifest import default_images_dir
+from node.inference.slot_files import copy_image
 
 
 @pytest.fixture(scope="session")

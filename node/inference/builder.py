@@ -18,14 +18,12 @@ activations are not either.
 
 from __future__ import annotations
 
-import fcntl
 import gc
 import hashlib
 import mmap
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,12 +41,12 @@ from node.inference import manifest as m
 from node.inference.calibration import calibrate, calibration_text
 from node.inference.gguf_source import GgufSource
 from node.inference.graph import build_trunk
-from node.inference.image import verify_image
 from node.inference.layout import lay_out
 from node.inference.model import load_graph, load_session
 from node.inference.packing import PackedMatrix
 from node.inference.probe import is_read, known_answer, mapped_addresses, run_probes, run_screen, same
 from node.inference.screen import build_screen
+from node.inference.slot_files import exclusive, flush, holds, new_slot
 from node.inference.tokenizer import Tokenizer, sentencepiece_model
 from telemetry.errors import PenumbraError
 
@@ -107,49 +105,15 @@ def build_image(
         The GGUF cannot be used, `context` is out of range, or the directory cannot be written.
     """
     target = images / slot
-    with _exclusive(images):
+    with exclusive(images):
         progress("read", 0.0)
         build = _Build(GgufSource(gguf), context)
         if not force and build.is_done(target):
             progress("up to date", 1.0)
         else:
-            with _new_slot(target) as work:
+            with new_slot(target) as work:
                 build.run(work, progress)
             progress("done", 1.0)
-    return target
-
-
-def copy_image(images: Path, source: m.Slot, slot: m.Slot, *, force: bool = False) -> Path:
-    """Fill a slot with the image of the other one, which is proven first.
-
-    Parameters
-    ----------
-    images
-        Directory of the slots.
-    source
-        The slot to copy.
-    slot
-        The slot to fill.
-    force
-        Copy even if the slot holds that image by its manifest and the sizes of its files.
-
-    Returns
-    -------
-    The slot's directory.
-
-    Raises
-    ------
-    PenumbraError
-        The source is damaged, or the directory cannot be written.
-    """
-    target = images / slot
-    with _exclusive(images):
-        manifest = verify_image(images / source)
-        if force or not _holds(target, manifest):
-            with _new_slot(target) as work:
-                for name in m.FILES:
-                    shutil.copyfile(images / source / name, work / name)
-                _flush(work)
     return target
 
 
@@ -185,7 +149,7 @@ class _Build:
         except PenumbraError:
             return False
         return (
-            _holds(image, found)
+            holds(image, found)
             and found.builder == BUILDER_VERSION
             and found.gguf_sha256 == self.gguf_sha256
             and found.onnxruntime == ort.__version__
@@ -245,7 +209,7 @@ class _Build:
             screen=screen.bounds,
             checks=found.checks,
         )
-        _flush(work)
+        flush(work)
 
     def _pack(
         self, raw: Path, model: onnx.ModelProto, tensors: Mapping[str, NDArray[np.generic]], run: _Run
@@ -373,59 +337,3 @@ def _protect(work: Path, mapped: list[MappedTensor], progress: Callable[[float],
                     table = PageTable.build(data, view, mapped)
     (work / m.DIGESTS).write_bytes(table.to_bytes())
     return table
-
-
-def _flush(work: Path) -> None:
-    """Bring all files to the disk: the golden copy must be there when the cached one is struck."""
-    for path in (*work.iterdir(), work):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _holds(image: Path, manifest: m.Manifest) -> bool:
-    """Tell whether a slot holds an image, by its manifest and the sizes of its files."""
-    try:
-        sizes = {name: (image / name).stat().st_size for name in manifest.sizes}
-        return sizes == manifest.sizes and m.load_manifest(image) == manifest
-    except (OSError, PenumbraError):
-        return False
-
-
-@contextmanager
-def _new_slot(target: Path) -> Iterator[Path]:
-    """Give a directory to build in; it becomes the slot if nothing is raised, and is removed otherwise."""
-    work = target.with_name(f".{target.name}.building")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
-    try:
-        yield work
-        _replace(target, work)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _replace(target: Path, work: Path) -> None:
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    work.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-@contextmanager
-def _exclusive(images: Path) -> Iterator[None]:
-    """Hold the images directory, made if it is missing; what the system refuses becomes a `PenumbraError`."""
-    try:
-        images.mkdir(parents=True, exist_ok=True)
-        with (images / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-    except OSError as error:
-        raise PenumbraError(
-            f"{error.filename or images}: cannot write the image: {error.strerror or error}",
-            "the images directory must be writable, with about 8 times the size of the GGUF free",
-        ) from error

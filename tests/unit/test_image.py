@@ -14,10 +14,11 @@ import xxhash
 from fdir.pages import PAGE_SIZE
 from node.inference import builder, layout, probe
 from node.inference import manifest as m
-from node.inference.builder import build_image, copy_image
+from node.inference.builder import build_image
 from node.inference.image import image_info, verify_image
 from node.inference.model import open_model
 from node.inference.probe import mapped_addresses
+from node.inference.slot_files import copy_image
 from telemetry.errors import PenumbraError
 
 
@@ -128,7 +129,7 @@ def test_progress_never_goes_back(tiny_gguf, tmp_path):
     assert (fractions[0], fractions[-1]) == (0.0, 1.0)
 
 
-@pytest.mark.parametrize("step", ["lay_out", "sentencepiece_model", "calibrate", "_protect", "_flush"])
+@pytest.mark.parametrize("step", ["lay_out", "sentencepiece_model", "calibrate", "_protect", "flush"])
 def test_an_interrupted_build_leaves_nothing_half_made(tiny_gguf, tmp_path, monkeypatch, step):
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
