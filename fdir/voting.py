@@ -1,101 +1,26 @@
-"""Three copies of a value that matters, voted when it is read.
+"""Values that matter, held in three copies and voted when they are read.
 
-For what is small, lives long, and must not be wrong: mode, counters, sequence numbers, keys. Each copy
-carries a CRC-32C of its own, which tells a sound copy from a damaged one; so one sound copy is enough, and
-damage to all three is still mended when no bit was struck in two of them.
+For what is small, lives long, and must not be wrong: mode, counters, sequence numbers, keys.
 
-- `encode3` and `decode3` keep the copies in one byte string, for a value on disk.
+- `encode3` and `decode3` keep the copies in one byte string, for a value on disk (see `telemetry.voting`).
 - `Triplicate` keeps them in three buffers in memory, and writes the voted value back over a damaged one.
 
-A vote is refused (`Unvoted`) rather than guessed. What voting cannot carry: the same bit struck in two copies
-and damage in the third, and a fault of the objects around the buffers, which the process does not survive.
+What voting cannot carry besides the same bit struck in two copies and damage in the third: a fault of the
+objects around the buffers, which the process does not survive.
 """
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-import crc32c
 import msgspec
 
+from telemetry.voting import COPIES, Unvoted, Voted, decode3, encode3, seal, unseal, vote
+
+__all__ = ["COPIES", "Triplicate", "Unvoted", "Voted", "decode3", "encode3"]
+
 T = TypeVar("T")
-
-COPIES = 3
-_HEAD = b"\x33"
-"""First byte of a copy. Without it a blank copy of no bytes would have a right CRC of zero."""
-_CRC = struct.Struct(">I")
-_OVERHEAD_BYTES = len(_HEAD) + _CRC.size
-
-
-class Unvoted(Exception):
-    """The copies are damaged beyond a vote: the value is lost."""
-
-
-@dataclass(frozen=True)
-class Voted:
-    """The outcome of a vote."""
-
-    value: bytes
-    repaired: bool
-    """True when a copy was damaged: write the value anew."""
-
-
-def encode3(value: bytes) -> bytes:
-    """Return three copies of `value`, each with its CRC-32C, in ``3 * (len(value) + 5)`` bytes."""
-    return _seal(value) * COPIES
-
-
-def decode3(blob: bytes) -> Voted:
-    """Return the value that the three copies agree on, see `encode3`.
-
-    Raises
-    ------
-    Unvoted
-        No two sound copies agree, none stands alone, and the majority of every bit has no right CRC; or the
-        length is not that of three copies.
-    """
-    size, rest = divmod(len(blob), COPIES)
-    if rest or size < _OVERHEAD_BYTES:
-        raise Unvoted(f"{len(blob)} bytes are not three copies with a checksum each")
-    copies = [blob[i * size : (i + 1) * size] for i in range(COPIES)]
-    sealed = _vote(copies)
-    return Voted(_unseal(sealed), any(copy != sealed for copy in copies))
-
-
-def _seal(value: bytes) -> bytes:
-    body = _HEAD + value
-    return body + _CRC.pack(crc32c.crc32c(body))
-
-
-def _unseal(copy: bytes) -> bytes:
-    return copy[len(_HEAD) : -_CRC.size]
-
-
-def _is_sound(copy: bytes) -> bool:
-    if len(copy) < _OVERHEAD_BYTES:
-        return False
-    (expected,) = _CRC.unpack(copy[-_CRC.size :])
-    return copy[:1] == _HEAD and crc32c.crc32c(copy[: -_CRC.size]) == expected
-
-
-def _vote(copies: list[bytes]) -> bytes:
-    """Return the sound copy the vote settles on."""
-    sound = [copy for copy in copies if _is_sound(copy)]
-    if len(set(sound)) == 1:
-        return sound[0]
-    # Sound copies that contradict each other (a copy is stale), or none is sound.
-    if len({len(copy) for copy in copies}) > 1:
-        raise Unvoted("the copies differ in length")
-    a, b, c = (int.from_bytes(copy, "big") for copy in copies)
-    majority = (a & b | b & c | a & c).to_bytes(len(copies[0]), "big")
-    if _is_sound(majority):
-        return majority
-    if sound:
-        raise Unvoted(f"{len(sound)} sound copies contradict each other")
-    raise Unvoted("all three copies are damaged, some of them in the same place")
 
 
 class Triplicate(Generic[T]):
@@ -147,7 +72,7 @@ class Triplicate(Generic[T]):
         """
         encoded = msgspec.msgpack.encode(value)
         self._decoder.decode(encoded)
-        sealed = _seal(encoded)
+        sealed = seal(encoded)
         self._copies = [bytearray(sealed) for _ in range(COPIES)]
 
     def get(self) -> T:
@@ -160,7 +85,7 @@ class Triplicate(Generic[T]):
         """
         copies = [bytes(copy) for copy in self._copies]
         try:
-            sealed = _vote(copies)
+            sealed = vote(copies)
         except Unvoted as error:
             raise Unvoted(f"{self.name}: {error}") from None
         damaged = [i for i, copy in enumerate(copies) if copy != sealed]
@@ -170,7 +95,7 @@ class Triplicate(Generic[T]):
             self.repairs += len(damaged)
             if self._on_repair is not None:
                 self._on_repair(self.name, len(damaged))
-        value: T = self._decoder.decode(_unseal(sealed))
+        value: T = self._decoder.decode(unseal(sealed))
         return value
 
     def buffers(self) -> tuple[bytearray, ...]:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from telemetry.errors import PenumbraError
+from telemetry.salvage import Salvage, SalvageError, salvage
 
 T = TypeVar("T")
 log = logging.getLogger("penumbra.database")
@@ -70,13 +71,17 @@ class Database:
     Attributes
     ----------
     recovered_from
-        Where a corrupt database was moved to at open, None if the database was sound. Everything that had
-        been stored is lost to the node then: the caller reports it, and must not reuse a boot number.
+        Where a corrupt database was moved to at open, None if the database was sound. The caller reports it,
+        and must not reuse a boot number: the counter may be lost.
+    salvaged
+        What could be saved of the corrupt database and is in this one; None if nothing, or if it was sound.
     """
 
     def __init__(self, path: Path, max_bytes: int | None) -> None:
         self.path = path
         self.recovered_from: Path | None = None
+        self.salvaged: Salvage | None = None
+        self._damage: str | None = None
         self._max_bytes = max_bytes
         self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
         self._closed = False
@@ -88,8 +93,8 @@ class Database:
     async def open(cls, path: Path, *, max_bytes: int | None = None) -> Database:
         """Open or create a database and check it.
 
-        A corrupt file is moved aside as `<name>.corrupt-<n>` and a new one begun: a node in orbit must come
-        up. See `recovered_from`.
+        A corrupt file is moved aside as `<name>.corrupt-<n>`, and a new one begun with what can be saved of
+        it: a node in orbit must come up. See `recovered_from` and `salvaged`.
 
         Parameters
         ----------
@@ -109,6 +114,14 @@ class Database:
         database._thread.start()
         await database._opened
         return database
+
+    @property
+    def damage(self) -> str | None:
+        """What a request met that only damage to the open database explains; None if nothing.
+
+        Such requests go on to fail. To mend it the database must be opened anew: restart the node.
+        """
+        return self._damage
 
     async def run(self, function: Callable[[sqlite3.Connection], T]) -> T:
         """Run `function(connection)` in a transaction; return its result once that is durable.
@@ -187,23 +200,37 @@ class Database:
     def _open_sound(self) -> sqlite3.Connection:
         try:
             return self._connect()
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             if isinstance(error, sqlite3.OperationalError) and not _is_damage(error):
                 raise PenumbraError(
                     f"database {self.path}: {error}", "check the disk and its rights"
                 ) from None
             self.recovered_from = self._move_aside()
             log.error("database %s was corrupt (%s), moved to %s", self.path, error, self.recovered_from)
+            self._salvage(self.recovered_from)
             return self._connect()
+
+    def _salvage(self, aside: Path) -> None:
+        """Put what can be saved of `aside` in place; leave nothing there when that is not possible."""
+        fresh = self.path.with_name(self.path.name + ".salvaged")
+        fresh.unlink(missing_ok=True)
+        try:
+            self.salvaged = salvage(aside, fresh)
+        except SalvageError as error:
+            log.error("nothing could be saved of it: %s", error)
+            return
+        fresh.rename(self.path)
+        log.warning("saved of it: %s; not whole: %s", self.salvaged.rows, self.salvaged.incomplete)
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self.path, isolation_level=None)
         try:
             connection.execute("PRAGMA journal_mode=WAL")
             connection.execute("PRAGMA synchronous=FULL")
-            findings = connection.execute("PRAGMA quick_check(1)").fetchall()
+            # Not quick_check: a struck index, or a key struck in its table, would stop the node later.
+            findings = connection.execute("PRAGMA integrity_check(1)").fetchall()
             if findings != [("ok",)]:
-                raise sqlite3.DatabaseError(f"quick_check: {findings[0][0]}")
+                raise sqlite3.DatabaseError(f"integrity_check: {findings[0][0]}")
             if self._max_bytes is not None:
                 (page_bytes,) = connection.execute("PRAGMA page_size").fetchone()
                 connection.execute(f"PRAGMA max_page_count={max(1, self._max_bytes // page_bytes)}")
@@ -264,6 +291,9 @@ class Database:
                 self._run_group(connection, [request])
             return
         for request, result, error_ in outcomes:
+            if self._damage is None and isinstance(error_, sqlite3.Error) and _is_damage(error_):
+                self._damage = str(error_)
+                log.error("database %s is damaged: %s", self.path, error_)
             request.settle(result, error_)
 
 
@@ -292,4 +322,5 @@ def _translate(error: Exception) -> Exception:
 
 def _is_damage(error: sqlite3.Error) -> bool:
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-    return code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+    # Python gives no code to a text column that is no UTF-8: only damage writes one.
+    return code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or "decode to UTF-8" in str(error)

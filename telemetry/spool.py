@@ -23,6 +23,8 @@ from __future__ import annotations
 
 import logging
 import sqlite3
+from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
@@ -32,6 +34,7 @@ from telemetry.database import StoreFull, is_full
 from telemetry.errors import PenumbraError
 from telemetry.frame import FrameError, decode_frame, encode_frame
 from telemetry.packets import PRIORITY, Packet, Stream, StreamLedger
+from telemetry.spool_audit import FaultKind, SpoolFault, audit, pack_counter, vote_counter
 
 log = logging.getLogger("penumbra.spool")
 
@@ -39,6 +42,9 @@ RESERVE_SHARE = 0.2
 """Share of the capacity that results may not fill (assumed)."""
 DISK_FULL_EVICTIONS = 64
 """Records given up for one append when the disk itself is full: a page holds several (assumed)."""
+
+FAULTS_KEPT = 256
+"""Findings of damage kept until they are taken (assumed: one pass over a badly struck store)."""
 
 GIVES_WAY = (Stream.HOUSEKEEPING, Stream.PLAN)
 """Streams that give way to all others, in this order."""
@@ -104,7 +110,7 @@ CREATE TABLE IF NOT EXISTS spool_record (
 CREATE INDEX IF NOT EXISTS spool_record_order ON spool_record (priority, boot, seq);
 CREATE TABLE IF NOT EXISTS spool_stream (
     boot INTEGER NOT NULL, stream TEXT NOT NULL, generated INTEGER NOT NULL, acked INTEGER NOT NULL,
-    PRIMARY KEY (boot, stream)) WITHOUT ROWID;
+    copies BLOB, PRIMARY KEY (boot, stream)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS spool_usage (
     stream TEXT PRIMARY KEY, records INTEGER NOT NULL, bytes INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS spool_drop (
@@ -131,9 +137,10 @@ class Spool:
         self.node = node
         self.boot = boot
         self.capacity_bytes = capacity_bytes
+        self._faults: deque[SpoolFault] = deque(maxlen=FAULTS_KEPT)
 
     def create(self, connection: sqlite3.Connection) -> None:
-        """Create what is missing of the tables.
+        """Create what is missing of the tables, check all that is stored, and mend it; see `take_faults`.
 
         Raises
         ------
@@ -142,9 +149,9 @@ class Spool:
         """
         for statement in _SCHEMA.split(";"):
             connection.execute(statement)
-        connection.executemany(
-            "INSERT OR IGNORE INTO spool_usage VALUES (?, 0, 0)", [(s.value,) for s in Stream]
-        )
+        columns = {row[1] for row in connection.execute("PRAGMA table_info(spool_stream)")}
+        if "copies" not in columns:  # a database of an earlier version
+            connection.execute("ALTER TABLE spool_stream ADD COLUMN copies BLOB")
         connection.execute(
             "INSERT INTO spool_node SELECT ? WHERE NOT EXISTS (SELECT 1 FROM spool_node)", (self.node,)
         )
@@ -154,6 +161,19 @@ class Spool:
                 f"the state directory holds telemetry of node {owner!r}, this one is {self.node!r}",
                 f"give {self.node!r} its own state directory, or set the name back to {owner!r}",
             )
+        self._faults.extend(audit(connection))
+
+    def take_faults(self) -> list[SpoolFault]:
+        """Return the damage found since the last call, for reports. May be called from any thread.
+
+        Damage may be told twice when the transaction that found it was lost. At most `FAULTS_KEPT` are kept;
+        every record lost is counted in the ledger all the same.
+        """
+        faults: list[SpoolFault] = []
+        with suppress(IndexError):
+            while True:
+                faults.append(self._faults.popleft())
+        return faults
 
     def append(self, connection: sqlite3.Connection, packet: Packet, t_ns: int) -> int:
         """Store a packet; return its sequence number. It counts as generated when this is committed.
@@ -177,15 +197,13 @@ class Spool:
             The packet does not fit its own schema.
         """
         stream = packet.stream
-        row = connection.execute(
-            "SELECT generated FROM spool_stream WHERE boot = ? AND stream = ?", (self.boot, stream.value)
-        ).fetchone()
-        seq: int = 0 if row is None else row[0]
+        seq = self._generated(connection, self.boot, stream) or 0
         frame = encode_frame(node=self.node, boot=self.boot, seq=seq, t_ns=t_ns, packet=packet)
         connection.execute(
-            "INSERT INTO spool_stream VALUES (?, ?, 1, 0) "
-            "ON CONFLICT (boot, stream) DO UPDATE SET generated = generated + 1",
-            (self.boot, stream.value),
+            "INSERT INTO spool_stream (boot, stream, generated, acked, copies) VALUES (?, ?, ?, 0, ?) "
+            "ON CONFLICT (boot, stream) DO UPDATE "
+            "SET generated = excluded.generated, copies = excluded.copies",
+            (self.boot, stream.value, seq + 1, pack_counter(seq + 1)),
         )
         if len(frame) > self._limit(stream):
             self._count_drop(connection, self.boot, stream.value, seq, DropReason.TOO_LARGE)
@@ -196,6 +214,29 @@ class Spool:
                 raise SpoolRefused(f"no room for a result of {len(frame)} bytes")
             self._count_drop(connection, self.boot, stream.value, seq, DropReason.FULL)
         return seq
+
+    def _generated(self, connection: sqlite3.Connection, boot: int, stream: Stream) -> int | None:
+        """Return the voted count of numbers given out, which is the next one; None if the stream is new."""
+        row = connection.execute(
+            "SELECT generated, copies FROM spool_stream WHERE boot = ? AND stream = ?", (boot, stream.value)
+        ).fetchone()
+        if row is None:
+            return None
+        voted, anew = vote_counter(*row)
+        if voted is None:
+            # Beyond a vote. A number must not be used twice: go on above all that are known.
+            (top,) = connection.execute(
+                "SELECT MAX(top) FROM (SELECT MAX(seq) + 1 AS top FROM spool_record "
+                "WHERE boot = :boot AND stream = :stream UNION ALL SELECT MAX(last) + 1 FROM spool_drop "
+                "WHERE boot = :boot AND stream = :stream UNION ALL SELECT MAX(generated) FROM spool_stream "
+                "WHERE boot = :boot AND stream = :stream)",
+                {"boot": boot, "stream": stream.value},
+            ).fetchone()
+            voted = int(top)
+        if anew and row[1] is not None:
+            text = f"the sequence counter of {stream.value}, boot {boot}, was struck: {voted} it is"
+            self._faults.append(SpoolFault(FaultKind.SEQUENCE, text))
+        return voted
 
     def _limit(self, stream: Stream) -> int:
         share = 1 - RESERVE_SHARE if stream is Stream.RESULT else 1
@@ -293,7 +334,8 @@ class Spool:
         records: list[SpoolRecord] = []
         damaged: list[_Row] = []
         rows = connection.execute(
-            "SELECT rowid, boot, stream, seq, size, frame FROM spool_record ORDER BY priority, boot, seq"
+            "SELECT rowid, boot, stream, seq, size, CAST(frame AS BLOB) FROM spool_record "
+            "ORDER BY priority, boot, seq"
         )
         for *columns, frame in rows:
             row = _Row(*columns)
@@ -312,7 +354,9 @@ class Spool:
             records.append(SpoolRecord(row.rowid, header.stream, row.boot, row.seq, frame))
         rows.close()
         for row in damaged:
-            log.warning("stored record %s %d/%d is corrupt: dropped", row.stream, row.boot, row.seq)
+            text = f"stored record {row.stream} {row.boot}/{row.seq} is corrupt: dropped"
+            log.warning("spool: %s", text)
+            self._faults.append(SpoolFault(FaultKind.RECORD, text, 1))
             self._drop(connection, row, DropReason.CORRUPT)
         return records
 
@@ -323,10 +367,8 @@ class Spool:
         acked, so that `dropped` is what the ground really lacks. An acknowledgement of another node, or of
         sequence numbers never generated, is ignored as a whole (0).
         """
-        row = connection.execute(
-            "SELECT generated FROM spool_stream WHERE boot = ? AND stream = ?", (ack.boot, ack.stream.value)
-        ).fetchone()
-        if ack.node != self.node or row is None or ack.upto > row[0]:
+        generated = self._generated(connection, ack.boot, ack.stream) if ack.node == self.node else None
+        if generated is None or ack.upto > generated:
             log.warning("ignored an acknowledgement of what this node has not generated: %s", ack)
             return 0
         deleted = undropped = freed = 0
@@ -392,13 +434,13 @@ class Spool:
             StreamLedger(
                 boot=boot,
                 stream=Stream(stream),
-                generated=generated,
+                generated=vote_counter(generated, copies)[0] or 0,
                 acked=acked,
                 stored=stored.get((boot, stream), 0),
                 dropped=dropped.get((boot, stream), {}),
             )
-            for boot, stream, generated, acked in connection.execute(
-                "SELECT boot, stream, generated, acked FROM spool_stream ORDER BY boot, stream"
+            for boot, stream, generated, acked, copies in connection.execute(
+                "SELECT boot, stream, generated, acked, copies FROM spool_stream ORDER BY boot, stream"
             )
         ]
 

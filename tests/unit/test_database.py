@@ -146,9 +146,68 @@ async def test_a_corrupt_file_is_moved_aside_and_reported(tmp_path: Path, damage
         assert database.recovered_from == tmp_path / f"a.db.corrupt-{number}"
         assert (tmp_path / f"a.db.corrupt-{number}").read_bytes() == content
         await database.run(create)
-        assert await database.run(values) == []
+        found = await database.run(values)
+        if damage == "page":
+            # Of the table's pages the first is gone; all that lies behind it is saved, in order.
+            assert found == [f"{i}" * 50 for i in range(300 - len(found), 300)]
+            assert 200 < len(found) < 300
+            assert database.salvaged is not None
+            assert database.salvaged.rows == {"t": len(found)}
+            assert database.salvaged.incomplete == ["t"]
+        else:
+            assert found == []
+            assert database.salvaged is None
         await database.close()
         path.write_bytes(content)
+
+
+async def test_a_struck_index_costs_no_row(tmp_path: Path) -> None:
+    path = tmp_path / "a.db"
+    database = await Database.open(path)
+    await database.run(create)
+    await database.run(lambda c: c.execute("CREATE INDEX i ON t (x)"))
+    for i in range(20):
+        await database.run(insert(f"row {i:04d}"))
+    await database.close()
+    content = path.read_bytes()
+    # The row's text stands in the table and in the index.
+    first, second = content.find(b"row 0007"), content.rfind(b"row 0007")
+    assert first != second
+    struck = content[: second + 7] + b"9" + content[second + 8 :]
+    path.write_bytes(struck)
+    database = await Database.open(path)
+    assert database.recovered_from is not None
+    assert len(await database.run(values)) == 20
+    assert await database.run(lambda c: c.execute("PRAGMA integrity_check").fetchall()) == [("ok",)]
+    await database.close()
+
+
+async def test_a_struck_schema_that_is_no_text_any_more_does_not_stop_the_node(tmp_path: Path) -> None:
+    path = tmp_path / "a.db"
+    database = await Database.open(path)
+    await database.run(create)
+    await database.close()
+    content = path.read_bytes()
+    assert content.count(b"CREATE TABLE t") == 1
+    path.write_bytes(content.replace(b"CREATE TABLE t", b"CREATE TABLE \xf4"))
+    database = await Database.open(path)
+    assert database.recovered_from is not None
+    assert database.salvaged is None
+    await database.close()
+
+
+async def test_damage_met_while_open_is_told(tmp_path: Path) -> None:
+    database = await Database.open(tmp_path / "a.db")
+    await database.run(create)
+    with pytest.raises(sqlite3.Error):
+        await database.run(lambda c: c.execute("SELECT nothing FROM t"))
+    assert database.damage is None
+    await database.run(lambda c: c.execute("INSERT INTO t VALUES (CAST(x'ff' AS TEXT))"))
+    with pytest.raises(sqlite3.OperationalError, match="decode to UTF-8"):
+        await database.run(values)
+    assert database.damage is not None
+    assert "UTF-8" in database.damage
+    await database.close()
 
 
 async def test_user_errors_name_the_file_and_the_way_out(tmp_path: Path) -> None:
