@@ -41,6 +41,7 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python -m telemetry.icd --check
+	$(BIN)/python -m fdir.table_docs --check
 
 test: $(VENV)/.dev model
 	$(BIN)/pytest
@@ -50,6 +51,7 @@ test-fast: $(VENV)/.dev
 
 docs: $(VENV)/.dev
 	$(BIN)/python -m telemetry.icd
+	$(BIN)/python -m fdir.table_docs
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .

@@ -265,7 +265,7 @@ class Monitors:
         self._values: dict[str, Value | None] = {}
         self._start_s: float | None = None
 
-    def handle(self, event: MonitorEvent, now_s: float) -> list[MonitorAction]:
+    def handle(self, event: MonitorEvent, now_s: float) -> list[MonitorAction]:  # noqa: PLR0911 - one a kind
         """Take one event at `now_s` (monotonic, s); return what to do, in order.
 
         Raises
@@ -452,7 +452,7 @@ class Monitors:
         cell.failed = False
         return self._announce_cleared(cell, {"item": cell.row.item, "value": value})
 
-    def _violation(
+    def _violation(  # noqa: PLR0917
         self, cell: _Cell, before: Watch, value: Value | None, evidence: Evidence, reason: str, now_s: float
     ) -> list[MonitorAction]:
         row, counts = cell.row, cell.counts

@@ -131,7 +131,7 @@ class Report(_Check, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=
 
 Check: TypeAlias = Limit | Expected | Delta | Stale | Expr | Report
 _CHECKS: Mapping[str, type[_Check]] = {
-    kind.__struct_config__.tag: kind for kind in (Limit, Expected, Delta, Stale, Expr, Report)
+    str(kind.__struct_config__.tag): kind for kind in (Limit, Expected, Delta, Stale, Expr, Report)
 }
 _ON_ITEM: Final = (Limit, Expected, Delta, Stale)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from fdir_trace import disable_row
 from tiny_gemma import write_tiny_gguf
 
+from fdir.table import PACKAGED
 from node.inference.builder import build_image
 from node.inference.gguf_source import packaged_gguf
 from node.inference.manifest import default_images_dir
@@ -39,3 +41,17 @@ def gemma_image() -> Path:
     """The image of Gemma 3 270M, built once into the user's cache. Read only."""
     images = default_images_dir()
     return build_image(packaged_gguf(images.parent / "gguf"), images)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fdir-disable", metavar="ROW", help="disable this row in the fixture `fdir_table`")
+
+
+@pytest.fixture
+def fdir_table(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """A copy of the packaged FDIR table, with the row of `--fdir-disable` disabled."""
+    row = request.config.getoption("--fdir-disable")
+    text = PACKAGED.read_text(encoding="utf-8")
+    path = tmp_path / "fdir-table.toml"
+    path.write_text(disable_row(text, row) if row else text, encoding="utf-8")
+    return path

@@ -1,0 +1,96 @@
+"""Does each row of the FDIR table have an injector and a test that proves it? Told as sentences."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+from fdir.table import Row
+
+
+def disable_row(toml: str, row_id: str) -> str:
+    """Return the text of a table with one row disabled; ValueError when it holds no such row."""
+    head, *blocks = toml.split("[[row]]\n")
+    wanted = f'id = "{row_id}"'
+    if not any(wanted in block.splitlines() for block in blocks):
+        raise ValueError(f"{row_id!r} is no row of the table")
+    changed = [
+        "\n".join(
+            part
+            for line in block.split("\n")
+            if not (wanted in block.splitlines() and line.startswith("state ="))
+            for part in ([line, 'state = "disabled"'] if line == wanted else [line])
+        )
+        for block in blocks
+    ]
+    return "[[row]]\n".join([head, *changed])
+
+
+def injector_problem(dotted: str) -> str:
+    """Why a dotted name does not lead to anything, empty if it does."""
+    parts = dotted.split(".")
+    for length in range(len(parts) - 1, 0, -1):
+        module = ".".join(parts[:length])
+        try:
+            found: object = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+                raise
+            continue
+        for name in parts[length:]:
+            if not hasattr(found, name):
+                return f"{module} has no {'.'.join(parts[length:])}"
+            found = getattr(found, name)
+        return "" if callable(found) else f"{dotted} cannot be called"
+    return f"there is no module of {dotted}"
+
+
+def test_problem(row: Row, root: Path) -> str:
+    """Why the test a row names does not stand for it, empty if it does."""
+    file, _, name = row.test.partition("::")
+    path = root / file
+    if not path.is_file():
+        return f"there is no {file}"
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name == name:
+            marks = {ast.unparse(mark) for mark in node.decorator_list}
+            return (
+                "" if f"pytest.mark.fdir({row.id!r})" in marks else f"{name} lacks the mark fdir({row.id!r})"
+            )
+    return f"{file} has no {name}"
+
+
+test_problem.__test__ = False  # type: ignore[attr-defined]
+
+
+def disabled_problem(row: Row, root: Path, report: Path, timeout_s: float = 90.0) -> str:
+    """Run a row's test with the row disabled; return why that proves nothing, empty if it does.
+
+    The test must run and fail: a pass, a skip, or an error outside the test itself proves nothing.
+    """
+    run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    try:
+        done = subprocess.run(
+            [*run, "--fdir-disable", row.id, row.test],
+            cwd=root, capture_output=True, text=True, timeout=timeout_s, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return f"with the row disabled it does not end within {timeout_s:g} s"
+    tail = "\n".join(done.stdout.splitlines()[-8:])
+    if not report.is_file():
+        return f"it did not run (exit code {done.returncode}): {tail}"
+    cases = list(ET.parse(report).iter("testcase"))  # noqa: S314 - written by pytest just now
+    if not cases or any(case.find("error") is not None or case.find("skipped") is not None for case in cases):
+        return f"with the row disabled it does not run to its end: {tail}"
+    failures = [case.find("failure") for case in cases]
+    if done.returncode == 0 or None in failures:
+        return "it passes with the row disabled: it does not prove the row"
+    for failure in failures:
+        text = "" if failure is None else failure.get("message", "")
+        if not text.startswith(("AssertionError", "assert ", "TimeoutError", "Failed: Timeout")):
+            return f"with the row disabled it fails for another reason: {text[:200]}"
+    return ""
