@@ -219,6 +219,17 @@ def load_manifest(image_dir: Path) -> Manifest:
         raw = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise PenumbraError(f"{path}: no such file: {image_dir} is not a model image", _REBUILD) from None
+    return decode_manifest(raw, path)
+
+
+def decode_manifest(raw: bytes, path: Path) -> Manifest:
+    """Decode the contents of a ``manifest.json``; `path` is for the message.
+
+    Raises
+    ------
+    PenumbraError
+        They are damaged, or of another format version.
+    """
     try:
         envelope = msgspec.json.decode(raw, type=_Envelope)
         found = xxhash.xxh3_64_hexdigest(bytes(envelope.body))

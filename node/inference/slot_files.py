@@ -1,4 +1,4 @@
-"""Slots as directories: how one is filled, put in its place, and copied, so that no interruption spoils it."""
+"""Slots as directories: filled, put in their place and copied so that no interruption spoils one."""
 
 from __future__ import annotations
 
