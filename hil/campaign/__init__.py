@@ -1,1 +1,1 @@
-"""Fault campaigns: many seeded faults against the live flight software, one record each, figures with intervals."""
+"""Fault campaigns: many seeded faults against live flight software, one record each, with intervals."""
