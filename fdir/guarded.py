@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import xxhash
@@ -22,7 +23,7 @@ class GuardedTable:
     encode
         Returns the bytes of the values in use; the same values give the same bytes.
     restore
-        Puts values in use again from sound bytes. None: damage to the values in use is beyond repair.
+        Puts values in use again from sound bytes, before it returns. None: damage to the values in use is beyond repair.
     """
 
     def __init__(
@@ -33,6 +34,8 @@ class GuardedTable:
         self._restore = restore
         self._copies: list[bytearray] = []
         self._digests: list[int] = []
+        self._lock = threading.Lock()
+        """Held while copies and digests are used: a baseline may be taken while another thread checks."""
         self.recompute()
 
     @property
@@ -57,6 +60,10 @@ class GuardedTable:
     def check(self, piece: int) -> list[Damage]:
         """Compare copies and values in use, and mend what differs."""
         del piece
+        with self._lock:
+            return self._check()
+
+    def _check(self) -> list[Damage]:
         sound = [
             xxhash.xxh3_64_intdigest(copy) == digest
             for copy, digest in zip(self._copies, self._digests, strict=True)
@@ -72,6 +79,10 @@ class GuardedTable:
 
     def recompute(self) -> None:
         """Take the values in use for the baseline."""
+        with self._lock:
+            self._take_baseline()
+
+    def _take_baseline(self) -> None:
         content = self._encode()
         self._copies = [bytearray(content), bytearray(content)]
         self._digests = [xxhash.xxh3_64_intdigest(copy) for copy in self._copies]
@@ -83,7 +94,7 @@ class GuardedTable:
         used, error = self._encoded()
         if not copies_sound:
             if not error and xxhash.xxh3_64_intdigest(used) in self._digests:
-                self.recompute()
+                self._take_baseline()
                 return [self._damage(True, "copy", "both copies of the bytes")]
             return [self._damage(False, "none", "both copies of the bytes, and the values in use")]
         if used == self._copies[0]:
