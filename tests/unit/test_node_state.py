@@ -29,3 +29,28 @@ def test_after_a_lost_database_no_boot_number_is_used_twice_and_the_stop_was_not
     state.end_boot(connection)
     assert state.begin_boot(connection).boot == 1_800_000_001
     connection.close()
+
+
+def test_a_struck_copy_is_outvoted_mended_and_named_and_a_lost_value_has_the_cautious_default() -> None:
+    connection = sqlite3.connect(":memory:")
+    state.create(connection)
+    state.begin_boot(connection)
+    state.request_restart(connection, "loop.lag", 2)
+
+    def strike(key: str, *places: int) -> None:
+        (blob,) = connection.execute("SELECT value FROM node_values WHERE key = ?", (key,)).fetchone()
+        struck = bytearray(blob)
+        for place in places:
+            struck[place * len(blob) // 3 + 1] ^= 4
+        connection.execute("UPDATE node_values SET value = ? WHERE key = ?", (bytes(struck), key))
+
+    strike("resets", 1)
+    state.set_safe(connection, False)
+    strike("safe", 0, 1, 2)
+    found = state.begin_boot(connection)
+    assert (found.resets, found.restart_requested, found.safe) == (2, "loop.lag", True)
+    assert (found.repaired, found.lost) == (("resets",), ("safe",))
+    again = state.begin_boot(connection)
+    assert (again.resets, again.restart_requested, again.safe) == (2, "", True)
+    assert (again.repaired, again.lost) == ((), ())
+    connection.close()
