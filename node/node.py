@@ -19,6 +19,7 @@ from node.bus_view import BusView
 from node.commanding import Commanding
 from node.config import NodeConfig
 from node.downlink import Downlink, DownlinkWindow
+from node.findings import Finding
 from node.housekeeping import HousekeepingService, Sources
 from node.inference.manifest import image_id, load_manifest
 from node.intake import Intake
@@ -36,7 +37,7 @@ from telemetry.database import Database, StoreFull
 from telemetry.errors import PenumbraError
 from telemetry.keys import KeyRing
 from telemetry.link import MqttLink
-from telemetry.packets import BootReport, Event, Mode, Severity
+from telemetry.packets import BootReport, Event, FdirReport, Level, Mode, Outcome, Severity
 from telemetry.spool import Spool
 
 _log = logging.getLogger(__name__)
@@ -109,8 +110,8 @@ class Node:
             recorder=self.recorder,
             database=database,
             board=board,
-            on_safe=self._on_fdir_safe,
         )
+        self._worker.on_finding = self._on_finding
         self._runner = JobRunner(
             database,
             jobs,
@@ -303,8 +304,24 @@ class Node:
             await asyncio.sleep(CLOCK_TICK_S)
             self._steer_clock(mission_clock.Tick())
 
-    def _on_fdir_safe(self, reason: str) -> None:
-        self._change_mode(modes.FdirSafe(reason))
+    def _on_finding(self, finding: Finding) -> None:
+        if finding.report is not None:
+            self.recorder.post(finding.report)
+        elif finding.row == "worker.restarts":
+            self.recorder.post(
+                FdirReport(
+                    monitor=finding.row,
+                    level=Level.SAFE_MODE,
+                    outcome=Outcome.ESCALATED,
+                    action="safe_mode",
+                    detected_ns=finding.detected_ns,
+                    recovered_ns=None,
+                    evidence={"reason": finding.reason},
+                )
+            )
+            self._change_mode(modes.FdirSafe(finding.reason))
+        else:
+            self._worker.restart(finding.row, finding.reason)
 
     def _on_executed(self, arguments: Arguments) -> None:
         """Carry out what of a command is not durable, after its commit."""

@@ -1,7 +1,7 @@
-"""The worker's supervision put together: generations, health pings, the recovery ladder, its reports.
+"""The worker's supervision put together: generations, health pings, its life-cycle, its reports.
 
 `fdir.recovery` and `fdir.health` decide; this service carries out, in this order: what must outlive the
-node is persisted before it is acted on.
+node is persisted before it is acted on. What is found wrong goes to the FDIR (`node.fdir_service`).
 """
 
 from __future__ import annotations
@@ -11,15 +11,18 @@ import logging
 import sqlite3
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
+from pathlib import Path
 
 from fdir import health, recovery
 from node import state
 from node.boards import Board
 from node.config import NodeConfig
+from node.findings import Find, Finding, of_strike
 from node.inference import protocol
 from node.job_runner import JobMessage
+from node.pulse import Pulse
 from node.recorder import Evidence, Recorder
+from node.worker_counters import WorkerCounters
 from node.worker_process import REAP_S, WorkerExit, WorkerProcess
 from telemetry.database import Database, StoreFull
 from telemetry.packets import FdirReport, Level, Outcome, Severity
@@ -28,32 +31,22 @@ _log = logging.getLogger(__name__)
 
 TICK_S = 0.05
 """How often limits are looked at, s: fine against ping limits of half a second and more."""
-
-
-@dataclass
-class WorkerCounters:
-    """Sums over all generations since boot, and the latest figures."""
-
-    tokens_discarded: int = 0
-    epochs_clean: int = 0
-    epochs_dirty: int = 0
-    strikes_detected: int = 0
-    strikes_repaired: int = 0
-    compute_trips: int = 0
-    prefill_tokens: int = 0
-    restarts: int = 0
-    generation: int = 0
-    scans_ms: list[float] = field(default_factory=list)
-    """Times of the proofs since the last housekeeping."""
-
-    def take_scan_ms(self) -> float:
-        """Return the mean time of a proof since the last call, ms; 0 when there was none."""
-        scans, self.scans_ms = self.scans_ms, []
-        return sum(scans) / len(scans) if scans else 0.0
+REPEAT_S = 1.0
+"""Time after which the FDIR is told again what it has done nothing about, s (assumed)."""
+EXIT_UNUSABLE = 2
+"""Exit code of a worker that cannot use its image, or its configuration."""
+ROWS = {"worker.socket": "worker.protocol"}
+"""Rows of the FDIR table that monitors with a name of their own belong to."""
+_UNDECIDED = (recovery.WorkerState.STARTING, recovery.WorkerState.RUNNING, recovery.WorkerState.GIVEN_UP)
+"""States in which a fault waits for the FDIR's decision."""
 
 
 class WorkerService:
     """Keeps a healthy worker running while inference is allowed.
+
+    What it finds goes to the FDIR; a faulty worker is restarted only when that says so. A finding that
+    nothing is done about (its row is switched off, the ground has taken control) is told again every
+    `REPEAT_S`, so that it is not forgotten when that changes.
 
     Parameters
     ----------
@@ -65,8 +58,6 @@ class WorkerService:
         Times of past restarts as persisted.
     recorder, database, board
         Where reports go, where restarts are persisted, who follows the worker's process.
-    on_safe
-        Called with a reason when restarts are exhausted.
     """
 
     def __init__(
@@ -78,18 +69,24 @@ class WorkerService:
         recorder: Recorder,
         database: Database,
         board: Board,
-        on_safe: Callable[[str], None],
     ) -> None:
         self.counters = WorkerCounters()
         self.on_ready: Callable[[], None] = lambda: None
         self.on_gone: Callable[[], None] = lambda: None
         self.on_job_message: Callable[[JobMessage], None] = lambda _: None
+        self.on_finding: Find = lambda _: None
+        self.on_recovered: Callable[[str], None] = lambda _row: None
+        """Called with the row whose fault is over."""
+        self.on_machine: Callable[[object, Sequence[object]], None] = lambda _event, _actions: None
+        """Called with each event of the life-cycle and the actions it led to, before they are carried out."""
+        self.may_mend = protocol.Repair(weights=True, kv=True, compute=True)
+        self.pulse = Pulse("worker")
+        """Health of the task that carries out, which turns by itself."""
         self._config = config
         self._command = list(command)
         self._recorder = recorder
         self._database = database
         self._board = board
-        self._on_safe = on_safe
         self._recovery = recovery.WorkerRecovery(config.worker.restart_policy(), restarts_s, time.monotonic())
         self._pings = health.PingMonitor(config.worker.ping_limits())
         self._events: asyncio.Queue[recovery.RecoveryEvent] = asyncio.Queue()
@@ -99,6 +96,13 @@ class WorkerService:
         self._detected_ns: int | None = None
         self._reported: tuple[recovery.ReportFault, int] | None = None
         """Fault whose recovery is under way, and when it was detected, CLOCK_REALTIME, ns."""
+        self._open: dict[str, Finding] = {}
+        """Findings about the worker that nothing has been done about yet, by row."""
+        self._told_s = 0.0
+        self._lost: WorkerExit | None = None
+        """How the process ended, while that has not been decided on yet."""
+        self._allowed = False
+        self._held = False
         self._group: asyncio.TaskGroup | None = None
 
     @property
@@ -107,53 +111,122 @@ class WorkerService:
         return 0 if self._status is None else self._status.threads
 
     @property
+    def scrub_pass_s(self) -> float | None:
+        """Time of the worker's last pass over all pages of the image, s; None before the first is done."""
+        return None if self._status is None else self._status.scrub_pass_s
+
+    @property
     def state(self) -> recovery.WorkerState:
-        """Where the worker is on the ladder."""
+        """Where the worker is in its life."""
         return self._recovery.state
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the worker, None while there is none."""
+        return None if self._process is None else self._process.pid
+
+    @property
+    def ping_silent_s(self) -> float:
+        """How long the ping under way has waited for its answer, s."""
+        return self._pings.silent_s
 
     def allow(self, *, rearm: bool) -> None:
         """Have a worker from now on; `rearm` forgets past restarts (on leaving safe mode)."""
+        self._allowed = True
         if rearm:
             self._events.put_nowait(recovery.Rearm())
-        self._events.put_nowait(recovery.Want())
+        if not self._held:
+            self._events.put_nowait(recovery.Want())
 
     def forbid(self) -> None:
         """Stop the worker and start none."""
+        self._allowed = False
         self._events.put_nowait(recovery.Unwant())
+
+    async def hold(self) -> bool:
+        """Stop the worker, and start none before `release`; return whether it is gone.
+
+        Takes at most ``stop_timeout_s + REAP_S`` seconds.
+        """
+        self._held = True
+        self._events.put_nowait(recovery.Unwant())
+        return await self._ended()
+
+    def release(self, image: Path | None = None) -> None:
+        """Let a worker run again, with past restarts forgotten if it has got another or mended `image`."""
+        self._held = False
+        if image is not None:
+            if "--image" in self._command:
+                self._command[self._command.index("--image") + 1] = str(image)
+            self._events.put_nowait(recovery.Rearm())
+        if self._allowed:
+            self._events.put_nowait(recovery.Want())
+
+    def restart(self, row: str, reason: str) -> None:
+        """Replace the worker that runs, or that was lost: what the recovery ladder does on level 2."""
+        if self._detected_ns is None:
+            self._detected_ns = time.time_ns()
+        self._events.put_nowait(recovery.Fault(row, reason))
+
+    def mend(self, may_mend: protocol.Repair) -> None:
+        """Say what the worker may mend by itself, this one and those after it."""
+        self.may_mend = may_mend
+        self.send(may_mend)
 
     def send(self, message: protocol.Message) -> bool:
         """Send to the worker; False when none is connected."""
         return self._process is not None and self._process.send(message)
 
     def report_fault(self, monitor: str, reason: str) -> None:
-        """Report that the running worker is faulty; the ladder decides what follows."""
+        """Tell the FDIR that the running worker is faulty; it decides what follows."""
+        row = ROWS.get(monitor, monitor)
         if self._detected_ns is None:
             self._detected_ns = time.time_ns()
-        self._events.put_nowait(recovery.Fault(monitor, reason))
+        finding = Finding(row, reason, {"generation": self.counters.generation}, self._detected_ns)
+        self._open[row] = finding
+        self._told_s = time.monotonic()
+        self.on_finding(finding)
 
     async def run(self) -> None:
         """Supervise until cancelled, which kills the worker."""
         async with asyncio.TaskGroup() as group:
             self._group = group
             group.create_task(self._tick(), name="node.worker.tick")
-            group.create_task(self._climb(), name="node.worker.ladder")
+            group.create_task(self._live_on(), name="node.worker.life")
 
     async def stop(self) -> None:
         """Stop the worker in order, for good; at most ``stop_timeout_s + REAP_S`` seconds."""
         self.forbid()
+        if not await self._ended():
+            _log.error("the worker did not end in time")
+
+    async def _ended(self) -> bool:
         deadline_s = time.monotonic() + self._config.worker.stop_timeout_s + REAP_S
         while time.monotonic() < deadline_s:
             await asyncio.sleep(TICK_S)
             if self._process is None and self._events.empty():
-                return
-        _log.error("the worker did not end in time")
+                return True
+        return False
 
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_S)
             self._watch(health.Tick())
+            if self._open and time.monotonic() - self._told_s >= REPEAT_S:
+                self._tell_again()
             if self._events.empty():
                 self._events.put_nowait(recovery.Tick())
+
+    def _tell_again(self) -> None:
+        """Tell the FDIR once more what it has done nothing about, and what became of the worker since."""
+        if self._recovery.state not in _UNDECIDED:
+            self._open.clear()
+            return
+        if self._lost is not None and "worker.exit" not in self._open:
+            self.report_fault("worker.exit", self._lost.reason)
+        self._told_s = time.monotonic()
+        for finding in list(self._open.values()):
+            self.on_finding(finding)
 
     def _watch(self, event: health.PingEvent) -> None:
         for action in self._pings.handle(event, time.monotonic()):
@@ -169,10 +242,14 @@ class WorkerService:
                 case health.PingFatal(reason, _):
                     self.report_fault("worker.ping", reason)
 
-    async def _climb(self) -> None:
+    async def _live_on(self) -> None:
         while True:
             event = await self._events.get()
-            for action in self._recovery.handle(event, time.monotonic()):
+            self.pulse.beat()
+            actions = self._recovery.handle(event, time.monotonic())
+            if actions or not isinstance(event, recovery.Tick):
+                self.on_machine(event, actions)
+            for action in actions:
                 await self._act(action)
 
     async def _act(self, action: recovery.RecoveryAction) -> None:
@@ -183,17 +260,20 @@ class WorkerService:
                 self._start()
             case recovery.StopWorker():
                 self._watch(health.Disarm())
+                self._open.clear()
                 self._spawn(self._stop_process(), "node.worker.stop")
             case recovery.KillWorker():
+                self._open.clear()
                 if self._process is not None:
                     self._process.kill()
+                elif self._lost is not None:
+                    self._events.put_nowait(recovery.Exited(self._lost.reason))
             case recovery.ReportFault():
                 self._report_restart(action)
             case recovery.ReportRestarted():
                 self._report_restarted()
             case recovery.EnterSafe(monitor, reason):
-                self._report_safe(monitor, reason)
-                self._on_safe(f"worker restarts exhausted: {reason}")
+                self.report_fault("worker.restarts", f"restarts exhausted ({monitor}: {reason})")
 
     async def _persist(self, times_s: tuple[float, ...]) -> None:
         def persist(connection: sqlite3.Connection) -> None:
@@ -219,6 +299,8 @@ class WorkerService:
         )
         self._process = process
         self._detected_ns = None
+        self._lost = None
+        self._open.clear()
         self._spawn(self._live(process), f"node.worker.generation-{generation}")
 
     async def _live(self, process: WorkerProcess) -> None:
@@ -228,6 +310,8 @@ class WorkerService:
     async def _stop_process(self) -> None:
         if self._process is not None:
             await self._process.stop(self._config.worker.stop_timeout_s)
+        elif self._lost is not None:
+            self._events.put_nowait(recovery.Exited(self._lost.reason))
 
     def _spawn(self, coroutine: Coroutine[None, None, None], name: str) -> None:
         if self._group is None:
@@ -235,6 +319,7 @@ class WorkerService:
         self._group.create_task(coroutine, name=name)
 
     def _gone(self, ended: WorkerExit) -> None:
+        starting = self._recovery.state is recovery.WorkerState.STARTING
         self._watch(health.Disarm())
         self._process = None
         self._status = None
@@ -243,12 +328,20 @@ class WorkerService:
         self.on_gone()
         if self._detected_ns is None:
             self._detected_ns = time.time_ns()
-        self._events.put_nowait(recovery.Exited(ended.reason))
+        if self._recovery.state not in _UNDECIDED:
+            self._events.put_nowait(recovery.Exited(ended.reason))
+            return
+        self._lost = ended
+        if self._open:
+            # Its end follows from what was found before: that decides, and is told again if it did not.
+            return
+        unusable = starting and ended.returncode == EXIT_UNUSABLE
+        self.report_fault("image.damaged" if unusable else "worker.exit", ended.reason)
 
     def _on_message(self, message: protocol.FromWorker) -> None:
         match message:
             case protocol.Pong():
-                self._watch(health.Pong(message.key))
+                self._pong(message)
             case protocol.Block() | protocol.JobError() | protocol.Parked():
                 self.on_job_message(message)
             case protocol.Status():
@@ -260,9 +353,18 @@ class WorkerService:
             case protocol.Fatal():
                 self.report_fault("worker.fatal", message.reason)
 
+    def _pong(self, pong: protocol.Pong) -> None:
+        if self._open.pop("worker.ping", None) is None:
+            self._watch(health.Pong(pong.key))
+        else:
+            # Nobody did anything about its silence, and it is over.
+            self._watch(health.Arm())
+            self.on_recovered("worker.ping")
+
     def _ready(self, message: protocol.Ready) -> None:
         if self._process is not None:
             self._board.set_worker(self._process.pid)
+        self.send(self.may_mend)
         self._watch(health.Arm())
         self._events.put_nowait(recovery.Ready())
         held = ", ".join(resumed.job for resumed in message.resumed)
@@ -284,15 +386,7 @@ class WorkerService:
         self.on_ready()
 
     def _count(self, status: protocol.Status) -> None:
-        before = self._status
-        clean = status.epochs_clean - (before.epochs_clean if before else 0)
-        dirty = status.epochs_dirty - (before.epochs_dirty if before else 0)
-        self.counters.epochs_clean += clean
-        self.counters.epochs_dirty += dirty
-        self.counters.tokens_discarded += status.tokens_discarded - (before.tokens_discarded if before else 0)
-        self.counters.prefill_tokens += status.prefill_tokens - (before.prefill_tokens if before else 0)
-        if clean or dirty:
-            self.counters.scans_ms.append(status.scan_ms)
+        clean, dirty = self.counters.add(self._status, status)
         self._status = status
         now_ns = time.time_ns()
         if dirty and self._redo_since_ns is None:
@@ -312,53 +406,14 @@ class WorkerService:
             self._redo_since_ns = None
 
     def _report_strike(self, strike: protocol.Strike) -> None:
+        whole = strike.recovered_ns is not None
         if strike.region == "compute":
-            self._report_trip(strike)
-            return
-        repaired = strike.recovered_ns is not None
-        recomputed = strike.method == "recompute"
-        self.counters.strikes_detected += not (recomputed and repaired)
-        self.counters.strikes_repaired += repaired
-        if recomputed:
-            level, outcome = Level.EPOCH_REDO, Outcome.REDONE if repaired else Outcome.STARTED
+            self.counters.compute_trips += 1
         else:
-            level, outcome = Level.IN_WORKER_REPAIR, Outcome.REPAIRED if repaired else Outcome.ESCALATED
-        self._recorder.post(
-            FdirReport(
-                monitor=f"{strike.region}.digest",
-                level=level,
-                outcome=outcome,
-                action=strike.method,
-                detected_ns=strike.detected_ns,
-                recovered_ns=strike.recovered_ns,
-                region=strike.region,
-                page=strike.page,
-                role=strike.role,
-                evidence=strike.evidence,
-            )
-        )
-
-    def _report_trip(self, strike: protocol.Strike) -> None:
-        """Report a computation that failed a check: its epoch is thrown away and decoded again."""
-        self.counters.compute_trips += 1
-        if strike.method == "none":
-            outcome = Outcome.ESCALATED
-        else:
-            outcome = Outcome.STARTED if strike.recovered_ns is None else Outcome.REDONE
-        self._recorder.post(
-            FdirReport(
-                monitor="compute.check",
-                level=Level.EPOCH_REDO,
-                outcome=outcome,
-                action=strike.method,
-                detected_ns=strike.detected_ns,
-                recovered_ns=strike.recovered_ns,
-                region=strike.region,
-                page=strike.page,
-                role=strike.role,
-                evidence=strike.evidence,
-            )
-        )
+            # Rows to be computed anew are told twice: they count as found once, and as repaired when whole.
+            self.counters.strikes_detected += not (strike.method == "recompute" and whole)
+            self.counters.strikes_repaired += whole
+        self.on_finding(of_strike(strike))
 
     def _report_restart(self, fault: recovery.ReportFault) -> None:
         self._reported = (fault, self._detected_ns or time.time_ns())
@@ -369,6 +424,8 @@ class WorkerService:
 
     def _report_restarted(self) -> None:
         self._post_restart(Outcome.RESTARTED, time.time_ns(), {"generation": self.counters.generation})
+        if self._reported is not None:
+            self.on_recovered(self._reported[0].monitor)
         self._reported = None
 
     def _post_restart(self, outcome: Outcome, recovered_ns: int | None, evidence: Evidence) -> None:
@@ -384,19 +441,5 @@ class WorkerService:
                 detected_ns=detected_ns,
                 recovered_ns=recovered_ns,
                 evidence={"reason": fault.reason, **evidence},
-            )
-        )
-
-    def _report_safe(self, monitor: str, reason: str) -> None:
-        limit = self._config.worker.restart_limit
-        self._recorder.post(
-            FdirReport(
-                monitor=monitor,
-                level=Level.SAFE_MODE,
-                outcome=Outcome.ESCALATED,
-                action="safe_mode",
-                detected_ns=self._detected_ns or time.time_ns(),
-                recovered_ns=None,
-                evidence={"reason": reason, "restart_limit": limit},
             )
         )

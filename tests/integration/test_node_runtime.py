@@ -18,6 +18,7 @@ from telemetry import bus, commands, topics
 from telemetry.certificate import check_chain, verify_results
 from telemetry.packets import (
     BootReport,
+    FdirReport,
     Housekeeping,
     Level,
     Mode,
@@ -211,8 +212,8 @@ async def test_too_many_restarts_end_in_safe_mode_that_outlives_the_node(tmp_pat
         await bench.start()
         await bench.execute(commands.Infer(job="bad", prompt="!always !exit_at=0", max_tokens=8))
         await bench.until(lambda: bench.new_housekeeping()[-1].mode is Mode.SAFE, "safe mode", 20)
-        escalation = bench.fdir("worker.exit")[-1]
-        assert (escalation.level, escalation.outcome) == (Level.SAFE_MODE, Outcome.ESCALATED)
+        escalation = next(p for _, p in bench.archive.packets(NODE, FdirReport) if p.level is Level.SAFE_MODE)
+        assert (escalation.action, escalation.outcome) == ("safe_mode", Outcome.ESCALATED)
         assert bench.worker_pid() is None
         await bench.kill()
         await bench.start()
