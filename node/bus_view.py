@@ -1,23 +1,84 @@
-"""The spacecraft as the node knows it: the latest value of each bus channel, and the eclipse forecast."""
+"""The spacecraft as the node knows it: the latest value of each bus channel, and the eclipse forecast.
+
+What sensors of the power unit say is voted on (`fdir.sensors`) before anything plans with it. What no sensor
+tells is bridged for a stated time: the state of charge by counting energy, the array by the forecast, voltage
+and current by their last value. When that ends, `eps` is None, as if the bus were silent.
+"""
 
 from __future__ import annotations
 
+import math
+from typing import Final
+
+from fdir.sensors import (
+    ChannelSpec,
+    Reading,
+    Rejected,
+    SensorAction,
+    SensorVoter,
+    Source,
+    Tick,
+    Why,
+)
 from node.power.ephemeris import PropagationError
+from node.power.estimator import EnergyReading, EstimatorSettings, SocEstimate, SocEstimator
 from node.power.forecast import EclipseForecast, UmbraPass
-from telemetry.bus import BusContact, BusEps, BusMessage, BusOrbit, BusThermal
+from telemetry.bus import (
+    SENSOR_RANGES,
+    BusContact,
+    BusEps,
+    BusMessage,
+    BusOrbit,
+    BusThermal,
+    EpsReading,
+)
 
 STALE_S = 10.0
 """Age after which a value of the bus counts as unknown in telemetry, s of physical time (assumed)."""
+MAX_FINDINGS = 64
+"""Findings kept for the next report; more are counted in `rejections` only (assumed)."""
+NS_PER_S: Final = 1e9
+
+EPS_CHANNELS: Final = (
+    ChannelSpec("battery_soc", *SENSOR_RANGES["battery_soc"], tolerance=0.02, max_rate_per_s=1 / 300),
+    ChannelSpec("battery_v", *SENSOR_RANGES["battery_v"], tolerance=0.1, relative=0.02),
+    ChannelSpec("battery_a", *SENSOR_RANGES["battery_a"], tolerance=0.2, relative=0.05),
+    ChannelSpec("array_w", *SENSOR_RANGES["array_w"], tolerance=0.5, relative=0.05),
+)
+"""Voted quantities. Tolerances are assumed: some times the error of common sensors. The state of charge moves
+slowly (a full charge within 300 s is beyond any battery here), the others may jump with load and shadow."""
 
 
 class BusView:
-    """Latest bus values with their ages in physical time."""
+    """Latest bus values with their ages in physical time.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    estimator
+        Tuning of the bridge over lost sensors of the state of charge.
+    """
+
+    def __init__(self, estimator: EstimatorSettings | None = None) -> None:
         self.forecast: EclipseForecast | None = None
         """None until the bus has given orbital elements."""
         self.contact: BusContact | None = None
         self.eps: BusEps | None = None
+        """Made of voted values; None before the first, and when sensors are lost for longer than bridged."""
+        self.eps_source = Source.NONE
+        """The weakest source of what `eps` is made of."""
+        self.soc: SocEstimate | None = None
+        """State of charge with its error, and how long it has been bridged (mission time)."""
+        self.load_w: float | None = None
+        """Draw of the board, as the power loop knows it: for the energy balance."""
+        self.rejections = 0
+        """Sensors rejected since boot."""
+        self._voter = SensorVoter(EPS_CHANNELS)
+        self._estimator = SocEstimator(estimator)
+        self._bridge_s = self._estimator.settings.max_bridge_s
+        self._findings: list[SensorAction] = []
+        self._stamps: dict[int, int] = {}
+        self._held: dict[str, tuple[float, float]] = {}
+        """Last voted value of a channel, and its mission time, s."""
         self._eps_s = 0.0
         self._thermal: tuple[BusThermal, float] | None = None
         self._orbit: BusOrbit | None = None
@@ -32,7 +93,9 @@ class BusView:
         """
         match message:
             case BusEps():
-                self.eps, self._eps_s = message, now_s
+                self._vote(EpsReading.of(message), now_s)
+            case EpsReading():
+                self._vote(message, now_s)
             case BusThermal():
                 self._thermal = (message, now_s)
             case BusContact():
@@ -40,6 +103,20 @@ class BusView:
             case BusOrbit() if message != self._orbit:
                 self.forecast = EclipseForecast.from_tle(message.line1, message.line2)
                 self._orbit = message
+
+    def tick(self, now_s: float) -> None:
+        """Notice channels of a silent bus; about once a second."""
+        self._note(self._voter.handle(Tick(), now_s))
+
+    def take_findings(self) -> list[SensorAction]:
+        """Return what the voter found since the last call, oldest first."""
+        found, self._findings = self._findings, []
+        return found
+
+    def rejected_sensors(self) -> dict[str, dict[int, Why]]:
+        """Return the sets that do not vote now, and why, by channel; channels without any are left out."""
+        by_channel = {spec.name: self._voter.rejected(spec.name) for spec in EPS_CHANNELS}
+        return {name: sets for name, sets in by_channel.items() if sets}
 
     def eps_age_s(self, now_s: float) -> float:
         """Return the age of `eps`, s of physical time; 0 while there is none."""
@@ -72,3 +149,81 @@ class BusView:
             return self.forecast.next_umbra(t_ns)
         except PropagationError:
             return None
+
+    def _note(self, actions: list[SensorAction]) -> None:
+        self.rejections += sum(isinstance(action, Rejected) for action in actions)
+        self._findings += actions[: MAX_FINDINGS - len(self._findings)]
+
+    def _vote(self, reading: EpsReading, now_s: float) -> None:
+        t_s = reading.t_ns / NS_PER_S
+        stamps = {
+            number: reading.t_ns if each.t_ns is None else each.t_ns
+            for number, each in enumerate(reading.sets)
+        }
+        fresh = tuple(self._stamps.get(number) != stamp for number, stamp in stamps.items())
+        self._stamps = stamps
+        why = {(each.sensor_set, each.field): Why(each.why) for each in reading.refused}
+        for spec in EPS_CHANNELS:
+            event = Reading(
+                spec.name,
+                tuple(getattr(each, spec.name) for each in reading.sets),
+                t_s=t_s,
+                fresh=fresh,
+                refused=tuple(why.get((number, spec.name)) for number in stamps),
+            )
+            self._note(self._voter.handle(event, now_s))
+        self._eps_s = now_s
+        self.eps = self._compose(reading, t_s, now_s)
+
+    def _compose(self, reading: EpsReading, t_s: float, now_s: float) -> BusEps | None:
+        """Return the message of voted and bridged values, None when one of them is neither."""
+        votes = {spec.name: self._voter.value(spec.name, now_s) for spec in EPS_CHANNELS}
+        known = {name: vote.value for name, vote in votes.items()}
+        sources = {vote.source for vote in votes.values() if vote.value is not None}
+        self.soc = self._estimator.handle(
+            EnergyReading(
+                t_s=t_s,
+                soc=known["battery_soc"],
+                battery_v=known["battery_v"],
+                battery_a=known["battery_a"],
+                array_w=known["array_w"],
+                platform_w=reading.platform_w,
+                load_w=self.load_w,
+                battery_wh=reading.battery_wh,
+            )
+        )
+        values: dict[str, float] = {}
+        for name, value in known.items():
+            if value is not None:
+                self._held[name] = (value, t_s)
+                values[name] = value
+                continue
+            bridged = self._bridge(name, reading, t_s)
+            if bridged is None:
+                self.eps_source = Source.NONE
+                return None
+            sources.add(Source.ESTIMATED)
+            values[name] = bridged
+        order = (Source.ESTIMATED, Source.SINGLE, Source.VOTED)
+        self.eps_source = next(source for source in order if source in sources)
+        return BusEps(
+            t_ns=reading.t_ns,
+            battery_soc=values["battery_soc"],
+            battery_v=values["battery_v"],
+            battery_a=values["battery_a"],
+            battery_wh=reading.battery_wh,
+            array_w=values["array_w"],
+            array_sun_w=reading.array_sun_w,
+            platform_w=reading.platform_w,
+            soc_floor=reading.soc_floor,
+        )
+
+    def _bridge(self, name: str, reading: EpsReading, t_s: float) -> float | None:
+        """Return what stands for a quantity that no sensor tells."""
+        if name == "battery_soc":
+            return None if self.soc is None else self.soc.soc
+        if name == "array_w":
+            sunlit = self.sunlit(reading.t_ns)
+            return None if sunlit is None else reading.array_sun_w * sunlit
+        value, at_s = self._held.get(name, (0.0, -math.inf))
+        return value if 0 <= t_s - at_s <= self._bridge_s else None

@@ -7,10 +7,25 @@ the board reports what it draws, which is what the power unit would measure (ADR
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from msgspec import Meta
+
+SENSOR_RANGES: Final[dict[str, tuple[float, float]]] = {
+    "battery_soc": (0.0, 1.0),
+    "battery_v": (0.0, 100.0),
+    "battery_a": (-100.0, 100.0),
+    "array_w": (0.0, 100_000.0),
+}
+"""Fields of `bus/eps` that sensors give, each in up to `SENSOR_SETS` sets, and the values they can have."""
+SENSOR_SETS: Final = 3
+"""Most sensor sets a power unit may have: its main one and two redundant ones."""
+
+Soc = Annotated[float, Meta(ge=0, le=1)]
+BatteryV = Annotated[float, Meta(ge=0, le=100)]
+BatteryA = Annotated[float, Meta(ge=-100, le=100)]
+ArrayW = Annotated[float, Meta(ge=0, le=100_000)]
 
 
 class BusMessage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -39,17 +54,36 @@ class BusOrbit(BusMessage, frozen=True, kw_only=True):
     line2: Annotated[str, Meta(min_length=69, max_length=69)]
 
 
+class EpsSensors(BusMessage, frozen=True, kw_only=True):
+    """One redundant set of sensors of the power unit.
+
+    A node takes null, or a value that is not finite or out of range, as no value of that sensor; the rest of
+    the message counts all the same.
+    """
+
+    battery_soc: Soc | None = None
+    battery_v: BatteryV | None = None
+    battery_a: BatteryA | None = None
+    array_w: ArrayW | None = None
+    t_ns: int | None = None
+    """When this set was sampled, UTC; null: with the message. One that stands still tells of a stale set."""
+
+
 class BusEps(BusMessage, frozen=True, kw_only=True):
-    """Electrical power system."""
+    """Electrical power system.
+
+    Values of its sensors (`battery_soc`, `battery_v`, `battery_a`, `array_w`) may come from up to three sets;
+    a node votes on them, and takes each as `EpsSensors` says.
+    """
 
     t_ns: int
-    battery_soc: Annotated[float, Meta(ge=0, le=1)]
-    battery_v: Annotated[float, Meta(ge=0, le=100)]
-    battery_a: Annotated[float, Meta(ge=-100, le=100)]
+    battery_soc: Soc
+    battery_v: BatteryV
+    battery_a: BatteryA
     """Battery current, positive when charging, A."""
     battery_wh: Annotated[float, Meta(gt=0, le=100_000)]
     """Capacity, Wh."""
-    array_w: Annotated[float, Meta(ge=0, le=100_000)]
+    array_w: ArrayW
     """Power the solar array delivers now, W."""
     array_sun_w: Annotated[float, Meta(ge=0, le=100_000)]
     """Power the array delivers in full sunlight, W."""
@@ -57,6 +91,46 @@ class BusEps(BusMessage, frozen=True, kw_only=True):
     """Draw of the rest of the spacecraft, W."""
     soc_floor: Annotated[float, Meta(ge=0, le=1)]
     """State of charge the spacecraft must not go under."""
+    redundant: Annotated[list[EpsSensors], Meta(max_length=SENSOR_SETS - 1)] = []
+    """Second and third set of sensors."""
+
+
+class RefusedValue(BusMessage, frozen=True, kw_only=True):
+    """A sensor's value that was not taken as one."""
+
+    sensor_set: int
+    """0: the main set."""
+    field: str
+    value: str
+    """As it came, in words: NaN cannot be compared."""
+    why: Literal["nan", "range"]
+    """`nan`: not finite, or null."""
+
+
+class EpsReading(BusMessage, frozen=True, kw_only=True):
+    """`bus/eps` as it is received: checked by sensor instead of as a whole."""
+
+    t_ns: int
+    sets: tuple[EpsSensors, ...]
+    """The main set first."""
+    refused: tuple[RefusedValue, ...] = ()
+    battery_wh: Annotated[float, Meta(gt=0, le=100_000)]
+    array_sun_w: ArrayW
+    platform_w: ArrayW
+    soc_floor: Soc
+
+    @classmethod
+    def of(cls, message: BusEps) -> EpsReading:
+        """Return the reading of a message that is valid as a whole."""
+        main = EpsSensors(**{name: getattr(message, name) for name in SENSOR_RANGES}, t_ns=message.t_ns)
+        return cls(
+            t_ns=message.t_ns,
+            sets=(main, *message.redundant),
+            battery_wh=message.battery_wh,
+            array_sun_w=message.array_sun_w,
+            platform_w=message.platform_w,
+            soc_floor=message.soc_floor,
+        )
 
 
 class BusThermal(BusMessage, frozen=True, kw_only=True):
@@ -105,6 +179,8 @@ CHANNELS: dict[str, type[BusMessage]] = {
     "load": BusLoad,
     "request": BusRequest,
 }
+PARTS: tuple[type[BusMessage], ...] = (EpsSensors,)
+"""Parts of the messages, as the ICD documents them."""
 FROM_NODE = ("load", "request")
 """Channels that the node publishes; it listens to all others."""
 
@@ -130,3 +206,59 @@ def decode(channel: str, payload: bytes) -> BusMessage:
         return msgspec.msgpack.decode(payload, type=kind)
     except msgspec.DecodeError as error:
         raise ValueError(f"bus/{channel}: {error}") from error
+
+
+def decode_eps(payload: bytes) -> EpsReading:
+    """Decode `bus/eps` leniently by sensor: one bad value costs that value, not the message.
+
+    Raises
+    ------
+    ValueError
+        The payload is no such message: another type, a missing or unknown field, or a value out of range
+        that no sensor gives (capacity, floor, ...).
+    """
+    try:
+        raw: Any = msgspec.msgpack.decode(payload)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"bus/eps: {error}") from error
+    refused: list[RefusedValue] = []
+    if isinstance(raw, dict):
+        redundant = raw.get("redundant")
+        others = redundant if isinstance(redundant, list) else []
+        # Stand-ins keep the strict decoding below to the rest of the message.
+        gaps = _take_out(raw, 0, refused)
+        for number, each in enumerate(others, 1):
+            if isinstance(each, dict):
+                for name in _take_out(each, number, refused):
+                    each[name] = None
+        raw |= {name: SENSOR_RANGES[name][0] for name in gaps}
+    else:
+        gaps = []
+    try:
+        whole = msgspec.convert(raw, BusEps)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"bus/eps: {error}") from error
+    reading = EpsReading.of(whole)
+    main = msgspec.structs.replace(reading.sets[0], **dict.fromkeys(gaps))
+    return msgspec.structs.replace(reading, sets=(main, *reading.sets[1:]), refused=tuple(refused))
+
+
+def _take_out(values: dict[Any, Any], number: int, refused: list[RefusedValue]) -> list[str]:
+    """Note the sensors of a set whose value is no value; other types are left to the strict check."""
+    found: list[str] = []
+    for name, (low, high) in SENSOR_RANGES.items():
+        if name not in values:
+            continue
+        value = values[name]
+        if value is None or (isinstance(value, float) and not math.isfinite(value)):
+            why: Literal["nan", "range"] = "nan"
+        elif isinstance(value, int | float) and not isinstance(value, bool) and not low <= value <= high:
+            why = "range"
+        else:
+            continue
+        found.append(name)
+        # A redundant sensor may be absent for good, which null says: nothing to report.
+        if not (value is None and number):
+            text = "null" if value is None else str(value)
+            refused.append(RefusedValue(sensor_set=number, field=name, value=text[:40], why=why))
+    return found

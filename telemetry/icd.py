@@ -274,6 +274,7 @@ def _command_section() -> str:
 def generate() -> str:
     """Return the whole document."""
     bus_parts = [_struct(kind, f"bus/{name}") for name, kind in bus.CHANNELS.items()]
+    bus_parts += [_struct(kind) for kind in bus.PARTS]
     shared: list[type[msgspec.Struct]] = [packets.Certificate, packets.RowReport, packets.StreamLedger]
     enums: list[type[Enum]] = [
         packets.Mode,
