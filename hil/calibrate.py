@@ -4,7 +4,8 @@ One worker is started with all threads, and led from point to point by `Pace`, a
 session is loaded twice is part of what is shown. Tokens count when the worker has proven and committed them.
 
 Watts belong to the board. A board that computes its draw from CPU time (`sim`) would only give its own
-settings back, so the figure stays null there.
+settings back, so the figure stays null there. What the draw follows (load, clock, temperature) is fitted all
+the same, from readings taken as the node takes them: the latch-up detector needs it, scatter included.
 """
 
 from __future__ import annotations
@@ -14,16 +15,19 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeVar
 
+from fdir.latchup import DrawSample
 from hil.bench.machine import describe_machine, load_average
+from hil.current_fit import clock_files, fit_current, read_clocks
 from node.boards import BoardSettings, open_board
 from node.inference import protocol
 from node.inference.arena import SHARED_MEMORY
 from node.inference.manifest import image_id, load_manifest
+from node.power.cpu_share import CpuShare, process_cpu_s
 from node.worker_process import WorkerProcess
 from telemetry.errors import PenumbraError
 from telemetry.figures import Calibration, OperatingPoint
@@ -43,11 +47,14 @@ PROMPTS: Final = (
     "Bees find their way home by",
     "Under the ice of the lake lives a fish that",
 )
+IDLE_S: Final = 3.0
+"""Longest time the draw is read without work before the first point, s."""
+DRAW_PERIOD_S: Final = 0.25
+"""Interval of the draw readings: that of the node's power loop."""
 _READY_S: Final = 120.0
 _REPLY_S: Final = 60.0
 _STOP_S: Final = 5.0
 _LOOK_S: Final = 0.2
-_TICKS: Final = os.sysconf("SC_CLK_TCK")
 
 
 M = TypeVar("M", bound=protocol.Message)
@@ -125,13 +132,14 @@ def calibrate(
     with tempfile.TemporaryDirectory(
         prefix=f"penumbra-calibrate-{os.getpid()}-", dir=SHARED_MEMORY
     ) as folder:
-        session = _Session(
+        session = WorkerSession(
             image,
             Path(folder),
             threads=threads,
             seats=max(batches),
             positions=min(POSITIONS, load_manifest(image).shape.context),
             checked=checked,
+            board=board,
         )
         measured = asyncio.run(session.run(points(threads, batches), seconds, progress))
     whole = next(p for p in measured if (p.threads, p.batch, p.duty) == (threads, batches[0], 1.0))
@@ -144,16 +152,28 @@ def calibrate(
         points=measured,
         duty_half_share=measured[-1].tokens_s / whole.tokens_s,
         reloads=session.loads - 1,
+        current=fit_current(session.draw, DRAW_PERIOD_S),
     )
 
 
-class _Session:
-    """One worker, and what it says."""
+class WorkerSession:
+    """One worker kept at work, and what it says."""
 
     def __init__(
-        self, image: Path, folder: Path, *, threads: int, seats: int, positions: int, checked: bool
+        self,
+        image: Path,
+        folder: Path,
+        *,
+        threads: int,
+        seats: int,
+        positions: int,
+        checked: bool,
+        board: str = "sim",
     ) -> None:
         self.loads = 0
+        self.draw: list[DrawSample] = []
+        """Load and draw over all points."""
+        self._board = open_board(board, BoardSettings(kind=board, cores=threads))
         self._messages: asyncio.Queue[tuple[float, protocol.FromWorker]] = asyncio.Queue()
         self._arrived_s = 0.0
         """When the message last taken from the queue arrived, monotonic, s."""
@@ -180,27 +200,87 @@ class _Session:
             on_fault=lambda monitor, reason: self._faults.append(f"{monitor}: {reason}"),
         )
 
+    @property
+    def pid(self) -> int:
+        """Process id of the worker."""
+        pid = self._worker.pid
+        if pid is None:
+            raise self.failed("it does not run")
+        return pid
+
     async def run(
         self, wanted: Sequence[Point], seconds: float, progress: Callable[[Point], None]
     ) -> list[OperatingPoint]:
-        """Start the worker, lead it through all points, and stop it in order."""
+        """Lead the worker through all points."""
         found: list[OperatingPoint] = []
+
+        async def body(living: asyncio.Task[object]) -> None:
+            async with asyncio.TaskGroup() as group:
+                watching = group.create_task(self._watch_draw(), name="hil.calibrate.draw")
+                # What the board draws without work belongs to the fit.
+                await asyncio.sleep(min(seconds, IDLE_S))
+                for point in wanted:
+                    progress(point)
+                    found.append(await self._measure(living, point, seconds))
+                watching.cancel()
+
+        await self.live(body)
+        return found
+
+    async def live(self, body: Callable[[asyncio.Task[object]], Coroutine[object, object, None]]) -> None:
+        """Start the worker, run `body` when it is ready, and stop it in order.
+
+        Raises
+        ------
+        PenumbraError
+            The worker failed.
+        """
         failure: PenumbraError | None = None
         async with asyncio.TaskGroup() as group:
             living = group.create_task(self._worker.run(), name="hil.calibrate.worker")
             try:
-                await self._until(living, protocol.Ready, _READY_S)
-                for point in wanted:
-                    progress(point)
-                    found.append(await self._measure(living, point, seconds))
+                await self.until(living, protocol.Ready, _READY_S)
+                await body(living)
+                self._refill = False
                 await self._worker.stop(_STOP_S)
-            except PenumbraError as error:
-                failure = error
+            except* PenumbraError as errors:
+                # Within a group of the body it comes wrapped.
+                failure = _first(errors)
             finally:
                 self._worker.kill()
         if failure is not None:
             raise failure
-        return found
+
+    def send(self, message: protocol.Message) -> None:
+        """Send to the worker."""
+        self._worker.send(message)
+
+    def keep_busy(self, jobs: int) -> None:
+        """Start jobs, each followed by another when it ends."""
+        self._refill = True
+        for _ in range(jobs):
+            self._start()
+
+    def forget(self) -> None:
+        """Drop the messages that came; raises as `until` when one says that the worker failed."""
+        while not self._messages.empty():
+            _, message = self._messages.get_nowait()
+            if isinstance(message, protocol.Fatal | protocol.JobError):
+                raise self.failed(message.reason)
+        if self._faults:
+            raise self.failed(self._faults[0])
+
+    async def _watch_draw(self) -> None:
+        """Read load and draw together, as the node's power loop does."""
+        share = CpuShare()
+        clocks = clock_files()
+        self._board.set_worker(self.pid)
+        while True:
+            reading, used = self._board.read(), share.sample(self.pid)
+            if used is not None:
+                freq_ghz = read_clocks(clocks)
+                self.draw.append(DrawSample(reading.power_w, used, freq_ghz, reading.board_c))
+            await asyncio.sleep(DRAW_PERIOD_S)
 
     def _take(self, message: protocol.FromWorker) -> None:
         if isinstance(message, protocol.Ready):
@@ -213,12 +293,10 @@ class _Session:
 
     async def _measure(self, living: asyncio.Task[object], point: Point, seconds: float) -> OperatingPoint:
         self._worker.send(protocol.Pace(duty=point.duty, threads=point.threads, batch=point.batch))
-        self._refill = True
-        for _ in range(point.batch):
-            self._start()
+        self.keep_busy(point.batch)
         seen: set[str] = set()
         while len(seen) < point.batch:
-            seen.add((await self._until(living, protocol.Block, _REPLY_S)).job)
+            seen.add((await self.until(living, protocol.Block, _REPLY_S)).job)
         somewhere = await self._mark(living, 0)
         first = last = await self._mark(living, somewhere.tokens)
         while last.at_s - first.at_s < seconds:
@@ -227,7 +305,7 @@ class _Session:
         for job in sorted(self._running):
             self._worker.send(protocol.Cancel(job=job))
         while self._running:
-            await self._until(living, protocol.Block, _REPLY_S)
+            await self.until(living, protocol.Block, _REPLY_S)
         taken_s = last.at_s - first.at_s
         return OperatingPoint(
             threads=point.threads,
@@ -250,11 +328,11 @@ class _Session:
     async def _mark(self, living: asyncio.Task[object], more_than: int) -> _Mark:
         """Wait for the end of an epoch: a status that tells of more tokens."""
         while True:
-            status = await self._until(living, protocol.Status, _REPLY_S)
+            status = await self.until(living, protocol.Status, _REPLY_S)
             if status.tokens_committed > more_than:
                 return _Mark(self._arrived_s, status.tokens_committed, self._cpu_s())
 
-    async def _until(self, living: asyncio.Task[object], kind: type[M], timeout_s: float) -> M:
+    async def until(self, living: asyncio.Task[object], kind: type[M], timeout_s: float) -> M:
         """Return the next message of a kind; others are passed over.
 
         Raises
@@ -265,27 +343,36 @@ class _Session:
         deadline = time.monotonic() + timeout_s
         while True:
             if self._faults:
-                raise self._failed(self._faults[0])
+                raise self.failed(self._faults[0])
             if living.done() and self._messages.empty():
-                raise self._failed("it ended")
+                raise self.failed("it ended")
             try:
                 async with asyncio.timeout(_LOOK_S):
                     self._arrived_s, message = await self._messages.get()
             except TimeoutError:
                 if time.monotonic() > deadline:
-                    raise self._failed(f"no {kind.__name__} within {timeout_s:.0f} s") from None
+                    raise self.failed(f"no {kind.__name__} within {timeout_s:.0f} s") from None
                 continue
             if isinstance(message, protocol.Fatal | protocol.JobError):
-                raise self._failed(message.reason)
+                raise self.failed(message.reason)
             if isinstance(message, kind):
                 return message
 
-    def _failed(self, why: str) -> PenumbraError:
+    def failed(self, why: str) -> PenumbraError:
+        """Return the error that says why the worker failed, with the end of its log."""
         lines = self._log.read_text(errors="replace").strip().splitlines() if self._log.exists() else []
         last = f"; its last words: {lines[-1]}" if lines else ""
         return PenumbraError(f"the worker failed while its operating points were measured: {why}{last}")
 
     def _cpu_s(self) -> float:
-        text = Path(f"/proc/{self._worker.pid}/stat").read_text()
-        fields = text.rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / _TICKS
+        used_s = process_cpu_s(self.pid)
+        if used_s is None:
+            raise self.failed("it ended")
+        return used_s
+
+
+def _first(errors: BaseExceptionGroup[PenumbraError]) -> PenumbraError:
+    error: BaseException = errors
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error if isinstance(error, PenumbraError) else PenumbraError(str(error))

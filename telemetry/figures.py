@@ -263,6 +263,32 @@ class OperatingPoint(_Part, frozen=True, kw_only=True):
     """Length of the measurement."""
 
 
+class CurrentProfile(_Part, frozen=True, kw_only=True):
+    """What the draw of a board follows, by least squares over samples of load and draw.
+
+    The latch-up detector holds the draw against it. A term whose quantity did not vary, or is not known, has
+    coefficient 0.
+    """
+
+    idle_w: Watts
+    """Draw without load, at the reference temperature."""
+    core_w: Annotated[float, Meta(description="W for each core kept busy")]
+    """At the reference clock."""
+    core_w_per_ghz: Annotated[float, Meta(description="W for each busy core and GHz")] = 0.0
+    freq_ghz: Annotated[float, Meta(ge=0, description="GHz")] = 0.0
+    """Reference clock: the mean over the samples."""
+    w_per_c: Annotated[float, Meta(description="W/K")] = 0.0
+    temp_c: Annotated[float, Meta(description="degC")] = 0.0
+    """Reference temperature: the mean over the samples."""
+    residual_sigma_w: Watts
+    """Standard deviation of what the terms do not explain, one sample."""
+    quiet_sigma_w: Watts | None = None
+    """The same over samples with little load; null without any."""
+    samples: Count
+    sample_s: Annotated[float, Meta(gt=0, description="s")]
+    """Mean time between samples."""
+
+
 class Calibration(_Part, frozen=True, kw_only=True):
     """The result of `penumbra calibrate`."""
 
@@ -278,6 +304,9 @@ class Calibration(_Part, frozen=True, kw_only=True):
     """Tokens/s at duty 0.5 by those at duty 1, one thread count and batch: 0.5 if pacing holds its word."""
     reloads: Count
     """Sessions loaded after the first. Must be 0: operating points change without one."""
+    current: CurrentProfile | None = None
+    """What the draw follows. Of a board that measures no watts it only shows how well the board's own
+    settings come back, and how much the readings scatter. Null with too few samples."""
 
 
 PARTS: tuple[type[msgspec.Struct], ...] = (
@@ -296,5 +325,6 @@ PARTS: tuple[type[msgspec.Struct], ...] = (
     PerplexityRow,
     Disagreement,
     OperatingPoint,
+    CurrentProfile,
 )
 """Parts of the results, in the order the ICD documents them."""

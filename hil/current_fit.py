@@ -1,0 +1,93 @@
+"""Fit what a board's draw follows: load, clock and temperature, by least squares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from fdir.latchup import DrawSample
+from telemetry.figures import CurrentProfile
+
+LEAST_SAMPLES: Final = 8
+"""Fewer tell nothing of the scatter."""
+LEAST_FREQ_SPREAD_GHZ: Final = 0.05
+"""A clock that varies by less (standard deviation) is taken as fixed."""
+LEAST_TEMP_SPREAD_C: Final = 1.0
+QUIET_SHARE: Final = 0.25
+"""CPU share up to which a sample counts as quiet, 1 = one core: as in `fdir.latchup.LatchupLimits`."""
+
+_Floats = npt.NDArray[np.float64]
+
+
+def clock_files(sysfs: Path = Path("/sys/devices/system/cpu")) -> list[Path]:
+    """Return the files that tell the clocks of the cores; none on most virtual machines."""
+    return sorted(sysfs.glob("cpu[0-9]*/cpufreq/scaling_cur_freq"))
+
+
+def read_clocks(files: Sequence[Path]) -> float | None:
+    """Return the mean clock of the cores, GHz; None when no core tells it."""
+    clocks_khz = []
+    for path in files:
+        try:
+            clocks_khz.append(int(path.read_text()))
+        except (OSError, ValueError):
+            continue  # a core that is switched off
+    return sum(clocks_khz) / len(clocks_khz) / 1e6 if clocks_khz else None
+
+
+def fit_current(samples: Sequence[DrawSample], sample_s: float) -> CurrentProfile | None:
+    """Return the profile that explains the draw best; None when the samples are too few, or the load is one.
+
+    Parameters
+    ----------
+    samples
+        Load and draw; those whose draw is not finite are left out.
+    sample_s
+        Time between samples, s.
+    """
+    used = [s for s in samples if np.isfinite(s.power_w)]
+    if len(used) < LEAST_SAMPLES:
+        return None
+    power = np.array([s.power_w for s in used])
+    share = np.array([s.cpu_share for s in used])
+    freq = _known([s.freq_ghz for s in used], LEAST_FREQ_SPREAD_GHZ)
+    temp = _known([s.temp_c for s in used], LEAST_TEMP_SPREAD_C)
+    if share.std() < QUIET_SHARE / 10:
+        return None
+    columns = [np.ones_like(share), share]
+    if freq is not None:
+        columns.append(share * (freq - freq.mean()))
+    if temp is not None:
+        columns.append(temp - temp.mean())
+    matrix = np.stack(columns, axis=1)
+    found, _, rank, _ = np.linalg.lstsq(matrix, power, rcond=None)
+    if rank < matrix.shape[1]:
+        return None
+    residual = power - matrix @ found
+    terms = iter(found[2:].tolist())
+    quiet = residual[share <= QUIET_SHARE]
+    return CurrentProfile(
+        idle_w=max(0.0, float(found[0])),
+        core_w=float(found[1]),
+        core_w_per_ghz=next(terms) if freq is not None else 0.0,
+        freq_ghz=float(freq.mean()) if freq is not None else 0.0,
+        w_per_c=next(terms) if temp is not None else 0.0,
+        temp_c=float(temp.mean()) if temp is not None else 0.0,
+        residual_sigma_w=float(np.sqrt(np.sum(residual**2) / max(1, len(used) - matrix.shape[1]))),
+        quiet_sigma_w=float(quiet.std()) if len(quiet) > 1 else None,
+        samples=len(used),
+        sample_s=sample_s,
+    )
+
+
+def _known(values: Sequence[float | None], least_spread: float) -> _Floats | None:
+    """Return a quantity known at every sample that varies enough for its term to be told; else None."""
+    known = [value for value in values if value is not None and np.isfinite(value)]
+    if len(known) < len(values):
+        return None
+    array = np.array(known)
+    return array if array.std() >= least_spread else None
