@@ -13,6 +13,7 @@ import sqlite3
 import time
 from collections.abc import Callable
 
+from fdir.table import RowState
 from node import state
 from node.jobs import JobConflict, JobQueue, JobState
 from node.pulse import Pulse
@@ -52,6 +53,8 @@ class Commanding:
         For security reports, and the mission clock.
     on_executed
         Called after the commit with the arguments of each command executed.
+    check
+        Called before the effect, in the database's thread; raises `CommandFailed` for what cannot be done.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class Commanding:
         authenticator: Authenticator,
         recorder: Recorder,
         on_executed: Callable[[Arguments], None],
+        check: Callable[[Arguments], None] = lambda _: None,
     ) -> None:
         self.dropped = 0
         """Commands dropped unread because too many were waiting."""
@@ -72,6 +76,7 @@ class Commanding:
         self._authenticator = authenticator
         self._recorder = recorder
         self._on_executed = on_executed
+        self._check = check
         self._inbox: asyncio.Queue[bytes | None] = asyncio.Queue(MAX_WAITING)
         """Messages; None wakes the task to answer a health ping."""
         self.pulse = Pulse("commanding", self._wake)
@@ -182,6 +187,7 @@ class Commanding:
         arguments: Arguments,
         report: Callable[[Stage], None],
     ) -> None:
+        self._check(arguments)
         match arguments:
             case commands.Ping():
                 report(Stage.PROGRESS)
@@ -208,6 +214,12 @@ class Commanding:
                 state.set_safe(connection, Mode(mode) is Mode.SAFE)
             case commands.SetPowerCap(power_w=power_w):
                 state.set_cap(connection, power_w)
+            case commands.SetFdirRow(row=row, state=row_state):
+                state.change_fdir_state(connection, None if row == "*" else row, RowState(row_state))
+            case commands.ExternalControl(on=on):
+                state.set_external_control(connection, on)
+            case commands.ResetCounters():
+                state.forget_reboots(connection)
             case _:
                 # What has no durable effect follows in `on_executed`.
                 pass

@@ -258,6 +258,10 @@ class NodeConfig(Section, frozen=True, kw_only=True):
         images = Path(self.model.images_dir)
         return active_image(images) if self.model.slot == "active" else images / self.model.slot
 
+    def slot_dir(self, slot: Literal["a", "b"]) -> Path:
+        """Return the directory of an image slot."""
+        return Path(self.model.images_dir) / slot
+
     @property
     def arena_path(self) -> Path:
         """Named shared memory of the KV arena; one a state directory, so two nodes never share one."""

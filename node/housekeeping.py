@@ -8,17 +8,21 @@ import sqlite3
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import Any
 
 from node.bus_view import BusView
 from node.clock import MissionClock
 from node.commanding import Commanding
 from node.config import TelemetrySection
+from node.fdir_wiring import Fdir
 from node.intake import Intake
 from node.job_runner import JobRunner
 from node.jobs import JobQueue
 from node.modes import ModeMachine
 from node.power_service import PowerService
+from node.pulse import Pulse
 from node.recorder import Recorder
+from node.state import BootState
 from node.worker_service import WorkerService
 from telemetry.authenticator import Authenticator
 from telemetry.database import Database, StoreFull
@@ -28,6 +32,9 @@ from telemetry.packets import Housekeeping, Ledger
 from telemetry.spool import Spool
 
 _log = logging.getLogger(__name__)
+
+BEAT_S = 0.5
+"""Longest time between two answers to health pings, s (assumed: a fraction of their limits)."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,8 @@ class Sources:
     authenticator: Authenticator
     commanding: Commanding
     link: Link
+    fdir: Fdir
+    boot: BootState
 
 
 class HousekeepingService:
@@ -58,7 +67,7 @@ class HousekeepingService:
     recorder
         For the packets.
     sources
-        What is sampled.
+        Returns what is sampled.
     """
 
     def __init__(
@@ -69,14 +78,18 @@ class HousekeepingService:
         spool: Spool,
         jobs: JobQueue,
         recorder: Recorder,
-        sources: Sources,
+        sources: Callable[[], Sources],
     ) -> None:
+        self.pulse = Pulse("housekeeping")
+        """Health of the task that samples, which turns by itself."""
+        self.store: tuple[int, float] | None = None
+        """Jobs queued, and the filled share of the spool; None before the first sample."""
         self._settings = settings
         self._database = database
         self._spool = spool
         self._jobs = jobs
         self._recorder = recorder
-        self._sources = sources
+        self._get_sources = sources
         self._ledger_wanted = asyncio.Event()
         self._started_s = time.monotonic()
         self._rate_since = (self._started_s, 0)
@@ -109,6 +122,7 @@ class HousekeepingService:
             counts, size = await self._database.run(
                 lambda c: (self._jobs.counts(c), self._spool.size(c)),
             )
+            self.store = (counts[0], min(1.0, size[1] / self._settings.spool_max_bytes))
             packet, t_ns = self._packet(counts, size), self._recorder.now_ns()
             await self._database.run(lambda c: self._spool.append(c, packet, t_ns))
 
@@ -127,7 +141,11 @@ class HousekeepingService:
             await self.sample()
             # A slow disk makes it skip turns, not run behind for ever.
             next_s = max(next_s + self._settings.housekeeping_period_s, time.monotonic())
-            await asyncio.sleep(next_s - time.monotonic())
+            while (left_s := next_s - time.monotonic()) > 0:
+                self.pulse.beat()
+                await asyncio.sleep(min(left_s, BEAT_S))
+            self.pulse.beat()
+            await asyncio.sleep(0)
 
     async def _ledger_each_period(self) -> None:
         while True:
@@ -183,7 +201,37 @@ class HousekeepingService:
             threads=s.worker.threads,
             prefill_tokens=counters.prefill_tokens,
             compute_trips=counters.compute_trips,
+            **self._fdir_fields(),
         )
+
+    def _fdir_fields(self) -> dict[str, Any]:
+        s = self._sources
+        service, scrub = s.fdir.service, s.fdir.scrubber.status()
+        enabled, passive, disabled = service.counts()
+        return {
+            "fdir_enabled": enabled,
+            "fdir_passive": passive,
+            "fdir_disabled": disabled,
+            "fdir_external": service.external_control,
+            "fdir_detections": service.detections,
+            "fdir_actions": service.actions,
+            "fdir_level": service.level,
+            "resets": service.resets,
+            "scrub_pass_s": scrub.pass_s,
+            "scrub_age_s": scrub.pass_age_s,
+            "scrub_miscompares": sum(region.miscompares for region in scrub.regions),
+            "worker_scrub_pass_s": s.worker.scrub_pass_s,
+            "loop_lag_ms": s.fdir.take_lag_ms(),
+            "watchdog": s.fdir.health.watchdog,
+            "watchdog_fed": s.fdir.health.feeds,
+            "sensor_rejections": s.view.rejections,
+            "eps_source": s.view.eps_source.value,
+            "state_repairs": len(s.boot.repaired),
+        }
+
+    @property
+    def _sources(self) -> Sources:
+        return self._get_sources()
 
     def _token_rate_hz(self, now_s: float) -> float:
         before_s, before = self._rate_since

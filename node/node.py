@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.metadata
 import logging
 import platform
@@ -12,6 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fdir.boot import BootDecision, BootMode
+from fdir.table import Table
 from node import clock as mission_clock
 from node import modes, state
 from node.boards import Board
@@ -19,13 +22,15 @@ from node.bus_view import BusView
 from node.commanding import Commanding
 from node.config import NodeConfig
 from node.downlink import Downlink, DownlinkWindow
-from node.findings import Finding
+from node.fdir_acts import Orders
+from node.fdir_wiring import Fdir, Parts
 from node.housekeeping import HousekeepingService, Sources
 from node.inference.manifest import image_id, load_manifest
 from node.intake import Intake
 from node.job_runner import JobRunner
 from node.jobs import JobQueue
 from node.power_service import PowerService
+from node.pulse import Pulse
 from node.recorder import Recorder
 from node.worker_service import WorkerService
 from telemetry import commands
@@ -37,7 +42,7 @@ from telemetry.database import Database, StoreFull
 from telemetry.errors import PenumbraError
 from telemetry.keys import KeyRing
 from telemetry.link import MqttLink
-from telemetry.packets import BootReport, Event, FdirReport, Level, Mode, Outcome, Severity
+from telemetry.packets import BootReport, Event, FlightRecord, Mode, Severity
 from telemetry.spool import Spool
 
 _log = logging.getLogger(__name__)
@@ -56,6 +61,9 @@ class Identity:
 
     config: NodeConfig
     boot: state.BootState
+    """As found, before the boot manager's decision."""
+    decision: BootDecision
+    table: Table
     recovered_from: Path | None
 
 
@@ -78,6 +86,8 @@ class Node:
         Worker command line, see `runtime.worker_command`.
     on_overrun
         Called when tasks do not end although cancelled: the process is then to be ended.
+    on_restart
+        Called with a reason when the node is to end in order, and to be started again.
     """
 
     def __init__(
@@ -92,6 +102,7 @@ class Node:
         board: Board,
         command: Sequence[str],
         on_overrun: Callable[[], None],
+        on_restart: Callable[[str], None],
     ) -> None:
         config, name = identity.config, identity.config.node.name
         self._identity = identity
@@ -111,7 +122,6 @@ class Node:
             database=database,
             board=board,
         )
-        self._worker.on_finding = self._on_finding
         self._runner = JobRunner(
             database,
             jobs,
@@ -121,8 +131,8 @@ class Node:
             send=self._worker.send,
             on_fault=self._worker.report_fault,
         )
-        self._worker.on_ready = self._runner.worker_ready
-        self._worker.on_gone = self._runner.worker_gone
+        self._worker.on_ready = self._on_worker_ready
+        self._worker.on_gone = self._on_worker_gone
         self._worker.on_job_message = self._runner.offer
         self._commanding = Commanding(
             database=database,
@@ -131,6 +141,7 @@ class Node:
             authenticator=authenticator,
             recorder=self.recorder,
             on_executed=self._on_executed,
+            check=lambda arguments: self._fdir.check(arguments),  # noqa: PLW0108 - made later
         )
         self._intake = Intake(
             name,
@@ -166,20 +177,52 @@ class Node:
             spool=spool,
             jobs=jobs,
             recorder=self.recorder,
-            sources=Sources(
-                clock=self._clock,
-                modes=self._modes,
-                view=self._view,
-                power=self._power,
-                worker=self._worker,
-                runner=self._runner,
-                intake=self._intake,
-                authenticator=authenticator,
-                commanding=self._commanding,
-                link=self._space_link,
-            ),
+            sources=lambda: sources,
         )
-        self._mode_actions: asyncio.Queue[modes.ModeAction] = asyncio.Queue()
+        self._mode_actions: asyncio.Queue[modes.ModeAction | None] = asyncio.Queue()
+        self._mode_pulse = Pulse("modes", lambda: self._mode_actions.put_nowait(None))
+        services = (
+            *(self.recorder, self._worker, self._runner, self._commanding),
+            *(self._power, self._housekeeping, self._downlink),
+        )
+        self._fdir = Fdir(
+            config,
+            identity.table,
+            identity.boot,
+            identity.decision,
+            parts=Parts(
+                worker=self._worker,
+                power=self._power,
+                view=self._view,
+                clock=self._clock,
+                authenticator=authenticator,
+                spool=spool,
+                store=lambda: self._housekeeping.store,
+            ),
+            pulses=[self._mode_pulse, *(service.pulse for service in services)],
+            database=database,
+            recorder=self.recorder,
+            link=self._bus_link,
+            orders=Orders(self._enter_safe, on_restart, lambda: self._fdir.service.resets),
+        )
+        sources = Sources(
+            clock=self._clock,
+            modes=self._modes,
+            view=self._view,
+            power=self._power,
+            worker=self._worker,
+            runner=self._runner,
+            intake=self._intake,
+            authenticator=authenticator,
+            commanding=self._commanding,
+            link=self._space_link,
+            fdir=self._fdir,
+            boot=identity.boot,
+        )
+
+    def flight_record(self, reason: str) -> FlightRecord:
+        """Return the last stimuli and actions of the FDIR, for a crash."""
+        return self._fdir.service.dump(reason, None)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Run until `stop` is set, then stop in order.
@@ -204,18 +247,26 @@ class Node:
                     ("node.downlink.run", self._downlink.run()),
                     ("node.link.bus", self._bus_link.run()),
                     ("node.link.space", self._space_link.run()),
+                    ("node.boot.settle", self._settle()),
+                    *self._fdir.tasks(),
                 )
             ]
+            ordered = False
             try:
-                self._change_mode(modes.Restored(self._identity.boot.safe))
+                self._fdir.report_boot()
+                if not self._identity.decision.entered_safe:
+                    self._change_mode(modes.Restored(self._identity.decision.mode is BootMode.SAFE))
                 await stop.wait()
                 await self._shut_down()
+                ordered = True
             finally:
+                await self._fdir.close(ordered=ordered)
                 # Also after a defect, when the group has cancelled them already.
                 await self._end(services)
 
     async def _shut_down(self) -> None:
         self.recorder.event(Severity.INFO, "node.stopping", "ordered stop")
+        self._fdir.stopping()
         self._intake.close()
         await self._worker.stop()
         try:
@@ -243,12 +294,13 @@ class Node:
             self._on_overrun()
 
     async def _report_boot(self) -> None:
-        config, boot = self._identity.config, self._identity.boot
+        config, boot, decision = self._identity.config, self._identity.boot, self._identity.decision
+        image_dir = config.image_dir if decision.slot is None else config.slot_dir(decision.slot)
         active = await self._database.run(self._jobs.active)
         image: str | None = None
         trouble: list[Event] = []
         try:
-            image = image_id(await asyncio.to_thread(load_manifest, config.image_dir))
+            image = image_id(await asyncio.to_thread(load_manifest, image_dir))
         except PenumbraError as error:
             trouble.append(Event(severity=Severity.HIGH, name="image.unreadable", text=error.what))
         if self._identity.recovered_from is not None:
@@ -265,6 +317,13 @@ class Node:
             onnxruntime=_version("onnxruntime"),
             resumed_job=active[0] if active else None,
             resumed_jobs=active,
+            mode=Mode.SAFE if decision.mode is BootMode.SAFE else Mode.NOMINAL,
+            slot=decision.slot,
+            reasons=list(decision.reasons),
+            unintended_reboots=decision.unintended,
+            resets=boot.resets,
+            repaired_state=list(boot.repaired),
+            fdir_sha256=self._identity.table.sha256,
         )
         _log.info("boot %d, state %s, image %s", boot.boot, config.state_dir, image)
         for packet in (report, *trouble):
@@ -304,24 +363,22 @@ class Node:
             await asyncio.sleep(CLOCK_TICK_S)
             self._steer_clock(mission_clock.Tick())
 
-    def _on_finding(self, finding: Finding) -> None:
-        if finding.report is not None:
-            self.recorder.post(finding.report)
-        elif finding.row == "worker.restarts":
-            self.recorder.post(
-                FdirReport(
-                    monitor=finding.row,
-                    level=Level.SAFE_MODE,
-                    outcome=Outcome.ESCALATED,
-                    action="safe_mode",
-                    detected_ns=finding.detected_ns,
-                    recovered_ns=None,
-                    evidence={"reason": finding.reason},
-                )
-            )
-            self._change_mode(modes.FdirSafe(finding.reason))
-        else:
-            self._worker.restart(finding.row, finding.reason)
+    def _enter_safe(self, reason: str) -> None:
+        self._change_mode(modes.FdirSafe(reason))
+
+    def _on_worker_ready(self) -> None:
+        self._runner.worker_ready()
+        self._fdir.worker_ready()
+
+    def _on_worker_gone(self) -> None:
+        self._runner.worker_gone()
+        self._fdir.worker_gone()
+
+    async def _settle(self) -> None:
+        """Note that the boot is good, once it has served long enough."""
+        await asyncio.sleep(self._identity.config.fdir.stable_s)
+        with contextlib.suppress(StoreFull, sqlite3.Error):
+            await self._database.run(state.note_good_boot)
 
     def _on_executed(self, arguments: Arguments) -> None:
         """Carry out what of a command is not durable, after its commit."""
@@ -335,15 +392,18 @@ class Node:
             case commands.ReportLedger():
                 self._housekeeping.report_ledger()
             case _:
-                pass
+                self._fdir.execute(arguments)
 
     def _change_mode(self, event: modes.ModeEvent) -> None:
         for action in self._modes.handle(event, self.recorder.now_ns()):
             self._mode_actions.put_nowait(action)
+        self._fdir.set_mode(self._modes.mode)
 
     async def _act_on_modes(self) -> None:
         while True:
-            match await self._mode_actions.get():
+            action = await self._mode_actions.get()
+            self._mode_pulse.beat()
+            match action:
                 case modes.PersistSafe(safe):
                     await self._persist_safe(safe)
                 case modes.AllowInference(rearm):

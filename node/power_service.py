@@ -25,6 +25,8 @@ _log = logging.getLogger(__name__)
 
 PERIOD_S = 0.25
 """Period of the loop, s of physical time (assumed: a mission second at 4 times real time)."""
+REST_DUTY = 0.01
+"""Duty of a worker that is to rest: the lowest there is."""
 PLAN_CHANGE = 0.05
 """Relative change of the ceiling that is reported (packets.PowerPlan)."""
 PLAN_PERIOD_S = 1.0
@@ -102,6 +104,9 @@ class PowerService:
         self._on_batch = on_batch
         self._on_sunlit = on_sunlit
         self._governor = Governor(config.power)
+        self.on_reading: Callable[[BoardReading, float | None], None] = lambda _reading, _board_c: None
+        """Called with each reading of the board, and its temperature, degC."""
+        self._rest_until_s = 0.0
         self._planned: tuple[Setpoint, float] | None = None
         self.pulse = Pulse("power")
         """Health of the governing task, which turns by itself."""
@@ -116,6 +121,10 @@ class PowerService:
         """Return the board's temperature, from its own sensor or from the bus."""
         own = self.reading.board_c
         return self._view.board_c(now_s) if own is None else own
+
+    def rest(self, for_s: float) -> None:
+        """Let the worker rest for a time, s: the draw of an idle board is judged for a latch-up."""
+        self._rest_until_s = time.monotonic() + for_s
 
     async def _govern(self) -> None:
         while True:
@@ -132,6 +141,7 @@ class PowerService:
             self._on_sunlit(self.sunlit)
         idle_w, max_w = self._board.range_w()
         forecast = self._view.forecast
+        self.on_reading(self.reading, self.board_c(now_s))
         inputs = PowerInputs(
             t_ns=t_ns,
             rate=self._clock.rate,
@@ -160,6 +170,8 @@ class PowerService:
         resized = point.batch != self.point.batch
         self.point = point
         duty = self._config.power.min_duty if self._blocked() else point.duty
+        if time.monotonic() < self._rest_until_s:
+            duty = min(duty, REST_DUTY)
         self._send(
             protocol.Pace(duty=duty, threads=point.threads, batch=point.batch, redundant=self._redundant())
         )

@@ -15,12 +15,18 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fdir import boot as boot_manager
+from fdir.boot import Slot
+from fdir.table import RowState, Table, load_table
 from node import state
 from node.boards import open_board
 from node.config import NodeConfig
+from node.inference.manifest import load_manifest
+from node.inference.slots import active_slot
 from node.jobs import JobQueue
 from node.node import CANCEL_S, FLUSH_S, Identity, Node
 from node.worker_process import REAP_S
@@ -38,16 +44,27 @@ EXIT_CRASH = 70
 """An unexpected exception ended the node (EX_SOFTWARE)."""
 EXIT_OVERRUN = 71
 """An ordered stop overran its bound."""
+EXIT_RESTART = 75
+"""The recovery ladder asks for a new start (EX_TEMPFAIL)."""
 CLOSE_S = 2.0
 """Bound on closing the database, s."""
 
 
-def worker_command(config: NodeConfig) -> list[str]:
-    """Return the worker's command line, without the socket and generation that each start adds."""
+def worker_command(config: NodeConfig, slot: Slot | None = None) -> list[str]:
+    """Return the worker's command line, without the socket and generation that each start adds.
+
+    Parameters
+    ----------
+    config
+        Checked configuration.
+    slot
+        Image slot to run from; None: the one that the configuration means.
+    """
+    image = config.image_dir if slot is None else config.slot_dir(slot)
     w = config.worker
     return [
         *(sys.executable, "-m", "node.inference.worker"),
-        *("--image", str(config.image_dir), "--arena", str(config.arena_path)),
+        *("--image", str(image), "--arena", str(config.arena_path)),
         *("--threads", str(config.model.threads), "--seats", str(w.seats), "--batch", str(w.batch)),
         *("--positions", str(w.positions), "--epoch-tokens", str(w.epoch_tokens)),
         *("--epoch-seconds", str(w.epoch_s), "--overhead-budget", str(w.overhead_budget)),
@@ -56,7 +73,7 @@ def worker_command(config: NodeConfig) -> list[str]:
     ]
 
 
-async def run_node(config: NodeConfig, stop: asyncio.Event, command: Sequence[str] | None = None) -> None:
+async def run_node(config: NodeConfig, stop: asyncio.Event, command: Sequence[str] | None = None) -> int:
     """Run one boot of the node until `stop` is set.
 
     Parameters
@@ -68,10 +85,15 @@ async def run_node(config: NodeConfig, stop: asyncio.Event, command: Sequence[st
     command
         Worker command line without socket and generation; None for the real one, `worker_command`.
 
+    Returns
+    -------
+    int
+        `EXIT_CLEAN`, or `EXIT_RESTART` when the recovery ladder asks for a new start.
+
     Raises
     ------
     PenumbraError
-        Keys, board, or the state directory are at fault.
+        Keys, board, FDIR table, watchdog, or the state directory are at fault.
     Exception
         A defect: whatever a component raised. An event was stored if the database still worked.
 
@@ -79,6 +101,8 @@ async def run_node(config: NodeConfig, stop: asyncio.Event, command: Sequence[st
     """
     ring = KeyRing.load(Path(config.keys.file))
     board = open_board(config.board.kind, config.board)
+    table = load_table(Path(config.fdir.table) if config.fdir.table else None)
+    slots, active = await asyncio.to_thread(_look_at_slots, config)
     _make_state_dir(config.state_dir)
     database = await Database.open(
         config.state_dir / "node.db", max_bytes=config.telemetry.database_max_bytes
@@ -88,42 +112,114 @@ async def run_node(config: NodeConfig, stop: asyncio.Event, command: Sequence[st
         lost = database.recovered_from
         lowest_boot = 1 if lost is None else int(time.time())
 
-        def begin(connection: sqlite3.Connection) -> tuple[state.BootState, Spool, JobQueue, Authenticator]:
+        def begin(
+            connection: sqlite3.Connection,
+        ) -> tuple[state.BootState, boot_manager.BootDecision, Spool, JobQueue, Authenticator]:
             state.create(connection)
-            boot = state.begin_boot(connection, lowest_boot)
+            boot = state.begin_boot(connection, lowest_boot, int(time.time()))
+            decision = _decide_boot(config, table, boot, slots, active)
+            state.keep_decision(connection, decision)
             spool = Spool(config.node.name, boot.boot, config.telemetry.spool_max_bytes)
             jobs = JobQueue(spool)
             authenticator = Authenticator(config.node.name, ring)
             spool.create(connection)
             jobs.create(connection)
             authenticator.load(connection)
-            return boot, spool, jobs, authenticator
+            return boot, decision, spool, jobs, authenticator
 
         try:
-            boot, spool, jobs, authenticator = await database.run(begin)
+            boot, decision, spool, jobs, authenticator = await database.run(begin)
         except StoreFull:
             # A boot that is not counted would use sequence numbers twice.
             raise PenumbraError(
                 f"{database.path}: no room to count this boot", "free space on its disk"
             ) from None
+        restart_reasons: list[str] = []
+
+        def on_restart(reason: str) -> None:
+            restart_reasons.append(reason)
+            stop.set()
+            asyncio.get_running_loop().call_later(stop_bound_s(config), _exit_at_once)
+
         node = Node(
-            Identity(config, boot, lost),
+            Identity(config, boot, decision, table, lost),
             database=database,
             spool=spool,
             jobs=jobs,
             authenticator=authenticator,
             ring=ring,
             board=board,
-            command=worker_command(config) if command is None else command,
+            command=worker_command(config, decision.slot) if command is None else command,
             on_overrun=_exit_at_once,
+            on_restart=on_restart,
         )
         try:
             await node.run(stop)
         except Exception as error:
-            await _store_crash(database, spool, node.recorder.now_ns(), error)
+            await _store_crash(database, spool, node, error)
             raise
     finally:
         await database.close(CLOSE_S)
+    if restart_reasons:
+        _log.warning("ended to be started again: %s", restart_reasons[0])
+        return EXIT_RESTART
+    return EXIT_CLEAN
+
+
+def stop_bound_s(config: NodeConfig) -> float:
+    """Return the time after which an ordered stop is cut short, s."""
+    return config.worker.stop_timeout_s + REAP_S + FLUSH_S + CANCEL_S + CLOSE_S + 1
+
+
+def _look_at_slots(config: NodeConfig) -> tuple[dict[Slot, boot_manager.SlotState], Slot]:
+    """Return what is known of the image slots without reading them whole, and which one is meant."""
+    images = Path(config.model.images_dir)
+    slots: dict[Slot, boot_manager.SlotState] = {}
+    for slot in boot_manager.SLOTS:
+        image = images / slot
+        try:
+            manifest = load_manifest(image)
+            sizes = {name: (image / name).stat().st_size for name in manifest.sizes}
+            whole = sizes == manifest.sizes
+        except (PenumbraError, OSError):
+            whole = False
+        missing = not image.is_dir()
+        slots[slot] = (
+            boot_manager.SlotState.MISSING
+            if missing
+            else boot_manager.SlotState.VALID
+            if whole
+            else boot_manager.SlotState.INVALID
+        )
+    return slots, active_slot(images) if config.model.slot == "active" else config.model.slot
+
+
+def _decide_boot(
+    config: NodeConfig,
+    table: Table,
+    boot: state.BootState,
+    slots: dict[Slot, boot_manager.SlotState],
+    active: Slot,
+) -> boot_manager.BootDecision:
+    row = boot_manager.ROW
+    enabled = row in table and boot.fdir_states.get(row, table.row(row).state) is RowState.ENABLED
+    facts = boot_manager.BootFacts(
+        boot=boot.boot,
+        clean_shutdown=boot.clean_shutdown,
+        restart_requested=bool(boot.restart_requested),
+        safe=boot.safe,
+        unintended=boot.unintended,
+        last_slot=boot.slot,
+        failed_starts=boot.failed_starts,
+        slots=slots,
+        active=active,
+        last_active=boot.active,
+        pinned=config.model.slot != "active",
+        may_enter_safe=enabled and boot.fdir_overall is RowState.ENABLED and not boot.external_control,
+        lost=boot.lost,
+    )
+    limits = boot_manager.BootLimits(config.fdir.other_slot_after, config.fdir.safe_after)
+    return boot_manager.decide(facts, limits)
 
 
 def _make_state_dir(path: Path) -> None:
@@ -160,11 +256,14 @@ class OneLine(logging.Formatter):
         return line.replace("\n", " | ")
 
 
-async def _store_crash(database: Database, spool: Spool, t_ns: int, error: Exception) -> None:
-    event = Event(severity=Severity.HIGH, name="node.crash", text=describe(error)[:500])
+async def _store_crash(database: Database, spool: Spool, node: Node, error: Exception) -> None:
+    text, t_ns = describe(error)[:500], node.recorder.now_ns()
+    event = Event(severity=Severity.HIGH, name="node.crash", text=text)
+    record = node.flight_record(f"crash: {text}")
     with suppress(StoreFull, sqlite3.Error, TimeoutError):
         async with asyncio.timeout(FLUSH_S):
-            await database.run(lambda c: spool.append(c, event, t_ns))
+            for packet in (event, record):
+                await database.run(partial(spool.append, packet=packet, t_ns=t_ns))
 
 
 def _exit_at_once() -> None:
@@ -181,20 +280,19 @@ def _log_stray(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     _log.warning("event loop: %s: %s", context.get("message", ""), told)
 
 
-async def _run_until_signal(config: NodeConfig, command: Sequence[str] | None) -> None:
+async def _run_until_signal(config: NodeConfig, command: Sequence[str] | None) -> int:
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(_log_stray)
     stop = asyncio.Event()
-    bound_s = config.worker.stop_timeout_s + REAP_S + FLUSH_S + CANCEL_S + CLOSE_S + 1
 
     def on_signal() -> None:
         if not stop.is_set():
             stop.set()
-            loop.call_later(bound_s, _exit_at_once)
+            loop.call_later(stop_bound_s(config), _exit_at_once)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
-    await run_node(config, stop, command)
+    return await run_node(config, stop, command)
 
 
 def main(config_path: Path, command: Sequence[str] | None = None) -> int:
@@ -215,13 +313,13 @@ def main(config_path: Path, command: Sequence[str] | None = None) -> int:
     -------
     int
         0 ordered stop, 2 something the user has to mend, `EXIT_CRASH` a defect, `EXIT_OVERRUN` a stop that
-        overran its bound.
+        overran its bound, `EXIT_RESTART` the recovery ladder asks for a new start.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(OneLine("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.INFO)
     try:
-        asyncio.run(_run_until_signal(NodeConfig.load(config_path), command))
+        return asyncio.run(_run_until_signal(NodeConfig.load(config_path), command))
     except PenumbraError as error:
         sys.stderr.write(f"penumbra node: {error}\n")
         return error.exit_code
@@ -229,4 +327,3 @@ def main(config_path: Path, command: Sequence[str] | None = None) -> int:
         # The last place to turn a defect into a line and a code.
         _log.critical("%s", describe(error))
         return EXIT_CRASH
-    return EXIT_CLEAN

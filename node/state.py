@@ -211,6 +211,18 @@ def set_fdir_states(
     _set(connection, "fdir_overall", overall)
 
 
+def change_fdir_state(connection: sqlite3.Connection, row: str | None, state: RowState) -> None:
+    """Remember the commanded state of one row, by id; None: of the FDIR as a whole."""
+    reader = _Reader(connection)
+    states = dict(reader.get("fdir_states", dict[str, RowState], {}))
+    overall = reader.get("fdir_overall", RowState, RowState.ENABLED)
+    if row is None:
+        overall = state
+    else:
+        states[row] = state
+    set_fdir_states(connection, states, overall)
+
+
 def set_external_control(connection: sqlite3.Connection, on: bool) -> None:
     """Remember whether the ground has taken over from the FDIR."""
     _set(connection, "external_control", on)

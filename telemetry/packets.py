@@ -94,6 +94,8 @@ class Outcome(StrEnum):
     RESTARTED = "restarted"
     ESCALATED = "escalated"
     FAILED = "failed"
+    REPORTED = "reported"
+    """Nothing was to be done about it, or nothing is done while the ground has control."""
 
 
 class Packet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
