@@ -198,7 +198,8 @@ def _flip_checks(record: FlightRecord, flips: Flips) -> list[Check]:
             ok=flips.repaired == judged and restarts == 0 if judged else None,
             measured=flips.repaired,
             limit=judged,
-            text=f"flips repaired in the running worker; worker restarts that no process fault explains: {restarts}",
+            text="flips repaired in the running worker; "
+            f"worker restarts that no process fault explains: {restarts}",
         ),
     ]
 

@@ -139,7 +139,7 @@ def test_deleted_without_an_archive_is_found(store: Store) -> None:
 
 
 def test_drops_are_accounted_with_their_reason(store: Store) -> None:
-    small = Spool(NODE, 1, 700)
+    small = Spool(NODE, 1, 2000)
     for n in range(6):
         small.append(store.connection, housekeeping(float(n), n, 0).packet, n)
     fact = store.ledger()

