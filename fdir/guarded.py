@@ -23,7 +23,8 @@ class GuardedTable:
     encode
         Returns the bytes of the values in use; the same values give the same bytes.
     restore
-        Puts values in use again from sound bytes, before it returns. None: damage to the values in use is beyond repair.
+        Puts values in use again from sound bytes, before it returns. None: damage to the values in use is
+        beyond repair.
     """
 
     def __init__(

@@ -12,7 +12,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from fdir.pages import BadPage, PageTable
+from fdir.pages import BLOCK_PAGES, PAGE_SIZE, BadPage, PageTable
 from fdir.parity import ParityFile, repair
 from node.inference.manifest import PARITY, SLOTS, WEIGHTS, Manifest, attach_weights, load_page_table
 from node.inference.proof import Mended
@@ -23,6 +23,8 @@ SCRUB_S: Final = 0.001
 270M), for a thousandth of the time."""
 IDLE_SCRUB_S: Final = 0.004
 """The same at a proof with no job running."""
+
+_BLOCK_BYTES: Final = BLOCK_PAGES * PAGE_SIZE
 
 
 class ProtectedWeights:
@@ -62,7 +64,7 @@ class ProtectedWeights:
         """Blocks that are proven in turn."""
         self._next_scrub = 0
         self._block_s: float | None = None
-        """Time a block takes in a proof, s, as measured last."""
+        """Time a whole block takes in a proof, s, as measured last."""
         self._pass_started_s = time.monotonic()
         self.scrub_pass_s: float | None = None
         """Time the last full pass over what is proven in turn took, s; None before the first is done."""
@@ -97,7 +99,8 @@ class ProtectedWeights:
         chosen = self._scrub_slice(SCRUB_S if tokens else IDLE_SCRUB_S)
         started_s = time.perf_counter()
         found = memory.scan(self._pool, self._threads, blocks=chosen, pages=np.concatenate(pages))
-        self._block_s = (time.perf_counter() - started_s) / (len(memory.live_blocks) + len(chosen) or 1)
+        blocks = memory.live_bytes / _BLOCK_BYTES + len(chosen)
+        self._block_s = (time.perf_counter() - started_s) / blocks
         return self._mend(found) if found else []
 
     def _rows(
