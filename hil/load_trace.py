@@ -117,15 +117,10 @@ def save_trace(path: Path, head: TraceHead, share: Floats) -> None:
 def resample(times_s: Sequence[float], cpu_s: Sequence[float], rate_hz: int) -> Floats:
     """Return the CPU share in even intervals from readings at uneven times, shape (n,)."""
     times, used = np.asarray(times_s), np.asarray(cpu_s)
-    times, used = np.asarray(times_s), np.asarray(cpu_s)
-    count = int((times[-1] - times[0]) * rate_hz)
     count = int((times[-1] - times[0]) * rate_hz)
     grid = times[0] + np.arange(count + 1) / rate_hz
-    grid = times[0] + np.arange(count + 1) / rate_hz
-    return np.diff(np.interp(grid, times, used)) * rate_hz
     share: Floats = np.diff(np.interp(grid, times, used)) * rate_hz
     return share
-
 
 
 def record(image: Path, *, threads: int, seconds: float, seed: int, command: str) -> tuple[TraceHead, Floats]:
