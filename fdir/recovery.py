@@ -1,7 +1,8 @@
-"""The recovery ladder of the inference worker: restart with back-off, bounded, then safe mode.
+"""The life of the inference worker: restarts with back-off, and bounded; what follows is the ladder's.
 
 Level 2 (restart the worker) until `RestartPolicy.limit` restarts lie inside the last
-`RestartPolicy.window_s` seconds; the next fault is level 5 (safe mode). The times of the restarts are
+`RestartPolicy.window_s` seconds; the next fault is told as exhausted, which the FDIR table answers with
+level 3 (another image). The times of the restarts are
 persisted *before* each restart and given back at the next node start, so a node that dies together
 with its worker cannot restart it for ever (cFS HS keeps its reset count the same way). The clock is
 CLOCK_MONOTONIC: it runs on over a restart of the node, and begins anew with the host; a stored time
@@ -16,10 +17,10 @@ from enum import StrEnum
 
 
 class WorkerState(StrEnum):
-    """Where the worker is on the ladder."""
+    """Where the worker is in its life."""
 
     STOPPED = "stopped"
-    """Not wanted: safe mode by command, or the node is stopping."""
+    """Not wanted: safe mode, its image is being mended, or the node is stopping."""
     STARTING = "starting"
     RUNNING = "running"
     STOPPING = "stopping"
@@ -29,7 +30,7 @@ class WorkerState(StrEnum):
     BACKOFF = "backoff"
     """Gone; to be started again when the back-off is over."""
     GIVEN_UP = "given_up"
-    """Restarts exhausted; only `Rearm` leads out."""
+    """Restarts exhausted; `Rearm` leads out, and `Unwant`, after which the next fault gives up again."""
 
 
 @dataclass(frozen=True)
@@ -147,15 +148,15 @@ class ReportRestarted:
 
 
 @dataclass(frozen=True)
-class EnterSafe:
-    """Action: restarts are exhausted, go to safe mode (level 5)."""
+class Exhausted:
+    """Action: report that restarts are exhausted."""
 
     monitor: str
     reason: str
 
 
 RecoveryAction = (
-    PersistRestarts | StartWorker | StopWorker | KillWorker | ReportFault | ReportRestarted | EnterSafe
+    PersistRestarts | StartWorker | StopWorker | KillWorker | ReportFault | ReportRestarted | Exhausted
 )
 
 _ALIVE = (WorkerState.STARTING, WorkerState.RUNNING)
@@ -183,6 +184,11 @@ class WorkerRecovery:
         self._start_at_s = 0.0
         """When the worker was started, or is to be started again."""
         self._recovering = False
+
+    @property
+    def is_at_rest(self) -> bool:
+        """True when there is no worker, and none is to come."""
+        return self.state is WorkerState.STOPPED and not self._wanted
 
     def restarts_in_window(self, now_s: float) -> int:
         """Return how many restarts lie inside the window that ends now."""
@@ -230,7 +236,7 @@ class WorkerRecovery:
         if self.state in _ALIVE:
             self.state = WorkerState.STOPPING
             return [StopWorker()]
-        if self.state is WorkerState.BACKOFF:
+        if self.state in (WorkerState.BACKOFF, WorkerState.GIVEN_UP):
             self.state = WorkerState.STOPPED
         elif self.state is WorkerState.KILLING:
             # It is being killed already; that it is not wanted any more changes only what follows.
@@ -276,7 +282,7 @@ class WorkerRecovery:
         if len(self._restarts_s) >= self.policy.limit:
             self.state = WorkerState.GIVEN_UP
             self._recovering = False
-            return [EnterSafe(fault.monitor, fault.reason)]
+            return [Exhausted(fault.monitor, fault.reason)]
         self._restarts_s.append(now_s)
         count = len(self._restarts_s)
         delay_s = self.policy.delay_s(count)

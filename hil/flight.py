@@ -30,7 +30,7 @@ from hil.gate import Gate
 from hil.ground import GroundStation
 from hil.injector import Injector
 from hil.live import LiveState, LiveView
-from hil.live_feed import GIVEN_UP, RUNNING, LiveFeed
+from hil.live_feed import RUNNING, LiveFeed
 from hil.memory import WorkerMemory
 from hil.node_process import NodeProcess, log_tail
 from hil.plant.plant import Plant, PlantState, UmbraEvent
@@ -43,7 +43,7 @@ from node.config import NodeConfig
 from telemetry.archive import Archive
 from telemetry.errors import PenumbraError
 from telemetry.keys import KeyRing
-from telemetry.packets import Housekeeping
+from telemetry.packets import Housekeeping, Mode
 
 _log = logging.getLogger(__name__)
 
@@ -291,7 +291,7 @@ class Flight:
             found = await asyncio.to_thread(newest_packet, self.run_dir.database, Housekeeping)
             if found is not None and found[1].worker_state == RUNNING and found[1].clock_locked:
                 return True
-            gave_up = found is not None and found[1].worker_state == GIVEN_UP
+            gave_up = found is not None and found[1].mode is Mode.SAFE
             if gave_up or time.monotonic() > deadline:
                 logs = "\n".join(
                     f"the end of {path}:\n{log_tail(path)}"

@@ -21,8 +21,6 @@ from telemetry.packets import Event, FdirReport, Housekeeping, Packet, Result, S
 
 RUNNING = "running"
 """State of a worker that has proven its memory and computes."""
-GIVEN_UP = "given_up"
-"""State of a worker that will not be started again: safe mode."""
 PERIOD_S = 0.5
 """Interval of looking at the node's disk, s."""
 HOLD_S = 3.0

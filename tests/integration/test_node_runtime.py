@@ -31,6 +31,8 @@ from telemetry.packets import (
 from telemetry.sampling import Sampling
 
 S = 1_000_000_000
+NO_REPAIR = {"fdir__model_file": '"none.gguf"', "fdir__max_resets": "0"}
+"""Levels 3 and 4 fail at once: there is no image to mend, and no restart of the node is left."""
 ISS = bus.BusOrbit(
     line1="1 25544U 98067A   08264.51782528 -.00002182  00000-0 -11606-4 0  2927",
     line2="2 25544  51.6416 247.4627 0006703 130.5360 325.0288 15.72125391563537",
@@ -208,7 +210,7 @@ def running(pid: int) -> bool:
 
 
 async def test_too_many_restarts_end_in_safe_mode_that_outlives_the_node(tmp_path: Path) -> None:
-    async with open_bench(tmp_path, worker__restart_limit="2") as bench:
+    async with open_bench(tmp_path, worker__restart_limit="2", **NO_REPAIR) as bench:
         await bench.start()
         await bench.execute(commands.Infer(job="bad", prompt="!always !exit_at=0", max_tokens=8))
         await bench.until(lambda: bench.new_housekeeping()[-1].mode is Mode.SAFE, "safe mode", 20)
@@ -384,7 +386,7 @@ async def test_a_full_spool_holds_results_back_and_telemetry_goes_on(tmp_path: P
 
 
 async def test_a_worker_that_never_comes_up_is_given_up_in_bounded_time(tmp_path: Path) -> None:
-    limits = {"worker__restart_limit": "1", "worker__start_timeout_s": "0.5"}
+    limits = {"worker__restart_limit": "1", "worker__start_timeout_s": "0.5", **NO_REPAIR}
     for mode in ("exit", "hang", "wrong_generation", "garbage"):
         directory = tmp_path / mode
         directory.mkdir()

@@ -84,7 +84,7 @@ def test_worker_recovery(walk: list[tuple[recovery.RecoveryEvent, float]], befor
                     restarts = list(times_s)
                 case recovery.KillWorker() | recovery.StopWorker():
                     assert alive
-                case recovery.EnterSafe():
+                case recovery.Exhausted():
                     assert sum(1 for t in restarts if now_s - t < policy.window_s) >= policy.limit
         assert len([t for t in restarts if now_s - t < policy.window_s]) <= max(policy.limit, len(before_s))
         assert alive == (
@@ -92,7 +92,7 @@ def test_worker_recovery(walk: list[tuple[recovery.RecoveryEvent, float]], befor
             in (WorkerState.STARTING, WorkerState.RUNNING, WorkerState.STOPPING, WorkerState.KILLING)
         )
         if before is WorkerState.GIVEN_UP and ladder.state is not WorkerState.GIVEN_UP:
-            assert isinstance(event, recovery.Rearm)
+            assert isinstance(event, recovery.Rearm | recovery.Unwant)
 
 
 @given(st.lists(strategies.mode_events, max_size=60))

@@ -196,6 +196,14 @@ def test_with_both_beyond_repair_the_slot_is_built_from_the_model_file(images, t
     verify_image(images / "b")
 
 
+def test_another_model_file_is_not_built_in_place_of_the_one_that_was_flown(images, tmp_path):
+    from tiny_gemma import write_tiny_gguf
+
+    ruin(images)
+    with pytest.raises(PenumbraError, match=r"other\.gguf: is not the model file the image was built from"):
+        repair_slots(images, "a", write_tiny_gguf(tmp_path / "other.gguf", seed=8))
+
+
 def test_when_nothing_works_every_step_is_named(images, tmp_path):
     ruin(images)
     with pytest.raises(PenumbraError) as caught:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from fdir.recovery import (
-    EnterSafe,
+    Exhausted,
     Exited,
     Fault,
     KillWorker,
@@ -62,13 +62,23 @@ def test_the_second_restart_waits_and_the_wait_doubles() -> None:
     assert ladder.handle(Exited("x"), 4.0)[-1] == ReportFault("worker.exit", "x", 3, 2.0)
 
 
-def test_one_fault_beyond_the_limit_is_safe_mode_until_rearmed() -> None:
+def test_one_fault_beyond_the_limit_exhausts_restarts_until_rearmed() -> None:
     ladder = running((-1.0, -2.0, -3.0))
-    assert ladder.handle(Exited("x"), 1.0) == [EnterSafe("worker.exit", "x")]
+    assert ladder.handle(Exited("x"), 1.0) == [Exhausted("worker.exit", "x")]
     assert ladder.state is WorkerState.GIVEN_UP
-    for event in (Tick(), Want(), Unwant(), Want(), Ready(), Exited("y"), Fault("m", "r")):
+    for event in (Tick(), Want(), Ready(), Exited("y"), Fault("m", "r")):
         assert ladder.handle(event, 500.0) == []
     assert ladder.handle(Rearm(), 501.0) == [PersistRestarts(()), StartWorker()]
+
+
+def test_exhausted_restarts_are_not_forgotten_when_the_worker_is_held_and_released() -> None:
+    ladder = running((-1.0, -2.0, -3.0))
+    ladder.handle(Exited("x"), 1.0)
+    assert not ladder.is_at_rest
+    assert ladder.handle(Unwant(), 2.0) == []
+    assert ladder.is_at_rest
+    assert ladder.handle(Want(), 3.0) == [StartWorker()]
+    assert ladder.handle(Exited("y"), 4.0) == [Exhausted("worker.exit", "y")]
 
 
 def test_old_restarts_do_not_count() -> None:
