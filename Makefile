@@ -43,11 +43,13 @@ check: $(VENV)/.dev
 	$(BIN)/python -m telemetry.icd --check
 	$(BIN)/python -m fdir.table_docs --check
 
+# Unit tests share the cores; what measures time against real processes has them alone.
 test: $(VENV)/.dev model
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 tests/unit tests/property
+	$(BIN)/pytest tests/integration
 
 test-fast: $(VENV)/.dev
-	$(BIN)/pytest tests/unit tests/property
+	$(BIN)/pytest -n 2 tests/unit tests/property
 
 docs: $(VENV)/.dev
 	$(BIN)/python -m telemetry.icd

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,33 +16,40 @@ from telemetry.errors import PenumbraError
 from telemetry.keys import KeyRing
 
 
-def test_two_flights_in_one_second_do_not_share_a_directory(tmp_path: Path) -> None:
-    first, second = make_run_dir(tmp_path / "runs", "s"), make_run_dir(tmp_path / "runs", "s")
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A directory with a short path: there is a Unix socket in a run directory."""
+    with tempfile.TemporaryDirectory(prefix="pf-") as name:
+        yield Path(name)
+
+
+def test_two_flights_in_one_second_do_not_share_a_directory(folder: Path) -> None:
+    first, second = make_run_dir(folder / "runs", "s"), make_run_dir(folder / "runs", "s")
     assert first.path != second.path
     assert first.path.is_dir()
     assert second.path.is_dir()
 
 
-def test_unwritable_place_is_an_error_the_user_can_mend(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
+def test_unwritable_place_is_an_error_the_user_can_mend(folder: Path) -> None:
+    (folder / "file").write_text("")
     with pytest.raises(PenumbraError, match="cannot be made") as caught:
-        make_run_dir(tmp_path / "file", "s")
+        make_run_dir(folder / "file", "s")
     assert "--out" in caught.value.mend
 
 
-def test_path_too_long_for_a_socket_is_refused_before_anything_is_made(tmp_path: Path) -> None:
-    deep = tmp_path / ("d" * 80)
+def test_path_too_long_for_a_socket_is_refused_before_anything_is_made(folder: Path) -> None:
+    deep = folder / ("d" * 80)
     with pytest.raises(PenumbraError, match="bytes too long for a Unix socket"):
         make_run_dir(deep, "s")
     assert not deep.exists()
 
 
 @pytest.mark.parametrize("name", packaged_scenarios())
-def test_node_takes_the_config(name: str, tmp_path: Path) -> None:
+def test_node_takes_the_config(name: str, folder: Path) -> None:
     scenario = load_scenario(name)
-    run = make_run_dir(tmp_path, "s")  # a Unix socket's path must be short
+    run = make_run_dir(folder, "s")
     write_inputs(
-        run, scenario, scenario_text(name), images_dir=tmp_path, bus_url="mqtt://h:1", link_url="mqtt://h:2"
+        run, scenario, scenario_text(name), images_dir=folder, bus_url="mqtt://h:1", link_url="mqtt://h:2"
     )
     config = NodeConfig.load(run.node_config)
     assert config.node.name == scenario.node.name
@@ -58,8 +67,8 @@ def test_node_takes_the_config(name: str, tmp_path: Path) -> None:
     assert (run.path / "scenario.toml").read_text() == scenario_text(name)
 
 
-def test_scenario_text_of_a_file(tmp_path: Path) -> None:
-    path = tmp_path / "mine.toml"
+def test_scenario_text_of_a_file(folder: Path) -> None:
+    path = folder / "mine.toml"
     path.write_text("[scenario]\n")
     assert scenario_text(str(path)) == "[scenario]\n"
 
