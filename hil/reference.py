@@ -169,7 +169,7 @@ def measure_overhead(
     image_dir: Path,
     *,
     epoch_tokens: int,
-    epoch_s: float = 1.0,
+    epoch_s: float = 2.0,
     budget: float = 0.01,
     tokens: int = 48,
     pairs: int = 8,

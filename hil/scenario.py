@@ -266,7 +266,7 @@ class NodeOverrides(Table, frozen=True, kw_only=True):
     """Share of the time that proofs of memory may take."""
     epoch_tokens: Annotated[int, Meta(ge=1, le=512)] = 32
     positions: Annotated[int, Meta(ge=64, le=32_768)] = 1024
-    epoch_s: Annotated[float, Meta(ge=0.05, le=60)] = 1.0
+    epoch_s: Annotated[float, Meta(ge=0.05, le=60)] = 2.0
     retries: Annotated[int, Meta(ge=0, le=100)] = 6
     housekeeping_s: Annotated[float, Meta(ge=0.05, le=60)] = 0.5
     """Period of housekeeping, physical time."""

@@ -94,7 +94,7 @@ class WorkerSection(Section, frozen=True, kw_only=True):
     """Positions of a sequence: prompt and answer of a job together."""
     overhead_budget: Annotated[float, Meta(ge=0.001, le=0.5)] = 0.01
     """Share of the time that proofs of memory may take: it sets how long an epoch is."""
-    epoch_s: Annotated[float, Meta(ge=0.05, le=60)] = 1.0
+    epoch_s: Annotated[float, Meta(ge=0.05, le=60)] = 2.0
     """Longest time between two proofs of memory, s, whatever the budget says."""
     checked: bool = False
     """Check every matrix product by its checksum: finds faults that leave no trace in memory."""

@@ -68,7 +68,7 @@ class Plan:
     steps: dict[int, int] = field(default_factory=lambda: {1: 48, 2: 48, 4: 48, 8: 32, 16: 24})
     prefill_tokens: int = PREFILL_TOKENS
     starts: int = 7
-    epoch_s: float = 1.0
+    epoch_s: float = 2.0
 
     @classmethod
     def quick(cls) -> Plan:

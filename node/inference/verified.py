@@ -81,7 +81,7 @@ class Policy:
         How often a dirty epoch is decoded again before `BeyondRepair`.
     """
 
-    epoch_s: float = 1.0
+    epoch_s: float = 2.0
     budget: float = 0.01
     retries: int = 6
 

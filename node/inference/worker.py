@@ -302,7 +302,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8, help="sequences decoded together, until a Pace")
     parser.add_argument("--positions", type=int, default=4096, help="longest prompt and text together")
     parser.add_argument("--overhead-budget", type=float, default=0.01, help="share of time for proofs")
-    parser.add_argument("--epoch-seconds", type=float, default=1.0, help="longest epoch")
+    parser.add_argument("--epoch-seconds", type=float, default=2.0, help="longest epoch")
     parser.add_argument("--epoch-tokens", type=int, default=32, help="tokens of a block")
     parser.add_argument("--retries", type=int, default=6)
     parser.add_argument("--checked", action="store_true", help="check every matrix product by a checksum")
