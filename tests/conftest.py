@@ -44,13 +44,21 @@ def gemma_image() -> Path:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--fdir-disable", metavar="ROW", help="disable this row in the fixture `fdir_table`")
+    parser.addoption(
+        "--fdir-disable",
+        metavar="ROW",
+        help="disable this row of the fixture `fdir_table`; `own`: the row that the test is for",
+    )
 
 
 @pytest.fixture
 def fdir_table(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     """A copy of the packaged FDIR table, with the row of `--fdir-disable` disabled."""
     row = request.config.getoption("--fdir-disable")
+    if row == "own":
+        mark = request.node.get_closest_marker("fdir")
+        assert mark is not None, "a test of a row carries the mark fdir(row)"
+        row = mark.args[0]
     text = PACKAGED.read_text(encoding="utf-8")
     path = tmp_path / "fdir-table.toml"
     path.write_text(disable_row(text, row) if row else text, encoding="utf-8")

@@ -229,10 +229,10 @@ class Bench:
 
 
 @contextlib.asynccontextmanager
-async def open_bench(directory: Path, **overrides: str) -> AsyncIterator[Bench]:
+async def open_bench(directory: Path, kind: type[Bench] = Bench, **overrides: str) -> AsyncIterator[Bench]:
     """A broker and a ground; the node is started by the test, and ended here if the test did not."""
     async with EmbeddedBroker() as broker:
-        bench = Bench(directory, broker.url, **overrides)
+        bench = kind(directory, broker.url, **overrides)
         async with asyncio.TaskGroup() as group:
             tasks = [
                 group.create_task(bench.link.run(), name="test.ground.link"),
