@@ -148,6 +148,13 @@ class ReportRestarted:
 
 
 @dataclass(frozen=True)
+class StartLate:
+    """Action: report that the worker has not become ready in time; once for each start."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
 class Exhausted:
     """Action: report that restarts are exhausted."""
 
@@ -156,7 +163,14 @@ class Exhausted:
 
 
 RecoveryAction = (
-    PersistRestarts | StartWorker | StopWorker | KillWorker | ReportFault | ReportRestarted | Exhausted
+    PersistRestarts
+    | StartWorker
+    | StopWorker
+    | KillWorker
+    | ReportFault
+    | ReportRestarted
+    | StartLate
+    | Exhausted
 )
 
 _ALIVE = (WorkerState.STARTING, WorkerState.RUNNING)
@@ -184,6 +198,7 @@ class WorkerRecovery:
         self._start_at_s = 0.0
         """When the worker was started, or is to be started again."""
         self._recovering = False
+        self._late_told = False
 
     @property
     def is_at_rest(self) -> bool:
@@ -221,13 +236,16 @@ class WorkerRecovery:
         if self.state is WorkerState.BACKOFF and now_s >= self._start_at_s:
             return self._start(now_s)
         limit_s = self.policy.start_timeout_s
-        if self.state is WorkerState.STARTING and now_s - self._start_at_s >= limit_s:
-            return self._found_faulty(Fault("worker.start", f"not ready {limit_s:g} s after its start"))
+        is_late = self.state is WorkerState.STARTING and now_s - self._start_at_s >= limit_s
+        if is_late and not self._late_told:
+            self._late_told = True
+            return [StartLate(f"not ready {limit_s:g} s after its start")]
         return []
 
     def _start(self, now_s: float) -> list[RecoveryAction]:
         self.state = WorkerState.STARTING
         self._start_at_s = now_s
+        self._late_told = False
         return [StartWorker()]
 
     def _unwant(self) -> list[RecoveryAction]:

@@ -178,6 +178,11 @@ def heat_board(board_c: float) -> bus.BusThermal:
     return bus.BusThermal(t_ns=time.time_ns(), board_c=board_c, radiator_c=20.0)
 
 
+def silence_bus(speaking: asyncio.Task[None]) -> None:
+    """End the task that publishes the values of the bus."""
+    speaking.cancel()
+
+
 def _changed(message: bus.BusEps, **values: object) -> bus.BusEps:
     fields = {name: getattr(message, name) for name in message.__struct_fields__} | values
     return bus.BusEps(**{**fields, "t_ns": time.time_ns()})

@@ -176,6 +176,12 @@ class FdirService:
             if row_id in self.table and self.table.row(row_id).action is action:
                 self.recovered(row_id)
 
+    def worker_started(self) -> None:
+        """Tell that a new worker is started: its faults are new ones, though none is over yet."""
+        for row in self.table.rows:
+            if row.action is Action.RESTART_WORKER and self._monitors.status(row.id).fired:
+                self._watch(monitors.Rearm(row.id))
+
     def set_mode(self, mode: Mode) -> None:
         """Tell the mode of the node."""
         self._watch(monitors.ModeChanged(mode))

@@ -140,6 +140,7 @@ class Fdir:
         parts.power.on_reading = self.latchup.take
         worker.on_finding = self.service.find
         worker.on_recovered = self.service.recovered
+        worker.on_started = self.service.worker_started
         worker.on_machine = lambda event, actions: self.service.note("worker", event, list(actions))
         worker.mend(self.service.may_mend())
         self._sources = ItemSources(

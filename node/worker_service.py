@@ -71,6 +71,8 @@ class WorkerService:
         board: Board,
     ) -> None:
         self.counters = WorkerCounters()
+        self.on_started: Callable[[], None] = lambda: None
+        """Called when a new generation is started."""
         self.on_ready: Callable[[], None] = lambda: None
         self.on_gone: Callable[[], None] = lambda: None
         self.on_job_message: Callable[[JobMessage], None] = lambda _: None
@@ -272,6 +274,8 @@ class WorkerService:
                 self._report_restart(action)
             case recovery.ReportRestarted():
                 self._report_restarted()
+            case recovery.StartLate(reason):
+                self.report_fault("worker.start", reason)
             case recovery.Exhausted(monitor, reason):
                 self.report_fault("worker.restarts", f"restarts exhausted ({monitor}: {reason})")
 
@@ -302,6 +306,7 @@ class WorkerService:
         self._lost = None
         self._open.clear()
         self._spawn(self._live(process), f"node.worker.generation-{generation}")
+        self.on_started()
 
     async def _live(self, process: WorkerProcess) -> None:
         ended = await process.run()
@@ -362,6 +367,9 @@ class WorkerService:
             self.on_recovered("worker.ping")
 
     def _ready(self, message: protocol.Ready) -> None:
+        if self._open.pop("worker.start", None) is not None:
+            # Nobody did anything about its being late, and it is ready now.
+            self.on_recovered("worker.start")
         if self._process is not None:
             self._board.set_worker(self._process.pid)
         self.send(self.may_mend)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from collections.abc import Sequence
 from pathlib import Path
 
 from fdir.table import Row
@@ -67,30 +69,43 @@ def test_problem(row: Row, root: Path) -> str:
 test_problem.__test__ = False  # type: ignore[attr-defined]
 
 
-def disabled_problem(row: Row, root: Path, report: Path, timeout_s: float = 90.0) -> str:
-    """Run a row's test with the row disabled; return why that proves nothing, empty if it does.
+def disabled_problems(
+    rows: Sequence[Row], root: Path, report: Path, timeout_s: float = 240.0
+) -> dict[str, str]:
+    """Run the rows' tests, each with its own row disabled; return why that proves nothing, by row.
 
-    The test must run and fail: a pass, a skip, or an error outside the test itself proves nothing.
+    A test must run and fail: a pass, a skip, or an error outside the test itself proves nothing.
     """
-    run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    run = [sys.executable, "-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider", f"--junitxml={report}"]
     try:
         done = subprocess.run(
-            [*run, "--fdir-disable", row.id, row.test],
+            [*run, "--fdir-disable", "own", *(row.test for row in rows)],
             cwd=root, capture_output=True, text=True, timeout=timeout_s, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        return f"with the row disabled it does not end within {timeout_s:g} s"
-    tail = "\n".join(done.stdout.splitlines()[-8:])
+        return {row.id: f"with the rows disabled it does not end within {timeout_s:g} s" for row in rows}
     if not report.is_file():
-        return f"it did not run (exit code {done.returncode}): {tail}"
-    cases = list(ET.parse(report).iter("testcase"))  # noqa: S314 - written by pytest just now
-    if not cases or any(case.find("error") is not None or case.find("skipped") is not None for case in cases):
-        return f"with the row disabled it does not run to its end: {tail}"
-    failures = [case.find("failure") for case in cases]
-    if done.returncode == 0 or None in failures:
+        tail = "\n".join(done.stdout.splitlines()[-8:])
+        return {row.id: f"it did not run (exit code {done.returncode}): {tail}" for row in rows}
+    cases: dict[str, list[ET.Element]] = {}
+    for case in ET.parse(report).iter("testcase"):  # noqa: S314 - written by pytest just now
+        file = case.get("classname", "").replace(".", "/")
+        cases.setdefault(f"{file}.py::{case.get('name', '')}", []).append(case)
+    problems = {row.id: _case_problem(cases.get(row.test, [])) for row in rows}
+    return {row: problem for row, problem in problems.items() if problem}
+
+
+def _case_problem(cases: Sequence[ET.Element]) -> str:
+    if len(cases) != 1 or cases[0].find("error") is not None or cases[0].find("skipped") is not None:
+        return "with the row disabled it does not run to its end"
+    failure = cases[0].find("failure")
+    if failure is None:
         return "it passes with the row disabled: it does not prove the row"
-    for failure in failures:
-        text = "" if failure is None else failure.get("message", "")
-        if not text.startswith(("AssertionError", "assert ", "TimeoutError", "Failed: Timeout")):
-            return f"with the row disabled it fails for another reason: {text[:200]}"
-    return ""
+    # An assertion within a task group comes wrapped.
+    text = failure.get("message", "") + (failure.text or "")
+    wrapped = "ExceptionGroup" in text and re.search(
+        r"^[ |]*\| (AssertionError|TimeoutError)\b", text, re.MULTILINE
+    )
+    if wrapped or text.startswith(("AssertionError", "assert ", "TimeoutError", "Failed: Timeout")):
+        return ""
+    return f"with the row disabled it fails for another reason: {text[:200]}"

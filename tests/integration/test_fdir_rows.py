@@ -10,20 +10,23 @@ import asyncio
 import contextlib
 import re
 import shutil
+import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import msgspec
 import pytest
-from node_bench import NODE, Bench, open_bench
+from node_bench import NODE, Bench, config_text, open_bench
 
 from hil import row_faults
 from hil.bench.machine import describe_machine
+from hil.gate import Gate
 from node.runtime import EXIT_RESTART
 from telemetry import bus, commands, topics
+from telemetry.errors import PenumbraError
 from telemetry.figures import Calibration, CurrentProfile
-from telemetry.link import MqttLink
+from telemetry.link import BrokerAddress, MqttLink
 from telemetry.packets import FdirReport, Mode, Outcome
 
 ENABLED_S = 20.0
@@ -45,11 +48,11 @@ EPS = bus.BusEps(
 class RowBench(Bench):
     """A bench whose node has the FDIR table under test."""
 
-    table: Path
+    overrides: dict[str, str]
     proof_s: float
     fault = ""
     """One of `row_faults.NODE_FAULTS`."""
-    command: list[str] | None = None
+    worker: list[str] | None = None
     """Command line of the worker, if it is one of `row_faults.faulty_worker`."""
 
     async def proof(self, condition: Callable[[], bool], what: str) -> None:
@@ -71,7 +74,7 @@ class RowBench(Bench):
         process = self.process
         await self.proof(lambda: process.returncode is not None, "end of the node")
         assert process.returncode == EXIT_RESTART
-        self.command = self.command or row_faults.faulty_worker("trip")
+        self.worker = self.worker or row_faults.faulty_worker("trip")
         await self.start_process()
         await self.reported(row, Outcome.STARTED, 4)
 
@@ -79,7 +82,7 @@ class RowBench(Bench):
         run = f"row_faults.run_node({self.fault!r}, " if self.fault else "runtime.main("
         code = (
             "import sys\nfrom pathlib import Path\nfrom hil import row_faults\nfrom node import runtime\n"
-            f"sys.exit({run}Path(sys.argv[1]), {self.command!r} or sys.argv[2:] or None))"
+            f"sys.exit({run}Path(sys.argv[1]), {self.worker!r} or sys.argv[2:] or None))"
         )
         await super().start_process(starter or code)
 
@@ -105,7 +108,7 @@ class RowBench(Bench):
 async def publishing(
     bench: RowBench, channel: str, make: Callable[[], bus.BusMessage]
 ) -> AsyncIterator[None]:
-    """Publish a message of the bus again and again."""
+    """Publish a message of the bus again and again, in a task."""
 
     async def publish() -> None:
         while True:
@@ -114,7 +117,7 @@ async def publishing(
 
     task = asyncio.create_task(publish(), name="test.bus")
     try:
-        yield
+        yield task
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
@@ -135,7 +138,7 @@ def open_row(tmp_path: Path, fdir_table: Path, request: pytest.FixtureRequest) -
         } | overrides
         async with open_bench(tmp_path, kind=RowBench, **settings) as bench:
             assert isinstance(bench, RowBench)
-            bench.table = fdir_table
+            bench.overrides = settings
             bench.proof_s = DISABLED_S if request.config.getoption("--fdir-disable") else ENABLED_S
             yield bench
 
@@ -184,7 +187,7 @@ async def test_kv_digest(open_row: OpenRow, tiny_images: Path) -> None:
             await bench.command(commands.Infer(job=f"j{number}", prompt="Orbit", max_tokens=200))
         deadline_s = time.monotonic() + bench.proof_s
         while not bench.fdir("kv.digest") and time.monotonic() < deadline_s:
-            with contextlib.suppress(Exception):  # no row is in use just now
+            with contextlib.suppress(PenumbraError):  # no row is in use just now
                 row_faults.flip_kv(bench.config)
             await asyncio.sleep(0.2)
         report = await bench.reported("kv.digest", Outcome.REPAIRED, 0)
@@ -194,7 +197,7 @@ async def test_kv_digest(open_row: OpenRow, tiny_images: Path) -> None:
 @pytest.mark.fdir("compute.check")
 async def test_compute_check(open_row: OpenRow) -> None:
     async with open_row() as bench:
-        bench.command = row_faults.faulty_worker("trip")
+        bench.worker = row_faults.faulty_worker("trip")
         await bench.serving()
         row_faults.trigger(bench.the_worker())
         report = await bench.reported("compute.check", Outcome.REDONE, 1)
@@ -210,7 +213,7 @@ async def restarted(bench: RowBench, row: str) -> None:
 @pytest.mark.fdir("worker.fatal")
 async def test_worker_fatal(open_row: OpenRow) -> None:
     async with open_row() as bench:
-        bench.command = row_faults.faulty_worker("fatal")
+        bench.worker = row_faults.faulty_worker("fatal")
         await bench.serving()
         row_faults.trigger(bench.the_worker())
         await restarted(bench, "worker.fatal")
@@ -237,7 +240,7 @@ async def test_worker_exit(open_row: OpenRow) -> None:
 @pytest.mark.fdir("worker.start")
 async def test_worker_start(open_row: OpenRow) -> None:
     async with open_row(worker__start_timeout_s="0.5") as bench:
-        bench.command = row_faults.faulty_worker("never_ready")
+        bench.worker = row_faults.faulty_worker("never_ready")
         await bench.start()
         report = await bench.reported("worker.start", Outcome.STARTED, 2)
         assert report.action == "restart_worker"
@@ -246,7 +249,7 @@ async def test_worker_start(open_row: OpenRow) -> None:
 @pytest.mark.fdir("worker.protocol")
 async def test_worker_protocol(open_row: OpenRow) -> None:
     async with open_row() as bench:
-        bench.command = row_faults.faulty_worker("garbage")
+        bench.worker = row_faults.faulty_worker("garbage")
         await bench.serving()
         first = bench.the_worker()
         row_faults.trigger(first)
@@ -258,7 +261,7 @@ async def test_worker_protocol(open_row: OpenRow) -> None:
 async def test_worker_memory(open_row: OpenRow, fdir_table: Path) -> None:
     edit(fdir_table, "worker.memory", high="250_000_000.0", persistence="2")
     async with open_row() as bench:
-        bench.command = row_faults.faulty_worker("grow")
+        bench.worker = row_faults.faulty_worker("grow")
         await bench.serving()
         row_faults.trigger(bench.the_worker())
         await restarted(bench, "worker.memory")
@@ -270,7 +273,7 @@ NEVER_UP = {"worker__start_timeout_s": "0.3", "worker__restart_limit": "1"}
 @pytest.mark.fdir("worker.restarts")
 async def test_worker_restarts(open_row: OpenRow) -> None:
     async with open_row(**NEVER_UP) as bench:
-        bench.command = row_faults.faulty_worker("never_ready")
+        bench.worker = row_faults.faulty_worker("never_ready")
         await bench.start()
         report = await bench.reported("worker.restarts", Outcome.STARTED, 3)
         assert report.action == "switch_image"
@@ -343,9 +346,8 @@ async def test_memory_segments(open_row: OpenRow) -> None:
 async def test_memory_tables(open_row: OpenRow) -> None:
     async with open_row(**SCRUB) as bench:
         await bench.serving()
-        text = b"the payload must not run hotter than this"
         places = row_faults.find_text(bench.pid(), b"the board is too hot")
-        assert places, text
+        assert places
         for place in places:
             # Some are copies that nobody uses any more: striking those shows nowhere.
             row_faults.flip_table(bench.pid(), place)
@@ -381,17 +383,26 @@ async def test_spool_record(open_row: OpenRow) -> None:
 @pytest.mark.fdir("spool.fill")
 async def test_spool_fill(open_row: OpenRow) -> None:
     small = {"telemetry__spool_max_bytes": "65536", "telemetry__housekeeping_period_s": "0.05"}
-    async with open_row(**small) as bench:
-        bench.ack = False
+    async with open_row(**small) as bench, Gate(BrokerAddress.parse(bench.url).port) as gate:
+        bench.config.write_text(config_text(bench.url, **bench.overrides, link__url=f'"{gate.url}"'))
+        await gate.open()
         await bench.start()
-        await bench.until(lambda: len(bench.new_housekeeping()) > 60, "a full spool", 30)
+        gate.shut()
+        await bench.until(lambda: spooled_bytes(bench) > 60_000, "a full spool", 30)
+        await asyncio.sleep(1.0)
+        await gate.open()
         await bench.reported("spool.fill", Outcome.REPORTED, 0)
+
+
+def spooled_bytes(bench: Bench) -> int:
+    with contextlib.closing(sqlite3.connect(bench.directory / "state" / "node.db", timeout=10)) as connection:
+        return int(connection.execute("SELECT COALESCE(SUM(bytes), 0) FROM spool_usage").fetchone()[0])
 
 
 @pytest.mark.fdir("node.resets")
 async def test_node_resets(open_row: OpenRow) -> None:
     async with open_row(**NEVER_UP, fdir__max_resets="0") as bench:
-        bench.command = row_faults.faulty_worker("never_ready")
+        bench.worker = row_faults.faulty_worker("never_ready")
         await bench.start()
         await bench.reported("node.resets", Outcome.ESCALATED, 5)
         await bench.until(lambda: bench.new_housekeeping()[-1].mode is Mode.SAFE, "safe mode")
@@ -460,10 +471,15 @@ async def test_sensor_reject(open_row: OpenRow) -> None:
 
 @pytest.mark.fdir("bus.stale")
 async def test_bus_stale(open_row: OpenRow, fdir_table: Path) -> None:
-    edit(fdir_table, "bus.stale", after_s="0.5")
-    async with open_row() as bench:
+    edit(fdir_table, "bus.stale", after_s="1.0")
+    async with (
+        open_row() as bench,
+        publishing(bench, "eps", lambda: row_faults.drain_battery(EPS, 0.9)) as speaking,
+    ):
         await bench.start()
-        # Nobody publishes: the bus is silent from the start.
+        await bench.until(lambda: bench.new_housekeeping()[-1].battery_soc == 0.9, "values of the bus")
+        assert not bench.fdir("bus.stale")
+        row_faults.silence_bus(speaking)
         await bench.reported("bus.stale", Outcome.REPORTED, 0)
 
 

@@ -438,6 +438,7 @@ async def test_the_real_worker_gives_the_same_text_through_kills_of_worker_and_n
     limits = {
         "model__images_dir": f'"{tiny_images}"',
         "worker__positions": "256",
+        "worker__epoch_s": "0.1",
         "worker__start_timeout_s": "20.0",
         "worker__ping_fatal_s": "2.5",
         # Slow enough to be struck in the middle: without a bus the governor allows little.
@@ -479,6 +480,7 @@ async def test_the_real_worker_gives_each_of_several_jobs_the_text_it_has_alone(
     limits = {
         "model__images_dir": f'"{tiny_images}"',
         "worker__positions": "256",
+        "worker__epoch_s": "0.1",
         "worker__batch": "2",
         "worker__seats": "3",
         "worker__start_timeout_s": "20.0",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from fdir_trace import disable_row, disabled_problem, injector_problem, test_problem
+from fdir_trace import disable_row, disabled_problems, injector_problem, test_problem
 
 from fdir.table import PACKAGED, RowState, load_table
 
@@ -41,14 +41,14 @@ def tree(tmp_path: Path, body: str) -> Path:
     ],
 )
 def test_what_a_run_with_the_row_disabled_proves(tmp_path: Path, body: str, why: str) -> None:
-    found = disabled_problem(ROW, tree(tmp_path, body), tmp_path / "r.xml")
+    found = disabled_problems([ROW], tree(tmp_path, body), tmp_path / "r.xml").get(ROW.id, "")
     assert (found == "") if not why else (why in found)
 
 
 def test_a_test_that_is_not_there_proves_nothing(tmp_path: Path) -> None:
     root = tree(tmp_path, "pass")
     row = msgspec.structs.replace(ROW, test="tests/test_x.py::test_y")
-    assert disabled_problem(row, root, tmp_path / "r.xml")
+    assert disabled_problems([row], root, tmp_path / "r.xml")
 
 
 def test_a_test_must_carry_the_mark_of_its_row(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def test_the_worker_command_carries_the_configuration() -> None:
         "--positions": "4096",
         "--overhead-budget": "0.01",
         "--retries": "6",
-        "--epoch-seconds": "1.0",
+        "--epoch-seconds": "2.0",
     }
     worker = msgspec.structs.replace(config.worker, checked=True)
     checked = worker_command(msgspec.structs.replace(config, worker=worker))

@@ -13,6 +13,7 @@ from fdir.recovery import (
     ReportFault,
     ReportRestarted,
     RestartPolicy,
+    StartLate,
     StartWorker,
     StopWorker,
     Tick,
@@ -95,14 +96,26 @@ def test_restarts_stored_before_the_host_was_restarted_count_as_now() -> None:
     assert ladder.restarts_in_window(66.0) == 0
 
 
-def test_a_worker_that_does_not_get_ready_in_time_is_killed() -> None:
+def test_a_worker_that_does_not_get_ready_in_time_is_told_once_a_start() -> None:
     ladder = WorkerRecovery(POLICY, (), 0.0)
     ladder.handle(Want(), 10.0)
     assert ladder.handle(Tick(), 14.9) == []
-    assert ladder.handle(Tick(), 15.0) == [KillWorker()]
-    report = ladder.handle(Exited("killed"), 15.1)[1]
+    assert ladder.handle(Tick(), 15.0) == [StartLate("not ready 5 s after its start")]
+    assert ladder.handle(Tick(), 25.0) == []
+    assert ladder.handle(Fault("worker.start", "late"), 25.1) == [KillWorker()]
+    report = ladder.handle(Exited("killed"), 25.2)[1]
     assert isinstance(report, ReportFault)
     assert report.monitor == "worker.start"
+    assert ladder.state is WorkerState.STARTING
+    assert ladder.handle(Tick(), 31.0) == [StartLate("not ready 5 s after its start")]
+
+
+def test_a_late_worker_that_nobody_minds_may_still_get_ready() -> None:
+    ladder = WorkerRecovery(POLICY, (), 0.0)
+    ladder.handle(Want(), 0.0)
+    assert ladder.handle(Tick(), 6.0)
+    ladder.handle(Ready(), 60.0)
+    assert ladder.state is WorkerState.RUNNING
 
 
 def test_an_ordered_stop_is_no_fault() -> None:
