@@ -442,8 +442,8 @@ async def test_the_real_worker_gives_the_same_text_through_kills_of_worker_and_n
         "worker__start_timeout_s": "20.0",
         "worker__ping_fatal_s": "2.5",
         # Slow enough to be struck in the middle: without a bus the governor allows little.
-        "power__min_duty": "0.01",
-        "power__unknown_bus_share": "0.02",
+        "power__min_duty": "0.03",
+        "power__unknown_bus_share": "0.04",
     }
     async with open_bench(tmp_path, **limits) as bench:
         bench.real_worker = True
@@ -485,8 +485,8 @@ async def test_the_real_worker_gives_each_of_several_jobs_the_text_it_has_alone(
         "worker__seats": "3",
         "worker__start_timeout_s": "20.0",
         "worker__ping_fatal_s": "2.5",
-        "power__min_duty": "0.01",
-        "power__unknown_bus_share": "0.02",
+        "power__min_duty": "0.03",
+        "power__unknown_bus_share": "0.04",
     }
     settings: dict[str, Sampling] = {
         "greedy": Sampling(),
