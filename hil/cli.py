@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from hil.cli_bench import bench_app, calibrate
+from hil.cli_campaign import campaign_app
 from hil.cli_model import model_app
 from telemetry.errors import PenumbraError
 
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 app.add_typer(model_app, name="model")
 app.add_typer(bench_app, name="bench")
+app.add_typer(campaign_app, name="campaign")
 app.command()(calibrate)
 
 

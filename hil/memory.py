@@ -72,6 +72,22 @@ class ProcessMemory:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def read(self, address: int) -> int:
+        """Return one byte.
+
+        Raises
+        ------
+        NotThere
+            Nothing is mapped at the address.
+        """
+        try:
+            found = os.pread(self._file, 1, address)
+        except OSError as error:
+            raise NotThere(f"{address:#x} of process {self.pid}: {error.strerror}") from None
+        if len(found) != 1:
+            raise NotThere(f"nothing at {address:#x} of process {self.pid}")
+        return found[0]
+
     def flip(self, address: int, bit: int) -> tuple[int, int]:
         """Flip one bit and read it back.
 

@@ -92,6 +92,8 @@ class Strata:
             for matrices in manifest.rebuilt.values()
             for matrix in matrices
         }
+        # In every layout the codes come first. Where the original is stored too, it tells how many there are.
+        codes |= {original.name + PACKED: original.length for original in manifest.originals}
         for tensor in manifest.mapped(checked):
             if tensor.read:
                 self._sort(tensor, codes.get(tensor.name))
@@ -154,7 +156,6 @@ class Strata:
         elif tensor.role == "head":
             self._add(Stratum.HEAD, tensor, tensor.offset, tensor.length)
         elif tensor.role in MATRIX_ROLES:
-            # Where the packed layout is not known, codes and scales cannot be told apart.
             codes = tensor.length if code_bytes is None else code_bytes
             self._add(Stratum.WEIGHTS, tensor, tensor.offset, codes)
             self._add(Stratum.SCALES, tensor, tensor.offset + codes, tensor.length - codes)

@@ -108,7 +108,9 @@ class Campaign:
         self._total = plan.trials * len(strata.here)
         counted = {record.index for record in records.trials if record.fate in COUNTED}
         self._done = len(counted)
-        self._attempts = Counter(record.index for record in records.trials)
+        self._attempts = Counter[int]()
+        for record in records.trials:
+            self._attempts[record.index] = max(self._attempts[record.index], record.attempt + 1)
         self._waiting = deque(index for index in range(self._total) if index not in counted)
         self._rng = random.Random(f"{plan.seed} {len(records.trials)}")  # noqa: S311 - sizes of volleys
 

@@ -7,6 +7,7 @@ stands in for the supervisor here only keeps the batch full and listens.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -185,9 +186,11 @@ class StruckWorker:
         return True
 
     def take_back(self, strike: Landed) -> None:
-        """Undo a strike that no epoch used."""
-        memory = self._open_memory()
-        memory.flip(strike.address, strike.bit)
+        """Undo a strike that no epoch used, unless what lay there has been written anew since."""
+        with contextlib.suppress(NotThere):
+            memory = self._open_memory()
+            if memory.read(strike.address) == strike.after:
+                memory.flip(strike.address, strike.bit)
         self._settle([self.watch.withdraw(strike)])
 
     def _land_weights(self, trial: Trial) -> Landed | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import msgspec
@@ -35,6 +35,10 @@ class Mended:
     """`parity`, `golden`, `other_slot`, or `none` when the page is still bad."""
     file_mended: bool | None = None
     """Whether the image file was mended with it; None when that was not tried."""
+    found_ns: int = field(default=0, compare=False)
+    """When the scan that found it was done, CLOCK_REALTIME, ns: the time of its repair counts from here."""
+    whole_ns: int = field(default=0, compare=False)
+    """When it was whole again; 0 when it is not."""
 
 
 class Weights(Protocol):
@@ -80,6 +84,8 @@ class Proof:
         self._weights = weights
         self._report = report
         self._executor = executor
+        self._found_ns: dict[str, int] = {}
+        """When the last proof of a job's rows found them bad, by job, CLOCK_REALTIME, ns."""
         self._lost: dict[str, list[Strike]] = {}
         """Strikes on rows that are being computed anew, by job."""
 
@@ -114,22 +120,27 @@ class Proof:
 
     def of_rows(self, sequence: SequenceState) -> bool:
         """Prove the rows of a sequence, those of the open epoch included."""
-        return all(rows.prove(self._executor) for rows in sequence.seat.banks.values())
+        whole = all(rows.prove(self._executor) for rows in sequence.seat.banks.values())
+        if not whole:
+            self._found_ns[sequence.job] = time.time_ns()
+        return whole
 
     def rewind(self, sequence: SequenceState) -> None:
         """Cut a sequence back to its last committed row, and repair what is not whole."""
+        self._found_ns.setdefault(sequence.job, time.time_ns())
         self.mend(sequence, {name: rows.rewind() for name, rows in sequence.seat.banks.items()})
 
     def mend(self, sequence: SequenceState, bad: Mapping[Bank, list[BadRow]]) -> None:
-        """Report rows found bad; if one is beyond repair, have all rows of the sequence computed anew."""
+        """Report rows that were bad; if one is beyond repair, have all rows of the sequence computed anew."""
         now_ns = time.time_ns()
+        found_ns = self._found_ns.pop(sequence.job, now_ns)
         lost = []
         for bank, rows in bad.items():
             for row in rows:
                 strike = Strike(
                     region="kv", page=row.position, role=bank,
                     method=row.method if row.repaired else "recompute",
-                    detected_ns=now_ns, recovered_ns=now_ns if row.repaired else None,
+                    detected_ns=found_ns, recovered_ns=now_ns if row.repaired else None,
                     evidence={
                         "job": sequence.job, "seat": sequence.seat.index, "position": row.position,
                         "planes": ",".join(map(str, row.planes)),
@@ -152,6 +163,7 @@ class Proof:
     def forget(self, job: str) -> None:
         """Forget rows of a job that nobody will compute anew."""
         self._lost.pop(job, None)
+        self._found_ns.pop(job, None)
 
     def account_for(self, fault: Exception) -> bool:
         """Report what a check on the computing found, unless struck memory accounts for it.
@@ -188,14 +200,13 @@ class Proof:
         positions: Collection[int] = (),
     ) -> bool:
         """Prove the weights and repair what is bad; True when nothing was."""
-        detected_ns = time.time_ns()
         mended = self._weights.check(tokens, rows, positions)
         for page in mended:
             whole = page.method != "none"
             self._report(
                 Strike(
                     region="weights", page=page.page, role=page.role, method=page.method,
-                    detected_ns=detected_ns, recovered_ns=time.time_ns() if whole else None,
+                    detected_ns=page.found_ns, recovered_ns=page.whole_ns if whole else None,
                     evidence={} if page.file_mended is None else {"file_mended": page.file_mended},
                 )
             )  # fmt: skip

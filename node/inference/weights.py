@@ -101,7 +101,7 @@ class ProtectedWeights:
         found = memory.scan(self._pool, self._threads, blocks=chosen, pages=np.concatenate(pages))
         blocks = memory.live_bytes / _BLOCK_BYTES + len(chosen)
         self._block_s = (time.perf_counter() - started_s) / blocks
-        return self._mend(found) if found else []
+        return self._mend(found, time.time_ns()) if found else []
 
     def _rows(
         self, fed: NDArray[np.int64], scored: NDArray[np.int64], places: NDArray[np.int64]
@@ -122,9 +122,9 @@ class ProtectedWeights:
             self._next_scrub = 0
         return chosen
 
-    def _mend(self, found: Sequence[BadPage]) -> list[Mended]:
+    def _mend(self, found: Sequence[BadPage], found_ns: int) -> list[Mended]:
         """Make bad pages whole; but first the digests they were found bad by, if those were struck."""
-        mended = self._mend_references()
+        mended = self._mend_references(found_ns)
         if mended:
             found = self._memory.scan_pages([page.page for page in found])
         bad = {page.page: page for page in found}
@@ -132,12 +132,14 @@ class ProtectedWeights:
         result = repair(self._memory, self._parity, bad, self._image_dir / WEIGHTS, spares)
         method = dict.fromkeys(result.from_parity, "parity") | dict.fromkeys(result.from_file, "golden")
         method |= dict.fromkeys(result.from_spare, "other_slot")
+        whole_ns = time.time_ns()
         for page in sorted(bad):
             file_mended = page in result.rewritten if page in result.from_spare else None
-            mended.append(Mended(page, bad[page].role, method.get(page, "none"), file_mended))
+            how = method.get(page, "none")
+            mended.append(Mended(page, bad[page].role, how, file_mended, found_ns, whole_ns))
         return mended
 
-    def _mend_references(self) -> list[Mended]:
+    def _mend_references(self, found_ns: int) -> list[Mended]:
         """Read the digests anew if those in memory are not what they were."""
         table = self._memory.table
         if _digest(table) == self._references:
@@ -150,7 +152,8 @@ class ProtectedWeights:
             differing = np.flatnonzero(fresh.pages != table.pages)
             table.pages[:], table.parity[:] = fresh.pages, fresh.parity
             self._references = _digest(table)
-            return [Mended(int(differing[0]) if len(differing) else 0, "digests", "golden")]
+            first = int(differing[0]) if len(differing) else 0
+            return [Mended(first, "digests", "golden", None, found_ns, time.time_ns())]
         return []
 
 

@@ -1,0 +1,136 @@
+"""`penumbra campaign report`: what campaigns found, as Markdown, made from their records alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Final
+
+from hil.campaign.records import TRIALS, Header, Note, read_header, read_lines, read_notes
+from hil.campaign.statistics import clopper_pearson, percentiles, proven_at_least
+from hil.campaign.strata import Stratum
+from hil.campaign.strikes import COUNTED, FOUND, UNDETECTED, Fate, StrikeRecord
+from telemetry.errors import PenumbraError
+
+REPAIR_BAR_MS: Final = 20.0
+"""Bar of the 99th percentile of a repair in place (issue 4)."""
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table, numbers to the right."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def percent(count: int, trials: int, digits: int = 2) -> str:
+    """Return a rate with its exact 95 % interval, in percent."""
+    rate = clopper_pearson(count, trials)
+    if not trials:
+        return "-"
+    return f"{100 * rate.value:.{digits}f} ({100 * rate.low:.{digits}f} to {100 * rate.high:.{digits}f})"
+
+
+def milliseconds(values: Sequence[float]) -> str:
+    """Return median, 99th percentile and maximum, ms."""
+    found = percentiles(values)
+    if found.p50 is None:
+        return "-"
+    return f"{found.p50:.1f} / {found.p99:.1f} / {found.max:.1f}"
+
+
+def last_notes(notes: Iterable[Note]) -> list[Note]:
+    """Return the last note of each worker."""
+    return list({str(note["worker"]): note for note in notes if "worker" in note}.values())
+
+
+def strikes_section(path: Path, header: Header) -> str:
+    """Return the section of a campaign of strikes."""
+    records: list[StrikeRecord] = list(read_lines(path / TRIALS, StrikeRecord))
+    notes = last_notes(read_notes(path))
+    rows = []
+    strata = [s for s in Stratum if any(r.stratum is s for r in records)]
+    for stratum in [*strata, None]:
+        mine = [r for r in records if stratum in (r.stratum, None) and r.fate in COUNTED]
+        fates = Counter(r.fate for r in mine)
+        undetected = sum(fates[fate] for fate in UNDETECTED)
+        repair_ms = [r.repair_ms for r in mine if r.fate is Fate.REPAIRED and r.repair_ms is not None]
+        rows.append(
+            [
+                "all" if stratum is None else stratum.value,
+                f"{len(mine):,}",
+                str(fates[Fate.REPAIRED]),
+                str(fates[Fate.REDONE]),
+                str(fates[Fate.GAVE_UP]),
+                str(undetected),
+                f"{100 * proven_at_least(undetected, len(mine)):.3f}",
+                milliseconds([r.detect_ms for r in mine if r.fate in FOUND and r.detect_ms is not None]),
+                milliseconds(repair_ms),
+            ]
+        )
+
+    def total(key: str) -> int:
+        return sum(int(note.get(key) or 0) for note in notes)
+
+    released, wrong = total("released"), total("wrong")
+    wall_s = sum(float(note.get("wall_s") or 0) for note in notes)
+    ended = [str(note["ended"]) for note in notes if note.get("ended")]
+    settings = ", ".join(f"{key} {value}" for key, value in header.settings.items())
+    lines = [
+        "## Strikes on a decoding worker\n",
+        f"`penumbra campaign run strikes --trials {_trials(records)} --seed {header.seed} --out DIR`\n",
+        f"Image {header.image_id}; {settings}. {wall_s / 60:.0f} minutes, {len(notes)} worker(s), "
+        f"{total('epochs'):,} epochs committed, {total('dirty'):,} decoded again.\n",
+        table(
+            (
+                "memory",
+                "strikes used",
+                "repaired",
+                "redone",
+                "gave up",
+                "undetected",
+                "detected, % at 95 % at least",
+                "strike to proof, ms, p50 / p99 / max",
+                "repair in place, ms, p50 / p99 / max",
+            ),
+            rows,
+        ),
+        f"Tokens released under fire: {released:,}, all compared with what the undisturbed model says; "
+        f"**wrong: {wrong:,}** (at most {100 * (1 - proven_at_least(wrong, released)):.4f} % at 95 %). "
+        f"Jobs that ended: {total('jobs'):,}, at another token than their reference: {total('wrong_ends')}. "
+        f"Reports on memory nobody had struck: {total('unexplained')}.\n",
+        "A strike counts when an epoch used the memory it hit; it is undetected when the first proof that "
+        "began after it, of an epoch that used it, did not find it. A strike on rows nobody used is taken "
+        f"back, and drawn again ({sum(r.fate is Fate.UNUSED for r in records):,} of them).\n",
+    ]
+    if ended:
+        lines.append("Workers that gave up: " + "; ".join(sorted(set(ended))[:5]) + ".\n")
+    return "\n".join(lines)
+
+
+def _trials(records: Sequence[StrikeRecord]) -> int:
+    counts = Counter(record.stratum for record in records if record.fate in COUNTED)
+    return min(counts.values(), default=0)
+
+
+SECTIONS: Final[dict[str, Callable[[Path, Header], str]]] = {"strikes": strikes_section}
+
+
+def make_report(directories: Sequence[Path]) -> str:
+    """Return the report of campaigns, in the order given.
+
+    Raises
+    ------
+    PenumbraError
+        A directory holds no campaign, or one that cannot be read.
+    """
+    parts = []
+    for path in directories:
+        header = read_header(path)
+        section = SECTIONS.get(header.plan)
+        if section is None:
+            raise PenumbraError(
+                f"{path}: plan {header.plan!r}: {', '.join(SECTIONS)} allowed", "name other directories"
+            )
+        parts.append(section(path, header))
+    return "\n".join(parts)

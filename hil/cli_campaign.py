@@ -1,0 +1,93 @@
+"""`penumbra campaign`: thousands of seeded faults against live flight software, and what became of each."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, TypeAlias
+
+import typer
+
+campaign_app = typer.Typer(
+    help="Fault campaigns against live flight software, with exact intervals.", no_args_is_help=True
+)
+run_app = typer.Typer(help="Run a campaign, or the rest of one that was broken off.", no_args_is_help=True)
+campaign_app.add_typer(run_app, name="run")
+
+Out: TypeAlias = Annotated[
+    Path, typer.Option(help="Directory of the campaign; one of the same plan goes on.")
+]
+Seed: TypeAlias = Annotated[int, typer.Option(min=0, help="Chooses every fault.")]
+Images: TypeAlias = Annotated[
+    Path | None, typer.Option(help="Directory of model images; the active slot is struck.")
+]
+
+
+@contextmanager
+def _status() -> Iterator[Callable[[str, float], None]]:
+    """Say what is being done, on a terminal in place, else a line every tenth."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if console.is_terminal:
+        with console.status("...") as shown:
+            yield lambda text, part: shown.update(f"{text} ({100 * part:.0f} %)")
+        return
+    last = [-1]
+
+    def say(text: str, part: float) -> None:
+        if int(part * 20) != last[0]:
+            last[0] = int(part * 20)
+            sys.stderr.write(f"{text} ({100 * part:.0f} %)\n")
+            sys.stderr.flush()
+
+    yield say
+
+
+def _image(images: Path | None) -> Path:
+    from node.inference.manifest import default_images_dir
+    from node.inference.slots import active_image
+
+    return active_image(images or default_images_dir())
+
+
+@run_app.command()
+def strikes(
+    out: Out,
+    trials: Annotated[int, typer.Option(min=1, help="Strikes of each stratum that count.")] = 3000,
+    seed: Seed = 1,
+    images: Images = None,
+    threads: Annotated[int, typer.Option(min=1, max=256, help="Threads of the worker.")] = 2,
+) -> None:
+    """Flip bits of weights, scales, norms, embedding, head and KV of a worker while it decodes."""
+    from hil.campaign.strike_run import Plan, run_strikes
+    from hil.campaign.strike_worker import WorkerSettings
+
+    plan = Plan(trials=trials, seed=seed, settings=WorkerSettings(threads=threads))
+    with _status() as say:
+        asyncio.run(run_strikes(_image(images), out, plan, say))
+    _show(out)
+
+
+@campaign_app.command()
+def report(
+    directories: Annotated[list[Path], typer.Argument(help="Directories of campaigns.")],
+    markdown: Annotated[Path | None, typer.Option(help="Write the report here; stdout if not given.")] = None,
+) -> None:
+    """Report campaigns as Markdown: rates with exact intervals, latencies, commands."""
+    from hil.campaign.report import make_report
+
+    text = make_report(directories)
+    if markdown is None:
+        typer.echo(text)
+    else:
+        markdown.write_text(text, encoding="utf-8")
+
+
+def _show(out: Path) -> None:
+    from hil.campaign.report import make_report
+
+    typer.echo(make_report([out]))
