@@ -264,6 +264,7 @@ class Monitors:
         self._exprs = _expr_order(table)
         self._values: dict[str, Value | None] = {}
         self._start_s: float | None = None
+        self._uncheck()
 
     def handle(self, event: MonitorEvent, now_s: float) -> list[MonitorAction]:  # noqa: PLR0911 - one a kind
         """Take one event at `now_s` (monotonic, s); return what to do, in order.

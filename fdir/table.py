@@ -286,7 +286,7 @@ def decode_table(encoded: bytes) -> Table:
     """
     try:
         rows = msgspec.json.decode(encoded, type=list[Row])
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise PenumbraError(f"bytes of an FDIR table: {error}") from error
     return Table(rows)
 
