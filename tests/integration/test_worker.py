@@ -373,9 +373,10 @@ def test_a_killed_worker_is_succeeded_with_the_same_texts_of_a_batch(supervisor:
         ready = supervisor.start()
         supervisor.send(Pace(duty=0.1))
         known = {job: len(tokens) for job, tokens in _by_job(got).items()}
-        assert {one.job for one in ready.resumed} == {job.job for job in jobs}
-        assert all(one.tokens >= known.get(one.job, 0) for one in ready.resumed)
         ended = {block.job for block in got if block.finish}
+        # One that has ended may have given its seat to one that had not begun.
+        assert {one.job for one in ready.resumed} >= known.keys() - ended
+        assert all(one.tokens >= known.get(one.job, 0) for one in ready.resumed)
         for job in jobs:
             if job.job not in ended:
                 supervisor.send(msgspec.structs.replace(job, known_tokens=known.get(job.job, 0)))
