@@ -107,8 +107,22 @@ def inject(
 
 
 @app.command()
-def node(config: Annotated[Path, typer.Argument(help="Node configuration, TOML.")]) -> None:
+def node(
+    config: Annotated[Path, typer.Argument(help="Node configuration, TOML.")],
+    supervise: Annotated[
+        bool, typer.Option("--supervise", help="Under a small parent that starts it anew when it must.")
+    ] = False,
+) -> None:
     """Run the flight software alone, as on the board."""
+    if supervise:
+        from node.config import NodeConfig
+        from node.supervise import Limits, node_command
+        from node.supervise import main as run_parent
+
+        limits = Limits(feed_s=float(NodeConfig.load(config).watchdog.timeout_s))
+        raise typer.Exit(
+            run_parent(node_command(config), limits, lambda text: typer.echo(f"supervise: {text}", err=True))
+        )
     from node.runtime import main as run_node
 
     raise typer.Exit(run_node(config))

@@ -80,7 +80,8 @@ def strikes_section(path: Path, header: Header) -> str:
         "## Strikes on a decoding worker\n",
         f"`penumbra campaign run strikes --trials {_trials(records)} --seed {header.seed} --out DIR`\n",
         f"Image {header.image_id}; {settings}. {wall_s / 60:.0f} minutes, {len(notes)} worker(s), "
-        f"{total('epochs'):,} epochs committed, {total('dirty'):,} decoded again.\n",
+        f"{total('epochs'):,} epochs committed, {total('dirty'):,} decoded again, "
+        f"{total('unsure'):,} heard of too late to judge by.\n",
         table(
             (
                 "memory",

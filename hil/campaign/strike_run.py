@@ -200,7 +200,7 @@ class Campaign:
         tokens, unexplained = worker.tokens, worker.watch.unexplained
         self._records.note(
             worker=worker.name, released=tokens.released, wrong=tokens.wrong, jobs=tokens.jobs,
-            wrong_ends=tokens.wrong_ends, epochs=worker.clean, dirty=worker.dirty,
+            wrong_ends=tokens.wrong_ends, epochs=worker.clean, dirty=worker.dirty, unsure=worker.unsure,
             unexplained=len(unexplained), first_unexplained=str(unexplained[0]) if unexplained else None,
             wall_s=round(time.monotonic() - started_s, 3), ended=worker.failure or None,
         )  # fmt: skip

@@ -85,8 +85,8 @@ class StruckWorker:
         Strikes under way.
     tokens
         What was released.
-    clean, dirty
-        Epochs committed, and attempts that had to be decoded again.
+    clean, dirty, unsure
+        Epochs committed, attempts that had to be decoded again, epochs heard of too late to judge by.
     name
         Names this worker among all of the campaign.
     failure
@@ -106,7 +106,7 @@ class StruckWorker:
     ) -> None:
         self.watch = Watch(strata, self._token_at)
         self.tokens = Tokens()
-        self.clean = self.dirty = 0
+        self.clean = self.dirty = self.unsure = 0
         self.failure = ""
         self.name = f"{generation}-{time.time_ns()}"
         self.computing = asyncio.Event()
@@ -311,7 +311,8 @@ class StruckWorker:
             for state in (found[1] if found else ())
             if state.job
         }
-        epoch = Epoch(now_ns, status.scan_ms, status.epochs_dirty - self.dirty, self._rows, rows)
+        epoch = Epoch(now_ns, status.proof_ns, status.epochs_dirty - self.dirty, self._rows, rows)
+        self.unsure += not epoch.is_sure
         self.clean, self.dirty, self._rows = status.epochs_clean, status.epochs_dirty, rows
         self._settle(self.watch.on_epoch(epoch))
         self._epoch_ended.set()

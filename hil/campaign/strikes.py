@@ -20,9 +20,9 @@ import numpy as np
 from hil.campaign.strata import Strata, Stratum
 from node.inference.protocol import Strike as Report
 
-PROOF_MARGIN_S: Final = 0.03
-"""Time before the end of an epoch, beyond that of its proof, in which a strike may have come after the proof
-began, s (assumed: commit, messages, and a busy machine)."""
+HEARD_NS: Final = 150_000_000
+"""Longest time from the beginning of a proof to the bench's look at the arena, ns (assumed: no epoch that is
+decoded whole is shorter). Later, the arena may be an epoch ahead, and nothing is judged by it."""
 PATIENCE_EPOCHS: Final = 4
 """Epochs that use struck memory without finding it, after which it counts as missed."""
 UNUSED_EPOCHS: Final = 40
@@ -126,18 +126,18 @@ class Epoch:
     """An epoch that was committed."""
 
     end_ns: int
-    """CLOCK_REALTIME when its end was told, ns."""
-    scan_ms: float
-    """Time of its last proof."""
+    """CLOCK_REALTIME when its end was heard, ns."""
+    proof_ns: int
+    """When its last proof began."""
     dirty: int
     """Attempts that had to be decoded again."""
     before: Mapping[str, JobRows]
     after: Mapping[str, JobRows]
 
     @property
-    def proof_ns(self) -> int:
-        """Latest time at which its last proof had certainly not begun."""
-        return self.end_ns - round(self.scan_ms * 1e6 + PROOF_MARGIN_S * 1e9)
+    def is_sure(self) -> bool:
+        """Whether `after` is certainly of this epoch."""
+        return self.end_ns - self.proof_ns <= HEARD_NS
 
     def fed(self) -> dict[str, range]:
         """Return the positions that each job fed."""
@@ -257,6 +257,8 @@ class Watch:
 
     def on_epoch(self, epoch: Epoch) -> list[StrikeRecord]:
         """Take the end of an epoch; return what it settles."""
+        if not epoch.is_sure:
+            return []
         settled = []
         fed = epoch.fed()
         tokens = {self._token_at(job, at) for job, positions in fed.items() for at in positions}

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from node.inference.decoder import BatchDecoder, Hidden
-from node.inference.head import Candidates, ScreenedHead, Wanted
+from node.inference.head import Candidates, HeadFault, ScreenedHead, Wanted
 from node.inference.sampling import choose, wanted
 from node.inference.sequence import SequenceState
 
@@ -159,11 +159,12 @@ class Epoch:
             return False
         start = sequence.written
         stop = start + len(tokens)
+        # Before they are read: what a check trips on has to be proven as well.
+        self.fed.update(tokens)
+        self.positions.update(range(start, stop))
         started = time.perf_counter()
         hidden = self._decoder.prefill(sequence.seat.index, tokens, start)
         sequence.record(start, stop)
-        self.fed.update(tokens)
-        self.positions.update(range(start, stop))
         self.prefilled += len(tokens)
         asked = self._ask(hidden[np.newaxis], [sequence])
         if self._log is not None:
@@ -186,11 +187,11 @@ class Epoch:
         started = time.perf_counter()
         positions = [sequence.written for sequence in self._stepping]
         tokens = [s.token_at(at) for s, at in zip(self._stepping, positions, strict=True)]
+        self.fed.update(tokens)
+        self.positions.update(positions)
         hidden = self._decoder.step(tokens, positions)
         for at in open_ones:
             self._stepping[at].record(positions[at], positions[at] + 1)
-        self.fed.update(tokens)
-        self.positions.update(positions)
         asking = [at for at in open_ones if self._stepping[at].abreast]
         part = hidden if len(asking) == len(tokens) else hidden[asking]
         asked = self._ask(part, [self._stepping[at] for at in asking])
@@ -208,7 +209,11 @@ class Epoch:
             return None
         wants = [wanted(sequence.sampling, sequence.seen) for sequence in asking]
         totals = [sequence.sampling.logprobs for sequence in asking]
-        answer = self._head.top(hidden, wants, totals)
+        try:
+            answer = self._head.top(hidden, wants, totals)
+        except HeadFault as fault:
+            self.head_rows.append(fault.rows)
+            raise
         for sequence, candidates in zip(asking, answer, strict=True):
             self.head_rows.append(candidates.rows)
             sequence.take(choose(candidates, sequence.sampling, sequence.index, sequence.seen))

@@ -51,7 +51,19 @@ _Reals = NDArray[np.float64]
 
 
 class HeadFault(Exception):
-    """A logit outside its proven bounds, or no number: memory or arithmetic failed. The epoch is dirty."""
+    """A logit outside its proven bounds, or no number: memory or arithmetic failed. The epoch is dirty.
+
+    Parameters
+    ----------
+    reason
+        What is wrong, in words.
+    rows
+        Rows of the table that gave it: the proof that follows has to look at them.
+    """
+
+    def __init__(self, reason: str, rows: NDArray[np.int64] | None = None) -> None:
+        super().__init__(reason)
+        self.rows = np.empty(0, np.int64) if rows is None else rows
 
 
 @dataclass(frozen=True)
@@ -308,7 +320,7 @@ class ScreenedHead:
         lower = upper - 2.0 * self._row_bound[rows]
         room = state.slack + _LOGIT_ERROR * np.abs(value)
         if not (np.isfinite(value) & (value <= upper + room) & (value >= lower - room)).all():
-            raise HeadFault("a logit is outside the bounds the screen proved for it")
+            raise HeadFault("a logit is outside the bounds the screen proved for it", rows)
         state.bound[rows] = -np.inf
 
     def _log_total(self, state: _State, rows: NDArray[np.int64], logits: NDArray[np.float32]) -> float:

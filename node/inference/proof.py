@@ -74,6 +74,8 @@ class Proof:
         Whether the last proof found nothing bad.
     took_s
         Time it took, s.
+    began_ns
+        When it began, CLOCK_REALTIME, ns: what is struck later may be behind it.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class Proof:
     ) -> None:
         self.whole = True
         self.took_s = 0.0
+        self.began_ns = 0
         self._weights = weights
         self._report = report
         self._executor = executor
@@ -97,7 +100,7 @@ class Proof:
         BeyondRepair
             A page could not be restored.
         """
-        started = time.perf_counter()
+        self.began_ns, started = time.time_ns(), time.perf_counter()
         self.whole = self._check_weights(())
         self.took_s = time.perf_counter() - started
 
@@ -111,7 +114,7 @@ class Proof:
         BeyondRepair
             A page could not be restored.
         """
-        started = time.perf_counter()
+        self.began_ns, started = time.time_ns(), time.perf_counter()
         self.whole = self._check_weights(epoch.fed, epoch.head_rows, epoch.positions)
         for sequence in sequences:
             self.whole = self.of_rows(sequence) and self.whole

@@ -187,6 +187,8 @@ class Status(Message, frozen=True, kw_only=True, tag="status"):
     epochs_dirty: int
     scan_ms: float
     """Time of the last proof."""
+    proof_ns: int = 0
+    """When it began, CLOCK_REALTIME, ns; 0 before the first."""
     step_ms: float
     """Mean time of a decode step in the last epoch."""
     scrub_pass_s: float | None

@@ -52,6 +52,8 @@ class Counters:
     trips: int = 0
     """Epochs that a check on the computing made dirty."""
     scan_ms: float = 0.0
+    proof_ns: int = 0
+    """When the last proof began, CLOCK_REALTIME, ns."""
     step_ms: float = 0.0
     tokens_s: float = 0.0
 
@@ -249,6 +251,7 @@ class VerifiedBatch:
         """Prove the weights while no job runs, so that damage does not wait for the next one."""
         self._proof.of_weights()
         self.counters.scan_ms = self._proof.took_s * 1e3
+        self.counters.proof_ns = self._proof.began_ns
 
     def _running(self) -> list[SequenceState]:
         """Return the sequences that decode: the first of the seated ones."""
@@ -282,6 +285,7 @@ class VerifiedBatch:
                 fault = error
             whole = self._proof.of_epoch(epoch, running)
             self.counters.scan_ms = self._proof.took_s * 1e3
+            self.counters.proof_ns = self._proof.began_ns
             if whole and fault is None:
                 self._commit(epoch, running, progress)
                 return

@@ -265,6 +265,7 @@ class Worker:
                 epochs_clean=counters.epochs_clean,
                 epochs_dirty=counters.epochs_dirty,
                 scan_ms=counters.scan_ms,
+                proof_ns=counters.proof_ns,
                 step_ms=counters.step_ms,
                 scrub_pass_s=self._weights.scrub_pass_s,
                 active=len(self._engine.active),

@@ -55,7 +55,7 @@ def report(page=5, *, at_ms=100, whole_ms=104, region="weights", method="parity"
 
 
 def epoch(end_ms, *, before=None, after=None, dirty=0):
-    return Epoch(end_ms * MS, 2.0, dirty, before or {}, after or {})
+    return Epoch(end_ms * MS, (end_ms - 20) * MS, dirty, before or {}, after or {})
 
 
 def test_a_strike_found_by_the_next_proof_is_repaired_with_its_times(watch):
@@ -97,6 +97,14 @@ def test_control_a_report_on_another_page_does_not_settle_a_strike(watch):
     assert watch.on_report(report(page=6)) == []
     assert [r.page for r in watch.unexplained] == [6]
     assert len(watch.open) == 1
+
+
+def test_an_epoch_heard_of_too_late_judges_nothing(watch):
+    watch.land(landed())
+    late = Epoch(900 * MS, 600 * MS, 0, {}, {})
+    assert not late.is_sure
+    assert [watch.on_epoch(late) for _ in range(9)] == [[]] * 9
+    assert watch.open[0].used == 0
 
 
 def test_a_report_from_before_the_strike_is_not_on_it(watch):

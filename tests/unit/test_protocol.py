@@ -45,7 +45,8 @@ FROM_WORKER = [
         region="kv", page=1, role="global", detected_ns=5, recovered_ns=None, method="none", evidence={"a": 1}
     ),
     protocol.Status(
-        tokens_committed=1, tokens_discarded=0, epochs_clean=1, epochs_dirty=0, scan_ms=1.0, step_ms=2.0,
+        tokens_committed=1, tokens_discarded=0, epochs_clean=1, epochs_dirty=0, scan_ms=1.0, proof_ns=7,
+        step_ms=2.0,
         scrub_pass_s=None, active=3, batch=8, threads=2, prefill_tokens=640, tokens_s=123.4,
     ),
     protocol.Fatal(reason="worn out"),

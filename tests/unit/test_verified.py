@@ -15,6 +15,8 @@ import pytest
 from engine_bench import BLOCK, Bench, finish, mixed_jobs, proven, texts
 
 from node.inference.decoder import PREFILL_CHUNK
+from node.inference.epoch import Epoch
+from node.inference.head import HeadFault
 from node.inference.proof import BeyondRepair, Mended
 from node.inference.protocol import Block
 from node.inference.sequence import JobSpec
@@ -655,3 +657,27 @@ def test_tables_are_proven_where_they_were_read(bench: Bench) -> None:
 
 def _flip(view: np.ndarray, at: int) -> None:
     view[at] ^= 4
+
+
+def test_rows_and_tokens_that_a_check_tripped_on_are_for_the_proof_to_see():
+    class Head:
+        def top(self, *_):
+            raise HeadFault("a logit is outside its bounds", np.array([5, 9]))
+
+    class Decoder:
+        def step(self, tokens, positions):
+            raise HeadFault("a hidden state is not finite")
+
+    class Sequence:
+        abreast, sampling, seen, end, free, written = True, Sampling(), frozenset(), None, 4, 17
+
+        def token_at(self, at):
+            return 33
+
+    epoch = Epoch(Decoder(), Head(), [Sequence()], [], lambda _: None)
+    with pytest.raises(HeadFault):
+        epoch._ask(np.zeros((1, 4), np.float32), [Sequence()])
+    assert [rows.tolist() for rows in epoch.head_rows] == [[5, 9]]
+    with pytest.raises(HeadFault):
+        epoch._step()
+    assert (epoch.fed, epoch.positions) == ({33}, {17})
