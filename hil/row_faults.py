@@ -202,6 +202,11 @@ def hold_loop() -> None:
     loop.call_soon(hold)
 
 
+def hold_for_ever() -> None:
+    """Hold the event loop up, and never let it go."""
+    time.sleep(3600)
+
+
 def hang_task() -> None:
     """Let the task that samples housekeeping wait for ever."""
 
@@ -232,6 +237,7 @@ def latch_up() -> None:
 
 NODE_FAULTS: Final[dict[str, Callable[[], None]]] = {
     "hold_loop": hold_loop,
+    "hold_for_ever": hold_for_ever,
     "hang_task": hang_task,
     "grow": grow,
     "latch_up": latch_up,
