@@ -72,6 +72,53 @@ def strikes(
     _show(out)
 
 
+@run_app.command()
+def kills(
+    out: Out,
+    trials: Annotated[int, typer.Option(min=1, help="Faults of each kind: four kinds.")] = 100,
+    seed: Seed = 1,
+    images: Images = None,
+    threads: Annotated[int, typer.Option(min=1, max=256, help="Threads of the worker.")] = 2,
+) -> None:
+    """SIGKILL and SIGSTOP a worker and a node at random moments of decoding."""
+    from hil.campaign.kill_run import run_kills
+    from hil.campaign.live_node import LiveSettings
+    from node.inference.manifest import default_images_dir
+
+    directory = images or default_images_dir()
+    with _status() as say:
+        asyncio.run(
+            run_kills(
+                directory, out, trials=trials, seed=seed, settings=LiveSettings(threads=threads), say=say
+            )
+        )
+    _show(out)
+
+
+@run_app.command()
+def memory(
+    out: Out,
+    worker: Annotated[int, typer.Option(min=0, help="Flips in the worker's resident memory.")] = 1000,
+    node: Annotated[int, typer.Option(min=0, help="Flips in the supervisor's resident memory.")] = 500,
+    seed: Seed = 1,
+    images: Images = None,
+    threads: Annotated[int, typer.Option(min=1, max=256, help="Threads of the worker.")] = 2,
+) -> None:
+    """Flip single bits anywhere in the resident memory of worker and supervisor."""
+    from hil.campaign.live_node import LiveSettings
+    from hil.campaign.memory_run import run_memory
+    from node.inference.manifest import default_images_dir
+
+    directory, settings = images or default_images_dir(), LiveSettings(threads=threads)
+    with _status() as say:
+        asyncio.run(
+            run_memory(
+                directory, out, worker_trials=worker, node_trials=node, seed=seed, settings=settings, say=say
+            )
+        )
+    _show(out)
+
+
 @campaign_app.command()
 def report(
     directories: Annotated[list[Path], typer.Argument(help="Directories of campaigns.")],

@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
+from hil.campaign.kill_run import KINDS, KillRecord
+from hil.campaign.live_node import FEED_S
+from hil.campaign.memory_run import MemoryOutcome, MemoryRecord
 from hil.campaign.records import TRIALS, Header, Note, read_header, read_lines, read_notes
 from hil.campaign.statistics import clopper_pearson, percentiles, proven_at_least
 from hil.campaign.strata import Stratum
@@ -114,7 +117,110 @@ def _trials(records: Sequence[StrikeRecord]) -> int:
     return min(counts.values(), default=0)
 
 
-SECTIONS: Final[dict[str, Callable[[Path, Header], str]]] = {"strikes": strikes_section}
+def kills_section(path: Path, header: Header) -> str:
+    """Return the section of a campaign of process faults."""
+    records: list[KillRecord] = list(read_lines(path / TRIALS, KillRecord))
+    rows = []
+    for target, kind in KINDS:
+        mine = [r for r in records if (r.target, r.kind) == (target, kind)]
+        rows.append(
+            [
+                f"{'SIGKILL' if kind == 'kill' else 'SIGSTOP'} of the {target}",
+                str(len(mine)),
+                str(sum(r.back for r in mine)),
+                milliseconds([r.detect_ms for r in mine if r.detect_ms is not None]),
+                milliseconds([r.token_ms for r in mine if r.token_ms is not None]),
+                milliseconds([r.back_ms for r in mine if r.back_ms is not None]),
+            ]
+        )
+    each = len(records) // len(KINDS)
+    head = (
+        "fault", "trials", "service back", "fault to detection, ms, p50 / p99 / max",
+        "detection to first new token, ms", "fault to first new token in the archive, ms",
+    )  # fmt: skip
+    return "\n".join(
+        [
+            "## Processes killed and stopped\n",
+            f"`penumbra campaign run kills --trials {each} --seed {header.seed} --out DIR`\n",
+            f"Image {header.image_id}; {_settings(header)}. {_live_note(path)}\n",
+            table(head, rows),
+            "A stopped worker is found by its pings (period 0.1 s, fatal after 1 s here), a stopped node by "
+            f"its parent, {FEED_S:g} s after its last feed. For faults of the node the time to the first token "
+            "counts from the fault.\n",
+        ]
+    )
+
+
+def memory_section(path: Path, header: Header) -> str:
+    """Return the section of a campaign of flips anywhere in memory."""
+    records: list[MemoryRecord] = list(read_lines(path / TRIALS, MemoryRecord))
+    parts = [
+        "## Bits anywhere in resident memory\n",
+        f"`penumbra campaign run memory --worker {sum(r.target == 'worker' for r in records)} "
+        f"--node {sum(r.target == 'node' for r in records)} --seed {header.seed} --out DIR`\n",
+        f"Image {header.image_id}; {_settings(header)}. {_live_note(path)}\n",
+    ]
+    outcomes = list(MemoryOutcome)
+    rows = []
+    for target in ("worker", "node"):
+        of_target = [r for r in records if r.target == target]
+        for region in [None, *sorted({r.region for r in of_target})]:
+            mine = [r for r in of_target if region in {None, r.region}]
+            counts = Counter(r.outcome for r in mine)
+            rows.append(
+                [
+                    f"**{target}**" if region is None else region,
+                    str(len(mine)),
+                    *(str(counts[outcome]) for outcome in outcomes),
+                ]
+            )
+    parts.append(table(("memory", "flips", *(o.value.replace("_", " ") for o in outcomes)), rows))
+    rows = []
+    for target in ("worker", "node"):
+        mine = [r for r in records if r.target == target]
+        for outcome in outcomes:
+            count = sum(r.outcome is outcome for r in mine)
+            rows.append(
+                [f"{target}: {outcome.value.replace('_', ' ')}", str(count), percent(count, len(mine))]
+            )
+    parts.append(table(("outcome", "flips", "share, % (95 % interval)"), rows))
+    back = [r.back_ms for r in records if r.back_ms is not None]
+    later = sum(r.others for r in records)
+    parts.append(
+        f"Repairs that came after the window of their flip (the scrub of what no epoch reads): {later}; those "
+        "flips are counted as masked.\n"
+    )
+    parts.append(f"Service back after a restart, ms, p50 / p99 / max: {milliseconds(back)}.\n")
+    return "\n".join(parts)
+
+
+def _settings(header: Header) -> str:
+    return ", ".join(f"{key} {value}" for key, value in header.settings.items())
+
+
+def _live_note(path: Path) -> str:
+    """Say what all nodes of a campaign released, and how their ledgers closed."""
+    notes = last_notes(read_notes(path))
+
+    def total(key: str) -> int:
+        return sum(int(note.get(key) or 0) for note in notes)
+
+    released, wrong = total("released"), total("wrong")
+    closed = sum(bool(note.get("consistent")) and not note.get("lost") for note in notes)
+    return (
+        f"{total('boots')} boots; {released:,} tokens released, all compared with what the undisturbed model "
+        f"says: **wrong {wrong}**; jobs ended {total('jobs')}, at another token than their reference "
+        f"{total('wrong_ends')}; certificates not proven on the ground {total('unproven')}. Telemetry: "
+        f"{total('generated'):,} records generated, lost {total('lost')}, duplicated {total('duplicated')}; "
+        f"ledger closed on both sides in {closed} of {len(notes)} runs."
+    )
+
+
+SECTIONS: Final[dict[str, Callable[[Path, Header], str]]] = {
+    "strikes": strikes_section,
+    "kills": kills_section,
+    "memory": memory_section,
+}
 
 
 def make_report(directories: Sequence[Path]) -> str:
