@@ -1,7 +1,7 @@
 """A real node under fire: broker, ground and bus around it, its parent above it, jobs coming all the time.
 
 The node is the flight's own process with the flight's own worker, under `node.supervise`. The ground is
-always in contact; every block of text that comes down is compared with the reference of its job, token by token.
+always in contact; every block of text that comes down is compared with the reference of its job.
 """
 
 from __future__ import annotations

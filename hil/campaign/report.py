@@ -145,8 +145,8 @@ def kills_section(path: Path, header: Header) -> str:
             f"Image {header.image_id}; {_settings(header)}. {_live_note(path)}\n",
             table(head, rows),
             "A stopped worker is found by its pings (period 0.1 s, fatal after 1 s here), a stopped node by "
-            f"its parent, {FEED_S:g} s after its last feed. For faults of the node the time to the first token "
-            "counts from the fault.\n",
+            f"its parent, {FEED_S:g} s after its last feed. For faults of the node the time to the first "
+            "token counts from the fault.\n",
         ]
     )
 
@@ -187,7 +187,7 @@ def memory_section(path: Path, header: Header) -> str:
     back = [r.back_ms for r in records if r.back_ms is not None]
     later = sum(r.others for r in records)
     parts.append(
-        f"Repairs that came after the window of their flip (the scrub of what no epoch reads): {later}; those "
+        f"Repairs that came after the window of their flip (scrub of what no epoch reads): {later}; those "
         "flips are counted as masked.\n"
     )
     parts.append(f"Service back after a restart, ms, p50 / p99 / max: {milliseconds(back)}.\n")
