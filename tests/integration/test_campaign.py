@@ -1,9 +1,12 @@
-"""A short campaign of strikes on a real worker with the tiny model."""
+"""Short campaigns with the tiny model: strikes on a real worker, faults of a real node."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from hil.campaign.kill_run import KINDS, KillRecord, run_kills
+from hil.campaign.live_node import LiveSettings
+from hil.campaign.memory_run import MemoryOutcome, MemoryRecord, run_memory
 from hil.campaign.records import TRIALS, read_lines, read_notes
 from hil.campaign.report import last_notes, make_report
 from hil.campaign.strata import Stratum
@@ -35,3 +38,33 @@ async def test_strikes_of_all_strata_are_found_and_a_finished_campaign_is_left_a
     text = make_report([tmp_path])
     await run_strikes(tiny_image, tmp_path, PLAN)
     assert make_report([tmp_path]) == text
+
+
+LIVE = LiveSettings(threads=1, batch=2, seats=3, positions=256, jobs=3)
+
+
+async def test_a_node_killed_and_stopped_loses_no_token_and_no_record(
+    tiny_images: Path, tmp_path: Path
+) -> None:
+    await run_kills(tiny_images, tmp_path, trials=1, seed=2, settings=LIVE, bytes_a_token=1)
+    records = list(read_lines(tmp_path / TRIALS, KillRecord))
+    assert {(r.target, r.kind) for r in records} == set(KINDS)
+    assert all(r.back and r.back_ms is not None for r in records)
+    (note,) = last_notes(read_notes(tmp_path))
+    assert (note["wrong"], note["wrong_ends"], note["lost"], note["duplicated"]) == (0, 0, 0, 0)
+    assert (note["all_ended"], note["consistent"], note["exit_code"], note["unproven"]) == (True, True, 0, 0)
+    assert "SIGSTOP of the node | 1 | 1 |" in make_report([tmp_path])
+
+
+async def test_flips_anywhere_are_classified(tiny_images: Path, tmp_path: Path) -> None:
+    await run_memory(
+        tiny_images, tmp_path, worker_trials=3, node_trials=2, seed=2, settings=LIVE, bytes_a_token=1
+    )
+    records = list(read_lines(tmp_path / TRIALS, MemoryRecord))
+    assert [r.target for r in records] == ["worker"] * 3 + ["node"] * 2
+    assert {r.outcome for r in records} <= set(MemoryOutcome) - {MemoryOutcome.WRONG_OUTPUT}
+    (note,) = last_notes(read_notes(tmp_path))
+    assert (note["wrong"], note["lost"]) == (0, 0)
+    text = make_report([tmp_path])
+    assert "| **worker** | 3 |" in text
+    assert "| **node** | 2 |" in text
