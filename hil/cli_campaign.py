@@ -119,6 +119,21 @@ def memory(
     _show(out)
 
 
+@run_app.command()
+def latchup(
+    out: Out,
+    trials: Annotated[int, typer.Option(min=1, help="Emulated latch-ups.")] = 2000,
+    seed: Seed = 1,
+) -> None:
+    """Emulate latch-ups on real load traces, beside a fixed threshold."""
+    from hil.campaign.records import SUMMARY, Header, write_header, write_json
+    from hil.latchup_trials import run_latchup
+
+    write_header(out, Header(plan="latchup", seed=seed, settings={"trials": trials}))
+    write_json(out / SUMMARY, run_latchup(trials, seed))
+    _show(out)
+
+
 @campaign_app.command()
 def report(
     directories: Annotated[list[Path], typer.Argument(help="Directories of campaigns.")],

@@ -1,4 +1,4 @@
-"""Fit what a board's draw follows: load, clock and temperature, by least squares."""
+"""Fit what a board's draw follows: load, clock and temperature, by least squares; exact where it is quiet."""
 
 from __future__ import annotations
 
@@ -70,8 +70,10 @@ def fit_current(samples: Sequence[DrawSample], sample_s: float) -> CurrentProfil
     residual = power - matrix @ found
     terms = iter(found[2:].tolist())
     quiet = residual[share <= QUIET_SHARE]
+    # Only quiet samples are judged: there the model has to be right, wherever the draw bends above.
+    shift_w = float(np.median(quiet)) if len(quiet) >= LEAST_SAMPLES else 0.0
     return CurrentProfile(
-        idle_w=max(0.0, float(found[0])),
+        idle_w=max(0.0, float(found[0]) + shift_w),
         core_w=float(found[1]),
         core_w_per_ghz=next(terms) if freq is not None else 0.0,
         freq_ghz=float(freq.mean()) if freq is not None else 0.0,

@@ -65,15 +65,7 @@ class Records(Generic[T]):
     """
 
     def __init__(self, path: Path, header: Header, kind: type[T]) -> None:
-        path.mkdir(parents=True, exist_ok=True)
-        known = read_header(path) if (path / HEADER).exists() else None
-        if known is not None and known != header:
-            raise PenumbraError(
-                f"{path} holds another campaign: {_differs(known, header)}",
-                "give another --out, or the same plan, seed and settings to go on with it",
-            )
-        if known is None:
-            write_json(path / HEADER, header)
+        write_header(path, header)
         self.path = path
         self.header = header
         _drop_torn_line(path / TRIALS)
@@ -110,6 +102,19 @@ class Records(Generic[T]):
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def write_header(path: Path, header: Header) -> None:
+    """Make a campaign directory, or check that it is one of this campaign. Raises as `Records`."""
+    path.mkdir(parents=True, exist_ok=True)
+    known = read_header(path) if (path / HEADER).exists() else None
+    if known is not None and known != header:
+        raise PenumbraError(
+            f"{path} holds another campaign: {_differs(known, header)}",
+            "give another --out, or the same plan, seed and settings to go on with it",
+        )
+    if known is None:
+        write_json(path / HEADER, header)
 
 
 def read_header(path: Path) -> Header:

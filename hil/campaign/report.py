@@ -7,39 +7,20 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
+import msgspec
+
 from hil.campaign.kill_run import KINDS, KillRecord
 from hil.campaign.live_node import FEED_S
 from hil.campaign.memory_run import MemoryOutcome, MemoryRecord
-from hil.campaign.records import TRIALS, Header, Note, read_header, read_lines, read_notes
-from hil.campaign.statistics import clopper_pearson, percentiles, proven_at_least
+from hil.campaign.records import SUMMARY, TRIALS, Header, Note, read_header, read_lines, read_notes
+from hil.campaign.statistics import milliseconds, percent, proven_at_least, table
 from hil.campaign.strata import Stratum
 from hil.campaign.strikes import COUNTED, FOUND, UNDETECTED, Fate, StrikeRecord
+from hil.latchup_trials import Comparison, markdown
 from telemetry.errors import PenumbraError
 
 REPAIR_BAR_MS: Final = 20.0
 """Bar of the 99th percentile of a repair in place (issue 4)."""
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table, numbers to the right."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
-def percent(count: int, trials: int, digits: int = 2) -> str:
-    """Return a rate with its exact 95 % interval, in percent."""
-    rate = clopper_pearson(count, trials)
-    if not trials:
-        return "-"
-    return f"{100 * rate.value:.{digits}f} ({100 * rate.low:.{digits}f} to {100 * rate.high:.{digits}f})"
-
-
-def milliseconds(values: Sequence[float]) -> str:
-    """Return median, 99th percentile and maximum, ms."""
-    found = percentiles(values)
-    if found.p50 is None:
-        return "-"
-    return f"{found.p50:.1f} / {found.p99:.1f} / {found.max:.1f}"
 
 
 def last_notes(notes: Iterable[Note]) -> list[Note]:
@@ -216,10 +197,16 @@ def _live_note(path: Path) -> str:
     )
 
 
+def latchup_section(path: Path, _: Header) -> str:
+    """Return the section of the trials of the latch-up detector."""
+    return markdown(msgspec.json.decode((path / SUMMARY).read_bytes(), type=Comparison))
+
+
 SECTIONS: Final[dict[str, Callable[[Path, Header], str]]] = {
     "strikes": strikes_section,
     "kills": kills_section,
     "memory": memory_section,
+    "latchup": latchup_section,
 }
 
 

@@ -8,7 +8,7 @@ distribution, found here by bisection, so that no statistics package is needed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 import msgspec
@@ -86,6 +86,28 @@ def percentiles(values: Sequence[float]) -> Percentiles:
         return Percentiles(count=0)
     p50, p99 = (float(np.percentile(values, q, method="inverted_cdf")) for q in (50, 99))
     return Percentiles(count=len(values), p50=p50, p99=p99, max=float(max(values)))
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table, numbers to the right."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def percent(count: int, trials: int, digits: int = 2) -> str:
+    """Return a rate with its exact 95 % interval, in percent."""
+    rate = clopper_pearson(count, trials)
+    if not trials:
+        return "-"
+    return f"{100 * rate.value:.{digits}f} ({100 * rate.low:.{digits}f} to {100 * rate.high:.{digits}f})"
+
+
+def milliseconds(values: Sequence[float]) -> str:
+    """Return median, 99th percentile and maximum, in the unit of the values."""
+    found = percentiles(values)
+    if found.p50 is None:
+        return "-"
+    return f"{found.p50:.1f} / {found.p99:.1f} / {found.max:.1f}"
 
 
 def _check(count: int, trials: int, confidence: float) -> None:
