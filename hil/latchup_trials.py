@@ -39,6 +39,8 @@ LEAD_S: Final = (40.0, 160.0)
 DAMAGE_S: Final = 300.0
 """Time in which a latch-up has to be found (Radshield: it damages after some five minutes)."""
 FIT_S: Final = 240.0
+FIT_EVERY: Final = 10
+"""Trials a fit is used for."""
 TRAINING: Final = 400
 """Trials the fixed threshold is set on."""
 SWEEP_A: Final = (0.02, 0.035, 0.05, 0.07, 0.1, 0.15)
@@ -270,6 +272,9 @@ def run_latchup(
     detector, threshold = [], []
     sweep: dict[float, list[TrialResult]] = {step_a: [] for step_a in SWEEP_A}
     for number in range(trials):
+        if number % FIT_EVERY == 0:
+            # Another board is another fit, with its own luck.
+            profile = _fit(shares, board, rng)
         trial = _make(shares, board, rng)
         power = trial.with_step(step_w, board.step_w)
         detector.append(fly_detector(trial, power, profile))
