@@ -38,6 +38,7 @@ from hil.record import Happening, PlantSample, Window
 from hil.run_dir import RunDir, write_inputs
 from hil.scenario import Fault as ProcessFault
 from hil.scenario import FaultKind, Scenario
+from hil.sensor_faults import SensorBench
 from hil.spacecraft import FlightClock, Spacecraft
 from node.config import NodeConfig
 from telemetry.archive import Archive
@@ -203,6 +204,7 @@ class Flight:
             clock,
             idle_w=self.scenario.board.idle_w,
             on_state=self._on_state,
+            sensors=SensorBench(self.scenario.scenario.seed),
         )
         self._node = NodeProcess(
             [sys.executable, "-m", "hil.cli", "node", str(self.run_dir.node_config)],

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 from hil.plant.plant import Plant, PlantState
 from hil.record import PlantSample
+from hil.sensor_faults import SensorBench
 from telemetry import topics
-from telemetry.bus import BusLoad, BusMessage, BusTime, decode, encode
+from telemetry.bus import BusEps, BusLoad, BusMessage, BusTime, decode, encode
 from telemetry.link import LinkDown, MqttLink
 
 _log = logging.getLogger(__name__)
@@ -97,6 +98,8 @@ class Spacecraft:
         The truth, and when it is.
     idle_w
         Draw of the board when it does not say, W.
+    sensors
+        Sensors of the power unit; None: it says the truth.
     on_state
         Called with every new state, in flight only.
 
@@ -116,6 +119,7 @@ class Spacecraft:
         clock: FlightClock,
         *,
         idle_w: float,
+        sensors: SensorBench | None = None,
         on_state: Callable[[PlantState], None] = lambda state: None,
     ) -> None:
         self.samples: list[PlantSample] = []
@@ -124,6 +128,7 @@ class Spacecraft:
         self._plant = plant
         self._clock = clock
         self._idle_w = idle_w
+        self._sensors = sensors
         self._on_state = on_state
         self._load = _Load(idle_w, 0.0)
         self._sent_s: dict[str, float] = {}
@@ -169,7 +174,10 @@ class Spacecraft:
                 self.samples.append(sample(state, self._clock.start_ns))
             self._on_state(state)
         messages: dict[str, BusMessage] = {**state.messages(self._clock.rate), "orbit": self._plant.orbit}
-        for channel, message in messages.items():
+        for channel, truth in messages.items():
+            message = truth
+            if isinstance(truth, BusEps) and self._sensors is not None:
+                message = self._sensors.read(truth)
             if now_s - self._sent_s.get(channel, 0.0) >= PERIOD_S[channel] - TICK_S / 2:
                 self._sent_s[channel] = now_s
                 if not self._messages.full():  # a broker that is away gets no burst of old values later
