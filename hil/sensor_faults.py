@@ -23,7 +23,7 @@ class SensorFault(StrEnum):
     OFFSET = "offset"
     """A fifth of the range is added."""
     MISSING = "missing"
-    """It gives no value any more."""
+    """It gives no value any more: null, which a node takes as it takes NaN."""
     STALE = "stale"
     """Value and time stamp of its whole set stand still."""
 
@@ -36,7 +36,7 @@ class SensorBench:
     seed
         Of their errors.
     sets
-        1 to `SENSOR_SETS`; the first is the main one, whose values cannot be missing or no numbers.
+        1 to `SENSOR_SETS`; the first is the main one, whose values cannot be missing.
 
     Raises
     ------
@@ -57,9 +57,8 @@ class SensorBench:
     def fail(self, sensor_set: int, channel: str, fault: SensorFault | None) -> None:
         """Let a sensor fail from now on; None: it is sound again."""
         if not 0 <= sensor_set < self.sets or channel not in CHANNELS:
-            raise ValueError(
-                f"set {sensor_set}, {channel}: 0 to {self.sets - 1}, {', '.join(CHANNELS)} allowed"
-            )
+            allowed = f"0 to {self.sets - 1}, {', '.join(CHANNELS)}"
+            raise ValueError(f"set {sensor_set}, {channel}: {allowed} allowed")
         if sensor_set == 0 and fault in {SensorFault.MISSING, SensorFault.STALE}:
             raise ValueError(f"{fault.value} of set 0: the main set always gives values of the moment")
         if fault is None:

@@ -54,7 +54,6 @@ def test_sound_sensors_are_voted_and_none_is_rejected():
     [
         (SensorFault.STUCK, {Why.STUCK}),
         (SensorFault.SPIKE, {Why.SPIKE, Why.OUTVOTED}),
-        (SensorFault.NAN, {Why.NAN}),
         (SensorFault.OFFSET, {Why.OUTVOTED, Why.SPIKE}),
         (SensorFault.MISSING, {Why.NAN}),
         (SensorFault.STALE, {Why.STALE}),
@@ -104,9 +103,9 @@ def test_sensors_that_are_not_there_or_cannot_fail_so_are_refused():
         SensorBench(1, 4)
     bench = SensorBench(1)
     for sensor_set, channel, fault in (
-        (3, "battery_v", SensorFault.NAN),
+        (3, "battery_v", SensorFault.MISSING),
         (0, "x", None),
-        (0, "battery_v", SensorFault.NAN),
+        (0, "battery_v", SensorFault.MISSING),
     ):
         with pytest.raises(ValueError, match="set"):
             bench.fail(sensor_set, channel, fault)
