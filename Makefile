@@ -10,7 +10,7 @@ SCENARIO ?= default
 SPEED ?=
 FLY_OPTIONS ?=
 
-.PHONY: setup setup-dev model fly check test test-fast docs format smoke clean
+.PHONY: setup setup-dev model fly check test test-fast walks docs format smoke clean
 
 setup: $(VENV)/.bench
 setup-dev: $(VENV)/.dev
@@ -50,6 +50,10 @@ test: $(VENV)/.dev model
 
 test-fast: $(VENV)/.dev
 	$(BIN)/pytest -n 2 tests/unit tests/property
+
+# Every state machine over 100,000 random steps, with three seeds: a quarter of an hour.
+walks: $(VENV)/.dev
+	$(BIN)/python tests/walk_all.py
 
 docs: $(VENV)/.dev
 	$(BIN)/python -m telemetry.icd

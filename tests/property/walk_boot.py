@@ -63,7 +63,7 @@ def check(found: store.BootState, decision: BootDecision, facts: BootFacts) -> N
 
 
 def walk(steps: int, seed: int) -> dict[str, int]:
-    """Take `steps` boots; raise AssertionError when what must hold does not. Returns what was seen."""
+    """Take `steps` boots; raise AssertionError when what must hold does not. Returns what it saw."""
     rng = random.Random(seed)
     connection = sqlite3.connect(":memory:", isolation_level=None)
     store.create(connection)

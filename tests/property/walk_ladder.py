@@ -52,7 +52,7 @@ def event_of(rng: random.Random, ladder: Ladder, external: bool) -> LadderEvent:
             return ResetCounters()
 
 
-def walk(steps: int, seed: int) -> dict[str, int]:  # noqa: PLR0912 - one branch a kind
+def walk(steps: int, seed: int) -> dict[str, int]:
     """Take `steps` random events; raise AssertionError when what must hold does not.
 
     Returns how often each action was asked for, and how often the node started anew.

@@ -21,7 +21,7 @@ PROFILE = CurrentProfile(idle_w=4.0, core_w=6.0, residual_sigma_w=0.05, samples=
 
 
 def walk(steps: int, seed: int) -> dict[str, int]:
-    """Take `steps` samples; raise AssertionError when what must hold does not. Returns what was seen."""
+    """Take `steps` samples; raise AssertionError when what must hold does not. Returns what it saw."""
     rng = random.Random(seed)
     detector = LatchupDetector(CurrentModel(PROFILE), LIMITS)
     now_s, share, extra_w, suspected, asked_s, judged = 0.0, 0.0, 0.0, False, -math.inf, 0

@@ -25,7 +25,7 @@ SPEC = ChannelSpec(
 FAULTS = ("nan", "range", "spike", "stuck", "offset", "stale", "none")
 
 
-def walk(steps: int, seed: int) -> dict[str, int]:  # noqa: PLR0912 - one branch a kind
+def walk(steps: int, seed: int) -> dict[str, int]:
     """Take `steps` readings; raise AssertionError when what must hold does not. Returns what was seen.
 
     At most one of the three sensors is faulty at a time: then the vote has to be right all the time.
