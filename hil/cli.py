@@ -116,8 +116,9 @@ def node(
     """Run the flight software alone, as on the board."""
     if supervise:
         from node.config import NodeConfig
-        from node.supervise import Limits, node_command
         from node.supervise import main as run_parent
+        from node.supervise import node_command
+        from node.supervision import Limits
 
         limits = Limits(feed_s=float(NodeConfig.load(config).watchdog.timeout_s))
         raise typer.Exit(

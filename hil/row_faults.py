@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import contextlib
 import ctypes
+import gc
 import os
 import signal
 import socket
@@ -31,6 +32,7 @@ from node.boards.base import BoardReading
 from node.boards.sim import SimBoard
 from node.housekeeping import HousekeepingService
 from node.inference import protocol
+from node.modes import ModeMachine
 from telemetry import bus
 from telemetry.commands import Ping, encode_command, make_command
 from telemetry.keys import KeyRing
@@ -216,6 +218,12 @@ def hang_task() -> None:
     HousekeepingService.sample = wait  # type: ignore[method-assign,assignment]
 
 
+def flip_mode() -> None:
+    """Flip a bit in one of the copies of the node's mode."""
+    (machine,) = [found for found in gc.get_objects() if isinstance(found, ModeMachine)]
+    machine.copies()[1][-1] ^= 4
+
+
 _GROWN: list[bytearray] = []
 
 
@@ -240,6 +248,7 @@ NODE_FAULTS: Final[dict[str, Callable[[], None]]] = {
     "hold_for_ever": hold_for_ever,
     "hang_task": hang_task,
     "grow": grow,
+    "flip_mode": flip_mode,
     "latch_up": latch_up,
 }
 WORKER_FAULTS: Final = ("never_ready", "fatal", "garbage", "trip", "grow")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +53,8 @@ class Parts:
     clock: MissionClock
     authenticator: Authenticator
     spool: Spool
+    repairs: Mapping[str, Callable[[], int]]
+    """Struck copies of values held in triplicate that were written anew, by what they are of."""
     store: Callable[[], tuple[int, float] | None]
     """Returns the jobs queued and the filled share of the spool, as of the last housekeeping."""
 
@@ -99,6 +101,7 @@ class Fdir:
         self._database = database
         self._recorder = recorder
         self._damage_told = False
+        self._repairs = dict.fromkeys(parts.repairs, 0)
         self._lag_s = 0.0
         settings, worker = config.fdir, parts.worker
         acts = Acts(
@@ -281,6 +284,11 @@ class Fdir:
         for fault in self._parts.spool.take_faults():
             evidence = {"kind": fault.kind.value, "records": fault.records}
             self.service.find(Finding("spool.record", fault.text, {**evidence}))
+        for name, count in self._parts.repairs.items():
+            if (repairs := count()) > self._repairs[name]:
+                reason = f"a copy of {name} in memory was struck, outvoted and written anew"
+                self.service.find(Finding("memory.state", reason, {"value": name}))
+                self._repairs[name] = repairs
         if self._database.damage is not None and not self._damage_told:
             self._damage_told = True
             self.service.find(Finding("node.restart", f"the database is damaged: {self._database.damage}"))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from fdir.voting import Triplicate
 from telemetry.packets import Mode
 
 ECLIPSE_BELOW = 0.4
@@ -131,9 +132,23 @@ class ModeMachine:
     """Hold the mode and decide its changes."""
 
     def __init__(self) -> None:
-        self.mode = Mode.BOOT
+        self._mode = Triplicate("mode", Mode.BOOT, Mode)
         self.history: list[str] = []
         self._dark = False
+
+    @property
+    def mode(self) -> Mode:
+        """The mode, voted over three copies."""
+        return self._mode.get()
+
+    @property
+    def repairs(self) -> int:
+        """Struck copies of the mode that were written anew."""
+        return self._mode.repairs
+
+    def copies(self) -> tuple[bytearray, ...]:
+        """Return the copies of the mode, for a test that strikes them."""
+        return self._mode.buffers()
 
     def handle(self, event: ModeEvent, now_ns: int) -> list[ModeAction]:
         """Take one event at mission time `now_ns`; return what to do, in order.
@@ -178,7 +193,7 @@ class ModeMachine:
         after = sunlit_mode if target == _SUNLIT_MODE else Mode(target)
         if after is before:
             return []
-        self.mode = after
+        self._mode.set(after)
         self.history = [*self.history[1 - _HISTORY_LENGTH :], f"{now_ns} {before}->{after} on {trigger}"]
         actions: list[ModeAction] = []
         if after is Mode.SAFE:

@@ -197,6 +197,7 @@ class Node:
                 clock=self._clock,
                 authenticator=authenticator,
                 spool=spool,
+                repairs={"key": lambda: ring.repairs, "mode": lambda: self._modes.repairs},
                 store=lambda: self._housekeeping.store,
             ),
             pulses=[self._mode_pulse, *(service.pulse for service in services)],

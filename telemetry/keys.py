@@ -21,7 +21,6 @@ import secrets
 import stat
 import tomllib
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -30,6 +29,7 @@ import msgspec
 from msgspec import Meta
 
 from telemetry.errors import PenumbraError
+from telemetry.voting import COPIES, Unvoted, seal, unseal, vote
 
 MIN_SECRET_BYTES = 32
 """Shortest secret, bytes: the output length of SHA-256, below which HMAC loses strength (RFC 2104)."""
@@ -51,21 +51,54 @@ class Domain(StrEnum):
     ACK = "penumbra ack 1"
 
 
-@dataclass(frozen=True)
 class Key:
-    """One shared secret. The secret never shows in `repr`."""
+    """One shared secret, held in three copies and voted on each use. It never shows in `repr`.
 
-    id: str
-    secret: bytes = field(repr=False)
-    state: KeyState = KeyState.ACTIVE
+    Parameters
+    ----------
+    id
+        Names it in messages.
+    secret
+        Its bytes.
+    state
+        Whether it may be used.
+
+    Attributes
+    ----------
+    repairs
+        Copies that were struck, outvoted and written anew.
+    """
+
+    def __init__(self, id: str, secret: bytes, state: KeyState = KeyState.ACTIVE) -> None:
+        self.id = id
+        self.state = state
+        self.repairs = 0
+        self._copies = [bytearray(seal(secret)) for _ in range(COPIES)]
+
+    def __repr__(self) -> str:
+        return f"Key(id={self.id!r}, state={self.state!r})"
+
+    @property
+    def secret(self) -> bytes:
+        """The secret, as the vote over its copies has it. Raises `Unvoted` beyond a vote."""
+        copies = [bytes(copy) for copy in self._copies]
+        sound = vote(copies)
+        for number, copy in enumerate(copies):
+            if copy != sound:
+                self._copies[number][:] = sound
+                self.repairs += 1
+        return unseal(sound)
 
     def mac(self, domain: Domain, message: bytes) -> bytes:
-        """Return the HMAC-SHA-256 (32 bytes) over the domain and the message."""
+        """Return the HMAC-SHA-256 (32 bytes) over the domain and the message. Raises as `secret`."""
         return hmac.new(self.secret, domain.value.encode() + b"\0" + message, hashlib.sha256).digest()
 
     def verify(self, domain: Domain, message: bytes, mac: bytes) -> bool:
-        """Return whether `mac` is right, in constant time."""
-        return hmac.compare_digest(self.mac(domain, message), mac)
+        """Return whether `mac` is right, in constant time; with a secret beyond a vote nothing is."""
+        try:
+            return hmac.compare_digest(self.mac(domain, message), mac)
+        except Unvoted:
+            return False
 
 
 class _KeyEntry(msgspec.Struct, forbid_unknown_fields=True):
@@ -138,6 +171,11 @@ class KeyRing:
         if not any(key.state is KeyState.ACTIVE for key in keys):
             raise PenumbraError(f"key file {path}: no key is active", 'set state = "active" on one of them')
         return ring
+
+    @property
+    def repairs(self) -> int:
+        """Struck copies of secrets that were written anew."""
+        return sum(key.repairs for key in self._keys.values())
 
     def get(self, key_id: str) -> Key | None:
         """Return the key of that id, active or not, or None."""

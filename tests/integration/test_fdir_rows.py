@@ -369,6 +369,16 @@ async def test_memory_state(open_row: OpenRow) -> None:
         assert report.evidence["value"] == "boot"
 
 
+async def test_a_struck_copy_of_the_mode_in_memory_is_outvoted(open_row: OpenRow) -> None:
+    async with open_row() as bench:
+        bench.fault = "flip_mode"
+        await bench.start()
+        row_faults.trigger(bench.pid())
+        report = await bench.reported("memory.state", Outcome.REPAIRED, 0)
+        assert report.evidence["value"] == "mode"
+        assert bench.new_housekeeping()[-1].mode is Mode.NOMINAL
+
+
 @pytest.mark.fdir("spool.record")
 async def test_spool_record(open_row: OpenRow) -> None:
     async with open_row() as bench:

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import random
 
-from node.supervise import AskStop, End, Exited, Fed, Kill, Limits, Start, StopAsked, Supervision, Tick, Wait
+from node.supervision import (
+    AskStop,
+    End,
+    Exited,
+    Fed,
+    Kill,
+    Limits,
+    Start,
+    StopAsked,
+    Supervision,
+    Tick,
+    Wait,
+)
 
 LIMITS = Limits(feed_s=5.0, start_s=20.0, stop_s=8.0, quick_s=10.0, wait_s=1.0, longest_wait_s=4.0)
 

@@ -127,3 +127,24 @@ def test_the_mac_is_hmac_sha256_over_domain_zero_and_message() -> None:
         assert key.verify(domain, b"body", expected)
         assert not key.verify(domain, b"body", expected[:-1])
     assert key.mac(Domain.ACK, b"body") != key.mac(Domain.COMMAND, b"body")
+
+
+@pytest.mark.parametrize("copy", range(3))
+def test_a_struck_copy_of_a_secret_is_outvoted_and_written_anew(copy: int) -> None:
+    ring = KeyRing([Key("a", b"k" * 32)])
+    key = ring.signing_key()
+    right = key.mac(Domain.COMMAND, b"x")
+    key._copies[copy][7] ^= 16
+    assert key.mac(Domain.COMMAND, b"x") == right
+    assert ring.repairs == 1
+    assert key._copies[0] == key._copies[1] == key._copies[2]
+    assert key.verify(Domain.COMMAND, b"x", right)
+    assert ring.repairs == 1
+
+
+def test_with_a_secret_beyond_a_vote_nothing_is_authentic() -> None:
+    key = Key("a", b"k" * 32)
+    right = key.mac(Domain.COMMAND, b"x")
+    for copy in key._copies:
+        copy[7] ^= 16
+    assert not key.verify(Domain.COMMAND, b"x", right)

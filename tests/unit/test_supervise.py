@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from node import watchdog
-from node.supervise import (
-    PARENT_FD_ENV,
+from node.supervise import PARENT_FD_ENV
+from node.supervision import (
     AskStop,
     End,
     Exited,
