@@ -104,7 +104,7 @@ class StruckWorker:
         strata: Strata,
         on_settled: Callable[[list[StrikeRecord]], None],
     ) -> None:
-        self.watch = Watch(strata, self._token_at)
+        self.watch = Watch(strata, self._token_at, self._byte_at)
         self.tokens = Tokens()
         self.clean = self.dirty = self.unsure = 0
         self.failure = ""
@@ -122,6 +122,7 @@ class StruckWorker:
         self._jobs: dict[str, Text] = {}
         self._number = 0
         self._rows: dict[str, JobRows] = {}
+        self._prefilled = 0
         self._epoch_ended = asyncio.Event()
         self._memory: ProcessMemory | None = None
         self._spans: dict[Path, list[Span]] = {}
@@ -307,11 +308,13 @@ class StruckWorker:
             return
         now_ns, found = time.time_ns(), self._arena.read()
         rows = {
-            state.job: JobRows(state.positions, state.base, state.phase == "active")
+            state.job: JobRows(state.positions, state.base, state.phase == "active", state.prompt_tokens)
             for state in (found[1] if found else ())
             if state.job
         }
-        epoch = Epoch(now_ns, status.proof_ns, status.epochs_dirty - self.dirty, self._rows, rows)
+        prefilled, self._prefilled = status.prefill_tokens - self._prefilled, status.prefill_tokens
+        dirty = status.epochs_dirty - self.dirty
+        epoch = Epoch(now_ns, status.proof_ns, dirty, self._rows, rows, prefilled)
         self.unsure += not epoch.is_sure
         self.clean, self.dirty, self._rows = status.epochs_clean, status.epochs_dirty, rows
         self._settle(self.watch.on_epoch(epoch))
@@ -347,6 +350,12 @@ class StruckWorker:
             return 0
         known = [*text.prompt_tokens, *text.tokens]
         return known[min(position, len(known) - 1)]
+
+    def _byte_at(self, address: int) -> int | None:
+        try:
+            return self._open_memory().read(address)
+        except NotThere:
+            return None
 
     def _on_fault(self, monitor: str, reason: str) -> None:
         self.failure = self.failure or f"{monitor}: {reason}"

@@ -119,6 +119,8 @@ class JobRows:
     positions: int
     base: int
     active: bool
+    prompt: int = 0
+    """Tokens of its prompt."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,8 @@ class Epoch:
     """Attempts that had to be decoded again."""
     before: Mapping[str, JobRows]
     after: Mapping[str, JobRows]
+    prefilled: int | None = None
+    """Prompt tokens the worker has read in it; None: all of its new jobs."""
 
     @property
     def is_sure(self) -> bool:
@@ -140,11 +144,19 @@ class Epoch:
         return self.end_ns - self.proof_ns <= HEARD_NS
 
     def fed(self) -> dict[str, range]:
-        """Return the positions that each job fed."""
+        """Return the positions that each job certainly fed.
+
+        Rows of a prompt that begins like another one are copied, not computed. Where some were, only the last
+        position of a new job's prompt is certain: it makes the first logits.
+        """
+        new = [rows for job, rows in self.after.items() if job not in self.before]
+        whole = sum(min(rows.prompt, rows.positions) for rows in new)
+        shared = self.prefilled is not None and self.prefilled < whole
         found = {}
         for job, rows in self.after.items():
-            first = self.before[job].positions if job in self.before else 0
-            found[job] = range(first if first <= rows.positions else 0, rows.positions)
+            begun = max(0, rows.prompt - 1) if shared else 0
+            first = self.before[job].positions if job in self.before else begun
+            found[job] = range(first if first <= rows.positions else begun, rows.positions)
         return found
 
 
@@ -164,6 +176,7 @@ class Landed:
     address: int
     job: str = ""
     open_row: bool = False
+    """KV: it was of the epoch under way, if it was written in that epoch already (see `Watch.on_epoch`)."""
     epochs: int = 0
     used: int = 0
     """Epochs that used the memory and should have found it."""
@@ -204,6 +217,8 @@ class Watch:
         Of the image.
     token_at
         Gives the token a job feeds at a position.
+    byte_at
+        Gives the byte at an address of the worker now, None when it cannot be read.
 
     Attributes
     ----------
@@ -213,11 +228,17 @@ class Watch:
         Reports on memory that nobody struck: false alarms, or damage done by something else.
     """
 
-    def __init__(self, strata: Strata, token_at: Callable[[str, int], int]) -> None:
+    def __init__(
+        self,
+        strata: Strata,
+        token_at: Callable[[str, int], int],
+        byte_at: Callable[[int], int | None] = lambda _: None,
+    ) -> None:
         self.open: list[Landed] = []
         self.unexplained: list[Report] = []
         self._strata = strata
         self._token_at = token_at
+        self._byte_at = byte_at
 
     def is_free(self, stratum: Stratum, page: int, job: str = "") -> bool:
         """Tell whether a strike there could be told apart, and mended, beside those that are open.
@@ -296,13 +317,21 @@ class Watch:
         if not self._uses(strike, epoch, tokens, places):
             gone = strike.trial.stratum is Stratum.KV
             return (Fate.MISSED if strike.used else Fate.UNUSED) if gone else None
-        if strike.open_row and epoch.dirty and strike.epochs == 1:
+        if strike.open_row and strike.epochs == 1 and (epoch.dirty or self._is_rewritten(strike)):
             return Fate.UNUSED  # written anew, perhaps between strike and proof
         if strike.t_ns >= epoch.proof_ns:
             strike.in_proof = True
             return None
         strike.used += 1
         return Fate.MISSED if strike.used >= PATIENCE_EPOCHS else None
+
+    def _is_rewritten(self, strike: Landed) -> bool:
+        """Whether the row of an open epoch was only written after the strike: what lay there was left over.
+
+        An epoch decoded once writes each row once, so what is not there any more was there before.
+        """
+        found = self._byte_at(strike.address)
+        return found is not None and found != strike.after
 
     def _uses(self, strike: Landed, epoch: Epoch, tokens: set[int], places: set[int]) -> bool:
         match strike.trial.stratum:

@@ -99,6 +99,21 @@ def test_control_a_report_on_another_page_does_not_settle_a_strike(watch):
     assert len(watch.open) == 1
 
 
+def test_rows_of_a_shared_prompt_are_not_counted_as_fed(watch, strata):
+    after = {"j": JobRows(60, 0, True, 50)}
+    assert Epoch(0, 0, 0, {}, after, 50).fed() == {"j": range(60)}
+    assert Epoch(0, 0, 0, {}, after, 8).fed() == {"j": range(49, 60)}
+    assert Epoch(0, 0, 0, {"j": JobRows(55, 0, True, 50)}, after, 0).fed() == {"j": range(55, 60)}
+
+
+@pytest.mark.parametrize(("now", "fate"), [(4, None), (9, Fate.UNUSED)])
+def test_an_open_row_written_only_after_the_strike_was_not_used(strata, now, fate):
+    watch = Watch(strata, lambda job, position: position, lambda address: now)
+    watch.land(landed(Stratum.KV, page=50, job="j", role="global", open_row=True))
+    found = watch.on_epoch(epoch(200, before={"j": JobRows(50, 0, True)}, after={"j": JobRows(60, 0, True)}))
+    assert [r.fate for r in found] == ([] if fate is None else [fate])
+
+
 def test_an_epoch_heard_of_too_late_judges_nothing(watch):
     watch.land(landed())
     late = Epoch(900 * MS, 600 * MS, 0, {}, {})
