@@ -3,7 +3,8 @@
     campaign.json   what is run: plan, seed, image, settings (`Header`)
     trials.jsonl    one line a trial, in order of their ends
     notes.jsonl     what belongs to no single trial: tokens compared, worker restarts
-    summary.json    made of the lines above, any number of times
+    summary.json    the result of a plan that keeps no single trials
+    machine.json    where it was begun
 
 A line that was cut short by a crash is dropped when the campaign goes on; its trial is run again. A trial is
 a function of the seed and its number alone, so the rest is the same whoever runs it.
@@ -19,12 +20,15 @@ from typing import Any, Final, Generic, TypeVar
 
 import msgspec
 
+from hil.bench.machine import describe_machine, load_average
 from telemetry.errors import PenumbraError
+from telemetry.figures import Machine
 
 HEADER: Final = "campaign.json"
 TRIALS: Final = "trials.jsonl"
 NOTES: Final = "notes.jsonl"
 SUMMARY: Final = "summary.json"
+MACHINE: Final = "machine.json"
 FORMAT: Final = 1
 
 Value = str | int | float | bool | None
@@ -115,6 +119,17 @@ def write_header(path: Path, header: Header) -> None:
         )
     if known is None:
         write_json(path / HEADER, header)
+    if not (path / MACHINE).exists():
+        cores = len(os.sched_getaffinity(0))
+        write_json(path / MACHINE, describe_machine(cores, peers=False, load_before=load_average()))
+
+
+def read_machine(path: Path) -> Machine | None:
+    """Read where a campaign was begun; None when that was not noted."""
+    try:
+        return msgspec.json.decode((path / MACHINE).read_bytes(), type=Machine)
+    except (OSError, msgspec.DecodeError):
+        return None
 
 
 def read_header(path: Path) -> Header:

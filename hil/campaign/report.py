@@ -12,7 +12,16 @@ import msgspec
 from hil.campaign.kill_run import KINDS, KillRecord
 from hil.campaign.live_node import FEED_S
 from hil.campaign.memory_run import MemoryOutcome, MemoryRecord
-from hil.campaign.records import SUMMARY, TRIALS, Header, Note, read_header, read_lines, read_notes
+from hil.campaign.records import (
+    SUMMARY,
+    TRIALS,
+    Header,
+    Note,
+    read_header,
+    read_lines,
+    read_machine,
+    read_notes,
+)
 from hil.campaign.statistics import milliseconds, percent, proven_at_least, table
 from hil.campaign.strata import Stratum
 from hil.campaign.strikes import COUNTED, FOUND, UNDETECTED, Fate, StrikeRecord
@@ -218,7 +227,14 @@ def make_report(directories: Sequence[Path]) -> str:
     PenumbraError
         A directory holds no campaign, or one that cannot be read.
     """
-    parts = []
+    parts = ["# Fault campaigns\n"]
+    machines = {m.cpu: m for path in directories if (m := read_machine(path)) is not None}
+    for machine in machines.values():
+        features = ", ".join(machine.features)
+        parts.append(
+            f"Measured on {machine.cores} cores of {machine.cpu} ({features}), Python {machine.python}, ONNX "
+            f"Runtime {machine.onnxruntime}. Intervals are exact (Clopper-Pearson, 95 %).\n"
+        )
     for path in directories:
         header = read_header(path)
         section = SECTIONS.get(header.plan)
