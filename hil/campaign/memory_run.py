@@ -233,7 +233,11 @@ async def _trial(live: LiveNode, index: int, target: Target, rng: random.Random)
     outcome = _outcome(reports, served=served, wrong=live.seen.wrong > wrong, node_restarted=restarted)
     back_ms = None
     if outcome in {MemoryOutcome.WORKER_RESTARTED, MemoryOutcome.NODE_RESTARTED}:
-        since = max((r.detected_ns for r in reports if r.outcome is Outcome.STARTED), default=t_ns)
+        # What was made before the restart says nothing about service after it.
+        begun = [frame.t_ns for frame, _ in live.seen.boots[boots:]]
+        begun += [r.detected_ns for r in reports if r.outcome is Outcome.STARTED]
+        since = max(begun, default=t_ns)
+        await live.until(lambda: live.block_since(since) is not None, BACK_S)
         block = live.block_since(since)
         back_ms = None if block is None else (block[1] - t_ns) / 1e6
     return MemoryRecord(
