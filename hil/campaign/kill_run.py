@@ -14,12 +14,7 @@ from typing import Final, Literal, TypeAlias
 
 import msgspec
 
-from hil.campaign.live_node import UP_S, LiveNode, LiveSettings
-from hil.campaign.records import Header, Records
-from hil.campaign.texts import make_texts, with_references
-from node.inference.manifest import image_id, load_manifest
-from node.inference.slots import active_image
-from telemetry.errors import PenumbraError
+from hil.campaign.live_node import LiveNode, LiveSettings, live_campaign
 from telemetry.packets import Outcome
 
 Target: TypeAlias = Literal["worker", "node"]
@@ -68,55 +63,30 @@ async def run_kills(
     PenumbraError
         The node does not come up, or not back.
     """
-    settings = settings or LiveSettings()
-    image = active_image(images)
-    identity = image_id(load_manifest(image))
-    header = Header(plan="kills", seed=seed, image_id=identity, settings=msgspec.to_builtins(settings))
-    with Records(out, header, KillRecord) as records:
-        say("reference texts", 0.0)
-        texts = with_references(
-            make_texts(settings.positions // 2, count=8, long=1, bytes_a_token=bytes_a_token),
-            image, identity, keep=out, positions=settings.positions, threads=settings.threads,
-        )  # fmt: skip
-        total = trials * len(KINDS)
-        order = [index for index in range(total) if index not in records.done]
+    async with live_campaign(
+        images, out, KillRecord, plan="kills", seed=seed, settings=settings or LiveSettings(),
+        bytes_a_token=bytes_a_token, say=say,
+    ) as (records, live):  # fmt: skip
+        order = [index for index in range(trials * len(KINDS)) if index not in records.done]
         rng = random.Random(f"{seed} {len(records.done)}")  # noqa: S311 - moments of faults
         rng.shuffle(order)
-        async with LiveNode(out / f"node-{time.time_ns()}", images, texts, settings) as live:
-            if not await live.until(lambda: live.seen.released > 0, UP_S):
-                raise PenumbraError(f"no token within {UP_S:g} s", f"read {live.folder / 'node.log'}")
-            started_s = time.monotonic()
-            for number, index in enumerate(order):
-                target, kind = KINDS[index % len(KINDS)]
-                await asyncio.sleep(rng.uniform(*REST_S))
-                record = await _strike(live, index, target, kind)
-                records.add(record)
-                say(f"kills: {number + 1} of {len(order)}", (number + 1) / len(order))
-                if not record.back:
-                    raise PenumbraError(
-                        f"no new token within {BACK_S:g} s of trial {index} ({kind} of the {target})",
-                        f"read {live.folder / 'node.log'}",
-                    )
-            # Every job asked for has to come down whole.
-            live.drain()
-            whole = await live.until(lambda: live.all_ended, 120.0)
-            code, ledger, problems = await live.stop()
-            seen = live.seen
-            records.note(
-                worker=live.folder.name, released=seen.released, wrong=seen.wrong, jobs=seen.jobs,
-                wrong_ends=seen.wrong_ends, all_ended=whole, exit_code=code, lost=ledger.lost,
-                duplicated=ledger.duplicated, consistent=ledger.consistent, generated=ledger.generated,
-                boots=len({frame.boot for frame, _ in seen.boots}), unproven=len(problems),
-                first_unproven=problems[0] if problems else None,
-                wall_s=round(time.monotonic() - started_s, 1),
-            )  # fmt: skip
+        for number, index in enumerate(order):
+            target, kind = KINDS[index % len(KINDS)]
+            await asyncio.sleep(rng.uniform(*REST_S))
+            record = await _strike(live, index, target, kind)
+            records.add(record)
+            say(f"kills: {number + 1} of {len(order)}", (number + 1) / len(order))
+            if not record.back:
+                raise live.failed(
+                    f"no new token within {BACK_S:g} s of trial {index} ({kind} of the {target})"
+                )
 
 
 async def _strike(live: LiveNode, index: int, target: Target, kind: Kind) -> KillRecord:
     deadline_s = time.monotonic() + BACK_S
     while (pid := live.worker_pid() if target == "worker" else live.node_pid()) is None:
         if time.monotonic() > deadline_s:
-            raise PenumbraError(f"there is no {target} to strike", f"read {live.folder / 'node.log'}")
+            raise live.failed(f"there is no {target} to strike")
         await asyncio.sleep(0.05)
     t_ns = time.time_ns()
     with suppress(ProcessLookupError):

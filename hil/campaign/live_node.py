@@ -11,23 +11,26 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
-from contextlib import AsyncExitStack, suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 
 from fdir.table import PACKAGED
 from hil.accounts import ledger_fact
 from hil.broker import EmbeddedBroker
-from hil.campaign.texts import Text
+from hil.campaign.records import Header, Records
+from hil.campaign.texts import Text, make_texts, with_references
 from hil.ground import GroundStation
 from hil.processes import all_processes, descendants, find_worker
 from hil.record import LedgerFact
 from hil.run_dir import to_toml
 from node.config import NodeConfig
+from node.inference.manifest import image_id, load_manifest
+from node.inference.slots import active_image
 from telemetry import bus, topics
 from telemetry.archive import Archive
 from telemetry.certificate import verify_results
@@ -38,11 +41,13 @@ from telemetry.keys import KeyRing, generate_key_file
 from telemetry.link import LinkDown, MqttLink
 from telemetry.packets import BootReport, Event, FdirReport, Packet, Result
 
+R = TypeVar("R", bound=msgspec.Struct)
 NAME: Final = "campaign"
 FEED_S: Final = 2.0
 """Time without a feed after which the parent kills the node, s: short, for more trials an hour."""
 BUS_PERIOD_S: Final = 0.5
 UP_S: Final = 90.0
+DRAIN_S: Final = 120.0
 STOP_S: Final = 40.0
 PARENT: Final = """
 import sys
@@ -167,10 +172,7 @@ class LiveNode:
             if rest_s <= 0:
                 return False
             if self._process is not None and self._process.returncode is not None:
-                raise PenumbraError(
-                    f"the node's parent ended with code {self._process.returncode}",
-                    f"read {self.folder / 'node.log'}",
-                )
+                raise self.failed(f"the node's parent ended with code {self._process.returncode}")
             self._news.clear()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._news.wait(), min(rest_s, 0.5))
@@ -179,6 +181,10 @@ class LiveNode:
     def block_since(self, t_ns: int) -> tuple[int, int] | None:
         """Return when the first block made after `t_ns` was made, and was here, ns; None if there is none."""
         return next((both for both in self.seen.blocks_ns if both[0] > t_ns), None)
+
+    def failed(self, what: str) -> PenumbraError:
+        """Return an error that says where the node's log is."""
+        return PenumbraError(what, f"read {self.folder / 'node.log'}")
 
     @property
     def all_ended(self) -> bool:
@@ -317,3 +323,51 @@ class LiveNode:
         await self._process.wait()
         with suppress(OSError):
             NodeConfig.load(self.folder / "node.toml").arena_path.unlink(missing_ok=True)
+
+
+@asynccontextmanager
+async def live_campaign(
+    images: Path,
+    out: Path,
+    kind: type[R],
+    *,
+    plan: str,
+    seed: int,
+    settings: LiveSettings,
+    bytes_a_token: int,
+    say: Callable[[str, float], None],
+) -> AsyncIterator[tuple[Records[R], LiveNode]]:
+    """Open a campaign's records, and a node that serves; at the end stop it in order, and note how it closed.
+
+    Raises
+    ------
+    PenumbraError
+        The node does not come up, or the directory holds another campaign.
+    """
+    image = active_image(images)
+    identity = image_id(load_manifest(image))
+    header = Header(plan=plan, seed=seed, image_id=identity, settings=msgspec.to_builtins(settings))
+    with Records(out, header, kind) as records:
+        say("reference texts", 0.0)
+        texts = with_references(
+            make_texts(settings.positions // 2, count=8, long=1, bytes_a_token=bytes_a_token),
+            image, identity, keep=out, positions=settings.positions, threads=settings.threads,
+        )  # fmt: skip
+        async with LiveNode(out / f"node-{time.time_ns()}", images, texts, settings) as live:
+            if not await live.until(lambda: live.seen.released > 0, UP_S):
+                raise live.failed(f"no token within {UP_S:g} s")
+            started_s = time.monotonic()
+            yield records, live
+            # Every job asked for has to come down whole.
+            live.drain()
+            whole = await live.until(lambda: live.all_ended, DRAIN_S)
+            code, ledger, problems = await live.stop()
+            seen = live.seen
+            records.note(
+                worker=live.folder.name, released=seen.released, wrong=seen.wrong, jobs=seen.jobs,
+                wrong_ends=seen.wrong_ends, all_ended=whole, exit_code=code, lost=ledger.lost,
+                duplicated=ledger.duplicated, consistent=ledger.consistent, generated=ledger.generated,
+                boots=len({frame.boot for frame, _ in seen.boots}), unproven=len(problems),
+                first_unproven=problems[0] if problems else None, garbage=live.ground.counts.garbage,
+                wall_s=round(time.monotonic() - started_s, 1),
+            )  # fmt: skip

@@ -24,14 +24,9 @@ from typing import Final
 import msgspec
 
 from hil.campaign.kill_run import Target
-from hil.campaign.live_node import UP_S, LiveNode, LiveSettings
-from hil.campaign.records import Header, Records
-from hil.campaign.texts import make_texts, with_references
+from hil.campaign.live_node import UP_S, LiveNode, LiveSettings, live_campaign
 from hil.memory import NotThere, ProcessMemory
 from node.inference.arena_layout import SHARED_MEMORY
-from node.inference.manifest import image_id, load_manifest
-from node.inference.slots import active_image
-from telemetry.errors import PenumbraError
 from telemetry.packets import FdirReport, Outcome
 
 FRESH: Final = 25
@@ -41,6 +36,7 @@ SOUND_NS: Final = 600_000_000
 BACK_S: Final = 45.0
 """Longest wait for service; then the node is killed from outside, and the trial told as lost service."""
 TRIES: Final = 50
+NODE_FIRST: Final = 1_000_000
 PAGE: Final = 4096
 _PRESENT: Final = 1 << 63
 
@@ -170,44 +166,21 @@ async def run_memory(
     PenumbraError
         The node does not come up.
     """
-    settings = settings or LiveSettings()
-    image = active_image(images)
-    identity = image_id(load_manifest(image))
-    header = Header(plan="memory", seed=seed, image_id=identity, settings=msgspec.to_builtins(settings))
-    with Records(out, header, MemoryRecord) as records:
-        say("reference texts", 0.0)
-        texts = with_references(
-            make_texts(settings.positions // 2, count=8, long=1, bytes_a_token=bytes_a_token),
-            image, identity, keep=out, positions=settings.positions, threads=settings.threads,
-        )  # fmt: skip
+    async with live_campaign(
+        images, out, MemoryRecord, plan="memory", seed=seed, settings=settings or LiveSettings(),
+        bytes_a_token=bytes_a_token, say=say,
+    ) as (records, live):  # fmt: skip
         # Numbers of the node's trials begin after all that the worker may ever have.
-        order = [*range(worker_trials), *range(1_000_000, 1_000_000 + node_trials)]
+        order = [*range(worker_trials), *range(NODE_FIRST, NODE_FIRST + node_trials)]
         order = [index for index in order if index not in records.done]
         rng = random.Random(f"{seed} {len(records.done)}")  # noqa: S311 - faults
-        async with LiveNode(out / f"node-{time.time_ns()}", images, texts, settings) as live:
-            if not await live.until(lambda: live.seen.released > 0, UP_S):
-                raise PenumbraError(f"no token within {UP_S:g} s", f"read {live.folder / 'node.log'}")
-            started_s, lost_service = time.monotonic(), 0
-            for number, index in enumerate(order):
-                target: Target = "worker" if index < 1_000_000 else "node"
-                record = await _trial(live, index, target, rng)
-                records.add(record)
-                if record.outcome is MemoryOutcome.NO_SERVICE or number % FRESH == FRESH - 1:
-                    lost_service += record.outcome is MemoryOutcome.NO_SERVICE
-                    await _replace(live, "node" if record.outcome is MemoryOutcome.NO_SERVICE else target)
-                say(f"memory: {number + 1} of {len(order)}", (number + 1) / len(order))
-            live.drain()
-            whole = await live.until(lambda: live.all_ended, 120.0)
-            code, ledger, problems = await live.stop()
-            seen = live.seen
-            records.note(
-                worker=live.folder.name, released=seen.released, wrong=seen.wrong, jobs=seen.jobs,
-                wrong_ends=seen.wrong_ends, all_ended=whole, exit_code=code, lost=ledger.lost,
-                duplicated=ledger.duplicated, consistent=ledger.consistent, generated=ledger.generated,
-                boots=len({frame.boot for frame, _ in seen.boots}), unproven=len(problems),
-                first_unproven=problems[0] if problems else None, garbage=live.ground.counts.garbage,
-                lost_service=lost_service, wall_s=round(time.monotonic() - started_s, 1),
-            )  # fmt: skip
+        for number, index in enumerate(order):
+            target: Target = "worker" if index < NODE_FIRST else "node"
+            record = await _trial(live, index, target, rng)
+            records.add(record)
+            if record.outcome is MemoryOutcome.NO_SERVICE or number % FRESH == FRESH - 1:
+                await _replace(live, "node" if record.outcome is MemoryOutcome.NO_SERVICE else target)
+            say(f"memory: {number + 1} of {len(order)}", (number + 1) / len(order))
 
 
 async def _trial(live: LiveNode, index: int, target: Target, rng: random.Random) -> MemoryRecord:
@@ -224,7 +197,7 @@ async def _trial(live: LiveNode, index: int, target: Target, rng: random.Random)
                 break
         await asyncio.sleep(0.2)
     else:
-        raise PenumbraError(f"no {target} to strike", f"read {live.folder / 'node.log'}")
+        raise live.failed(f"no {target} to strike")
     served = await live.until(lambda: live.block_since(t_ns + SOUND_NS) is not None, BACK_S)
     reports = [r for _, r in live.seen.reports if r.detected_ns > t_ns]
     restarted = len(live.seen.boots) > boots
@@ -275,4 +248,4 @@ async def _replace(live: LiveNode, target: Target) -> None:
             os.kill(pid, signal.SIGKILL)
     # Some service first, so that what the replacement brings is not put down to the next flip.
     if not await live.until(lambda: live.block_since(t_ns + SOUND_NS) is not None, UP_S):
-        raise PenumbraError(f"no token within {UP_S:g} s", f"read {live.folder / 'node.log'}")
+        raise live.failed(f"no token within {UP_S:g} s")
