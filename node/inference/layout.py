@@ -38,7 +38,7 @@ from onnx import TensorProto
 
 from fdir.pages import PAGE_SIZE, MappedTensor
 from node.inference.manifest import EMBEDDING, PACKED, TABLE, GemmaShape
-from node.inference.packing import PackedMatrix, can_hold, unpack
+from node.inference.packing import STRIPS, PackedMatrix, can_hold, unpack
 from telemetry.errors import PenumbraError
 
 _PACKED_KEY: Final = "prepacked_"
@@ -166,11 +166,15 @@ def _take_out_originals(model: onnx.ModelProto, data: memoryview) -> tuple[Packe
             continue
         weight, scale = tensors[node.input[1]], tensors[node.input[2]]
         packed = [entry for entry in weight.external_data if entry.key.startswith(_PACKED_KEY)]
-        matrix = _matrix(node)
         alone = users[weight.name] == users[scale.name] == 1
-        if alone and len(packed) == 1 and _comes_back(matrix, weight, scale, packed[0], data):
-            taken.append(matrix)
-            entries.append(packed[0].value)
+        if not alone or len(packed) != 1:
+            continue
+        # Which layout it is depends on the CPU: the one that gives the original back.
+        for matrix in (_matrix(node, strip) for strip in STRIPS):
+            if _comes_back(matrix, weight, scale, packed[0], data):
+                taken.append(matrix)
+                entries.append(packed[0].value)
+                break
     gone = {name for matrix in taken for name in (matrix.weight, matrix.scale)}
     anchor = _anchor(model, gone)
     if anchor is None:
@@ -182,7 +186,7 @@ def _take_out_originals(model: onnx.ModelProto, data: memoryview) -> tuple[Packe
     return tuple(taken)
 
 
-def _matrix(node: onnx.NodeProto) -> PackedMatrix:
+def _matrix(node: onnx.NodeProto, strip: int) -> PackedMatrix:
     attributes = {attribute.name: attribute.i for attribute in node.attribute}
     return PackedMatrix(
         weight=node.input[1],
@@ -191,6 +195,7 @@ def _matrix(node: onnx.NodeProto) -> PackedMatrix:
         columns=attributes["K"],
         bits=attributes["bits"],
         block=attributes["block_size"],
+        strip=strip,
     )
 
 

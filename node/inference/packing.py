@@ -3,17 +3,18 @@
 ONNX Runtime does not load packed weights without the matrix they were packed from: it packs that again and
 compares. So that images need not hold both, the original is rebuilt from the packed bytes at loading.
 
-The layout (MatMulNBits on AVX2, 4 and 8 bits, accuracy level 4; found by packing numbered matrices):
+The layouts (MatMulNBits, 4 and 8 bits, accuracy level 4; found by packing numbered matrices):
 
-- rows in groups of four, columns in strips of 64, the last strip shorter; a group is stored strip by strip,
-  in each strip its four rows. Rows left over by groups of four follow one after another, whole;
-- in 4 bits, byte ``j`` of a strip holds column ``j`` in its low half and column ``32 + j`` in its high half;
-  in the original, columns ``2 j`` and ``2 j + 1``;
+- rows in groups of four, columns in strips of 64 (AVX2) or 128 (AVX-512); a group is stored strip by strip,
+  in each strip its four rows. Columns left over are one shorter strip (64), or strips of one block each
+  (128). Rows left over by groups of four follow one after another, whole;
+- in 4 bits, byte ``j`` of a strip of ``n`` columns holds column ``j`` in its low half and column
+  ``n / 2 + j`` in its high half; in the original, columns ``2 j`` and ``2 j + 1``;
 - then sums of blocks, for rows rounded up to 16, then the scales, in the order of the weights; each part
   begins at a multiple of 64 bytes.
 
-Other CPUs have other layouts. The builder tries every tensor and stores the originals of those that do not
-come back as they were.
+Other CPUs may have other layouts. The builder tries every tensor and stores the originals of those that do
+not come back as they were.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from numpy.typing import NDArray
 
 _GROUP: Final = 4
 """Rows stored together."""
-_STRIP: Final = 64
-"""Columns stored together."""
+STRIPS: Final = (64, 128)
+"""Columns stored together: of the layouts that are known."""
 _SUM_ROWS: Final = 16
 _ALIGNMENT: Final = 64
 _SCALE_BYTES: Final = 4
@@ -48,6 +49,8 @@ class PackedMatrix(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """4 or 8."""
     block: int
     """Columns that share a scale."""
+    strip: int = 64
+    """Columns stored together, one of `STRIPS`."""
 
     @property
     def row_bytes(self) -> int:
@@ -75,11 +78,15 @@ class Original(NamedTuple):
 
 
 def can_hold(matrix: PackedMatrix, length: int) -> bool:
-    """Tell whether packed bytes of that length can be in the layout known here."""
-    strips_fit = matrix.columns % _STRIP == 0 if matrix.bits == 4 else matrix.bits == 8
-    blocks_fit = _STRIP % matrix.block == 0
+    """Tell whether packed bytes of that length can be in the layout the matrix names."""
+    if matrix.bits == 4:
+        strips_fit = matrix.columns % matrix.strip == 0 if matrix.strip == STRIPS[0] else matrix.block >= 32
+    else:
+        strips_fit = matrix.bits == 8
+    blocks_fit = matrix.strip % matrix.block == 0
     return (
-        strips_fit
+        matrix.strip in STRIPS
+        and strips_fit
         and blocks_fit
         and _scales_at(matrix) + matrix.rows * matrix.blocks * _SCALE_BYTES <= length
     )
@@ -104,16 +111,21 @@ def unpack(packed: NDArray[np.uint8], matrix: PackedMatrix, into: NDArray[np.uin
     rows, row_bytes, blocks = matrix.rows, matrix.row_bytes, matrix.blocks
     codes = into[: rows * row_bytes].reshape(rows, row_bytes)
     scales = into[rows * row_bytes :].view(np.float32).reshape(rows, blocks)
-    strip_bytes = _STRIP * matrix.bits // 8
+    even = matrix.columns // matrix.strip * matrix.strip
+    rest = matrix.columns - even if matrix.strip == STRIPS[0] else matrix.block
     at = _scales_at(matrix)
     packed_scales = packed[at : at + scales.nbytes].view(np.float32)
     for start in range(0, rows, _CHUNK_ROWS):
         stop = min(start + _CHUNK_ROWS, rows)
         chunk = packed[start * row_bytes : stop * row_bytes]
-        _ungroup(chunk, codes[start:stop], strip_bytes)
+        some = codes[start:stop]
+        _ungroup(chunk, some, matrix.strip * matrix.bits // 8, rest * matrix.bits // 8)
         if matrix.bits == 4:
-            _unfold(codes[start:stop].reshape(-1, strip_bytes))
-        _ungroup(packed_scales[start * blocks : stop * blocks], scales[start:stop], _STRIP // matrix.block)
+            _unfold(some[:, : even // 2].reshape(len(some), -1, matrix.strip // 2))
+            if even < matrix.columns:
+                _unfold(some[:, even // 2 :].reshape(len(some), -1, rest // 2))
+        of_scales = packed_scales[start * blocks : stop * blocks]
+        _ungroup(of_scales, scales[start:stop], matrix.strip // matrix.block, rest // matrix.block)
     return Original(codes.reshape(rows, blocks, -1), scales)
 
 
@@ -126,23 +138,25 @@ def _align(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
-def _ungroup(flat: NDArray[Any], into: NDArray[Any], strip: int) -> None:
-    """Write rows that are stored by groups of four and by strips as a plain matrix."""
+def _ungroup(flat: NDArray[Any], into: NDArray[Any], strip: int, rest: int) -> None:
+    """Write rows that are stored by groups of four and by strips as a plain matrix; `rest`: a short strip."""
     rows, columns = into.shape
-    count, strips = rows // _GROUP, columns // strip
-    grouped, even = count * _GROUP, strips * strip
+    count, even = rows // _GROUP, columns // strip * strip
+    grouped = count * _GROUP
     groups = flat[: grouped * columns].reshape(count, _GROUP * columns)
     out = into[:grouped].reshape(count, _GROUP, columns)
-    whole = groups[:, : _GROUP * even].reshape(count, strips, _GROUP, strip)
-    out[:, :, :even].reshape(count, _GROUP, strips, strip)[...] = whole.transpose(0, 2, 1, 3)
-    out[:, :, even:] = groups[:, _GROUP * even :].reshape(count, _GROUP, columns - even)
+    for first, last, width in ((0, even, strip), (even, columns, rest)):
+        if first < last:
+            strips = (last - first) // width
+            stored = groups[:, _GROUP * first : _GROUP * last].reshape(count, strips, _GROUP, width)
+            out[:, :, first:last].reshape(count, _GROUP, strips, width)[...] = stored.transpose(0, 2, 1, 3)
     into[grouped:] = flat[grouped * columns :].reshape(rows - grouped, columns)
 
 
 def _unfold(strips: NDArray[np.uint8]) -> None:
-    """Bring 4-bit columns into the order of the original, in place; a row is a strip of 32 bytes."""
+    """Bring 4-bit columns into the order of the original, in place; the last axis is a strip."""
     pairs = strips.view(np.uint16)
-    half = pairs.shape[1]
+    half = pairs.shape[-1]
     low = (pairs & np.uint16(0x000F)) | ((pairs >> np.uint16(4)) & np.uint16(0x00F0))
     high = ((pairs >> np.uint16(4)) & np.uint16(0x000F)) | ((pairs >> np.uint16(8)) & np.uint16(0x00F0))
-    strips[:, :half], strips[:, half:] = low, high
+    strips[..., :half], strips[..., half:] = low, high

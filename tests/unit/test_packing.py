@@ -14,8 +14,16 @@ from node.inference import layout
 from node.inference.builder import build_image
 from node.inference.manifest import CHECKED_TRUNK, TRUNK, WEIGHTS, load_manifest
 from node.inference.model import open_model
-from node.inference.packing import PackedMatrix, can_hold, unpack
+from node.inference.packing import STRIPS, PackedMatrix, can_hold, unpack
 from node.inference.probe import run_probes, same
+
+
+def strips_of(matrix: PackedMatrix) -> list[tuple[int, int]]:
+    """First and last column of each strip."""
+    even = matrix.columns // matrix.strip * matrix.strip
+    rest = matrix.columns - even if matrix.strip == 64 else matrix.block
+    found = [(first, first + matrix.strip) for first in range(0, even, matrix.strip)]
+    return found + [(first, first + rest) for first in range(even, matrix.columns, rest or 1)]
 
 
 def pack(codes: np.ndarray, scales: np.ndarray, matrix: PackedMatrix) -> np.ndarray:
@@ -25,13 +33,13 @@ def pack(codes: np.ndarray, scales: np.ndarray, matrix: PackedMatrix) -> np.ndar
     order: list[float] = []
     whole = matrix.rows // 4 * 4
     for first in range(0, whole, 4):
-        for strip in range(0, matrix.columns, 64):
+        for start, stop in strips_of(matrix):
             for row in range(first, first + 4):
-                values += strip_bytes(codes[row], strip, bits)
-                order += scales[row, strip // block : min(strip + 64, matrix.columns) // block].tolist()
+                values += strip_bytes(codes[row, start:stop].tolist(), bits)
+                order += scales[row, start // block : stop // block].tolist()
     for row in range(whole, matrix.rows):
-        for strip in range(0, matrix.columns, 64):
-            values += strip_bytes(codes[row], strip, bits)
+        for start, stop in strips_of(matrix):
+            values += strip_bytes(codes[row, start:stop].tolist(), bits)
         order += scales[row].tolist()
 
     def aligned(raw: bytes) -> bytes:
@@ -42,17 +50,27 @@ def pack(codes: np.ndarray, scales: np.ndarray, matrix: PackedMatrix) -> np.ndar
     return np.frombuffer(packed, np.uint8)
 
 
-def strip_bytes(row: np.ndarray, strip: int, bits: int) -> list[int]:
-    columns = row[strip : strip + 64].tolist()
-    return columns if bits == 8 else [columns[j] | columns[32 + j] << 4 for j in range(32)]
+def strip_bytes(columns: list[int], bits: int) -> list[int]:
+    half = len(columns) // 2
+    return columns if bits == 8 else [columns[j] | columns[half + j] << 4 for j in range(half)]
 
 
 @settings(deadline=None)
-@given(rows=st.integers(1, 21), strips=st.integers(1, 3), bits=st.sampled_from([4, 8]), data=st.data())
-def test_what_is_packed_comes_back(rows, strips, bits, data):
-    block = data.draw(st.sampled_from([16, 32, 64]))
-    columns = 64 * strips - (data.draw(st.sampled_from([0, 32])) if bits == 8 and block < 64 else 0)
-    matrix = PackedMatrix(weight="w", scale="s", rows=rows, columns=columns, bits=bits, block=block)
+@given(
+    rows=st.integers(1, 21),
+    strips=st.integers(0, 3),
+    rest=st.integers(0, 3),
+    bits=st.sampled_from([4, 8]),
+    strip=st.sampled_from(STRIPS),
+    data=st.data(),
+)
+def test_what_is_packed_comes_back(rows, strips, rest, bits, strip, data):  # noqa: PLR0917
+    block = data.draw(st.sampled_from([16, 32, 64] if (bits, strip) != (4, 128) else [32, 64]))
+    rest = 0 if (bits, strip) == (4, 64) else rest * block % strip
+    columns = strip * strips + rest or strip
+    matrix = PackedMatrix(
+        weight="w", scale="s", rows=rows, columns=columns, bits=bits, block=block, strip=strip
+    )
     numbers = np.random.default_rng(data.draw(st.integers(0, 99)))
     codes = numbers.integers(0, 1 << bits, (rows, columns)).astype(np.uint8)
     scales = numbers.random((rows, columns // block), np.float32)
@@ -65,9 +83,19 @@ def test_what_is_packed_comes_back(rows, strips, bits, data):
     assert np.array_equal(found.scales, scales)
 
 
-@pytest.mark.parametrize(("columns", "bits", "block"), [(96, 4, 32), (128, 2, 64), (128, 8, 128)])
-def test_layouts_not_known_are_said_not_to_be(columns, bits, block):
-    matrix = PackedMatrix(weight="w", scale="s", rows=4, columns=columns, bits=bits, block=block)
+@pytest.mark.parametrize(
+    ("columns", "bits", "block", "strip"),
+    [
+        (96, 4, 32, 64),
+        (128, 2, 64, 64),
+        (128, 8, 128, 64),
+        (256, 4, 16, 128),
+        (256, 8, 256, 128),
+        (128, 8, 32, 32),
+    ],
+)
+def test_layouts_not_known_are_said_not_to_be(columns, bits, block, strip):
+    matrix = PackedMatrix(weight="w", scale="s", rows=4, columns=columns, bits=bits, block=block, strip=strip)
     assert not can_hold(matrix, 1 << 20)
 
 
