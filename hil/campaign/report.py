@@ -175,10 +175,9 @@ def memory_section(path: Path, header: Header) -> str:
             )
     parts.append(table(("outcome", "flips", "share, % (95 % interval)"), rows))
     back = [r.back_ms for r in records if r.back_ms is not None]
-    later = sum(r.others for r in records)
     parts.append(
-        f"Repairs that came after the window of their flip (scrub of what no epoch reads): {later}; those "
-        "flips are counted as masked.\n"
+        "A flip is watched for 0.6 s, and until a new token has come down; what the scrub of pages that no "
+        "epoch reads comes to only later counts as masked.\n"
     )
     parts.append(f"Service back after a restart, ms, p50 / p99 / max: {milliseconds(back)}.\n")
     return "\n".join(parts)
