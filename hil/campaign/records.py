@@ -2,7 +2,7 @@
 
     campaign.json   what is run: plan, seed, image, settings (`Header`)
     trials.jsonl    one line a trial, in order of their ends
-    notes.jsonl     what belongs to no single trial: tokens compared, worker restarts
+    notes.jsonl     what belongs to no single trial: tokens compared, worker restarts; a `remark` is printed
     summary.json    the result of a plan that keeps no single trials
     machine.json    where it was begun
 

@@ -242,4 +242,5 @@ def make_report(directories: Sequence[Path]) -> str:
                 f"{path}: plan {header.plan!r}: {', '.join(SECTIONS)} allowed", "name other directories"
             )
         parts.append(section(path, header))
+        parts += [f"Remark: {note['remark']}\n" for note in read_notes(path) if "remark" in note]
     return "\n".join(parts)
