@@ -43,10 +43,12 @@ check: $(VENV)/.dev
 	$(BIN)/python -m telemetry.icd --check
 	$(BIN)/python -m fdir.table_docs --check
 
-# Unit tests share the cores; what measures time against real processes has them alone.
+# Unit tests and what waits most of its time share the cores; what keeps them busy has them alone.
+WAITING := $(addprefix tests/integration/,test_fdir_rows.py test_fdir_commands.py test_spool_kill.py)
+
 test: $(VENV)/.dev model
-	$(BIN)/pytest -n 2 tests/unit tests/property
-	$(BIN)/pytest tests/integration
+	$(BIN)/pytest -n 2 tests/unit tests/property $(WAITING)
+	$(BIN)/pytest tests/integration $(addprefix --ignore=,$(WAITING))
 
 test-fast: $(VENV)/.dev
 	$(BIN)/pytest -n 2 tests/unit tests/property

@@ -76,7 +76,8 @@ def disabled_problems(
 
     A test must run and fail: a pass, a skip, or an error outside the test itself proves nothing.
     """
-    run = [sys.executable, "-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    # Four at once: with its row disabled a test only waits.
+    run = [sys.executable, "-m", "pytest", "-q", "-n", "4", "-p", "no:cacheprovider", f"--junitxml={report}"]
     try:
         done = subprocess.run(
             [*run, "--fdir-disable", "own", *(row.test for row in rows)],
