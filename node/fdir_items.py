@@ -71,8 +71,9 @@ def sample(sources: ItemSources) -> dict[str, Value]:
     eps, store = _fresh(s.view, now_s), s.store()
     security = s.authenticator.report()
     return {
-        "worker.rss_bytes": resident_bytes(s.worker.pid),
+        # What others are valid by comes first: without a worker its memory is not asked for.
         "worker.running": s.worker.state is WorkerState.RUNNING,
+        "worker.rss_bytes": resident_bytes(s.worker.pid),
         "worker.ping_silent_s": s.worker.ping_silent_s,
         "node.rss_bytes": resident_bytes(os.getpid()),
         "node.loop_lag_s": s.health.take_lag_s(),
