@@ -68,7 +68,9 @@ def test_what_a_scan_covers(memory, manifest):
     by_row = sum(-(-tensor.page_count // BLOCK_PAGES) for tensor in memory.tensors if tensor.rows)
     assert len(memory.live_blocks) >= len(whole)
     assert len(memory.row_blocks) == by_row
-    assert memory.block_count > len(memory.live_blocks) + by_row
+    # What only loading reads: which tensors that is depends on the CPU's layout.
+    unread = any(not tensor.read and not tensor.rows for tensor in manifest.mapped(False))
+    assert (memory.block_count > len(memory.live_blocks) + by_row) == unread
 
 
 def test_a_flip_is_found_and_named_for_every_role(memory, manifest):
