@@ -11,6 +11,8 @@ from typing import Annotated, TypeAlias
 
 import typer
 
+from telemetry.errors import PenumbraError
+
 campaign_app = typer.Typer(
     help="Fault campaigns against live flight software, with exact intervals.", no_args_is_help=True
 )
@@ -61,12 +63,21 @@ def strikes(
     seed: Seed = 1,
     images: Images = None,
     threads: Annotated[int, typer.Option(min=1, max=256, help="Threads of the worker.")] = 2,
+    strata: Annotated[
+        list[str] | None, typer.Option("--stratum", help="Strike this memory only; may be repeated.")
+    ] = None,
 ) -> None:
     """Flip bits of weights, scales, norms, embedding, head and KV of a worker while it decodes."""
+    from hil.campaign.strata import Stratum
     from hil.campaign.strike_run import Plan, run_strikes
     from hil.campaign.strike_worker import WorkerSettings
 
-    plan = Plan(trials=trials, seed=seed, settings=WorkerSettings(threads=threads))
+    known = {stratum.value: stratum for stratum in Stratum}
+    for name in strata or ():
+        if name not in known:
+            raise PenumbraError(f"--stratum {name!r}: {', '.join(known)} allowed", "name one of these")
+    settings, only = WorkerSettings(threads=threads), tuple(known[name] for name in strata or ())
+    plan = Plan(trials=trials, seed=seed, settings=settings, strata=only)
     with _status() as say:
         asyncio.run(run_strikes(_image(images), out, plan, say))
     _show(out)

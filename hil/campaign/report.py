@@ -69,9 +69,10 @@ def strikes_section(path: Path, header: Header) -> str:
     wall_s = sum(float(note.get("wall_s") or 0) for note in notes)
     ended = [str(note["ended"]) for note in notes if note.get("ended")]
     settings = ", ".join(f"{key} {value}" for key, value in header.settings.items())
+    only = "".join(f" --stratum {each}" for each in str(header.settings.get("strata", "")).split(",") if each)
     lines = [
         "## Strikes on a decoding worker\n",
-        f"`penumbra campaign run strikes --trials {_trials(records)} --seed {header.seed} --out DIR`\n",
+        f"`penumbra campaign run strikes --trials {_trials(records)} --seed {header.seed}{only} --out DIR`\n",
         f"Image {header.image_id}; {settings}. {wall_s / 60:.0f} minutes, {len(notes)} worker(s), "
         f"{total('epochs'):,} epochs committed, {total('dirty'):,} decoded again, "
         f"{total('unsure'):,} heard of too late to judge by.\n",

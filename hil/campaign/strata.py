@@ -6,7 +6,7 @@ looks good for the wrong reason (reference/faults.md 1.1). So every kind of memo
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
@@ -75,16 +75,18 @@ class Strata:
         Of the image.
     checked
         Whether the worker runs with compute checks.
+    only
+        Strata to be struck; empty: all that the image has.
 
     Attributes
     ----------
     here
-        Strata that the image has, in fixed order; `KV` always.
+        Strata that are struck, in fixed order; `KV` always, unless left out.
     groups
         Parity groups of the image; page `p` is in group `p % groups`.
     """
 
-    def __init__(self, manifest: Manifest, *, checked: bool = False) -> None:
+    def __init__(self, manifest: Manifest, *, checked: bool = False, only: Collection[Stratum] = ()) -> None:
         self.groups = group_count(manifest.weight_pages, manifest.parity_data)
         self._stretches: dict[Stratum, list[_Stretch]] = {stratum: [] for stratum in Stratum}
         codes = {
@@ -101,7 +103,7 @@ class Strata:
             stratum: np.cumsum([stretch.length * 8 for stretch in stretches], dtype=np.int64)
             for stratum, stretches in self._stretches.items()
         }
-        self.here = tuple(s for s in Stratum if s is Stratum.KV or self._stretches[s])
+        self.here = tuple(s for s in only or Stratum if s is Stratum.KV or self._stretches[s])
 
     def bits(self, stratum: Stratum) -> int:
         """Return the number of bits of a stratum of the image; of one by row, the bits of a row."""

@@ -20,7 +20,7 @@ from typing import Final
 import msgspec
 
 from hil.campaign.records import Header, Records
-from hil.campaign.strata import Strata
+from hil.campaign.strata import Strata, Stratum
 from hil.campaign.strike_worker import READY_S, StruckWorker, WorkerSettings
 from hil.campaign.strikes import COUNTED, StrikeRecord, Trial, draw
 from hil.campaign.texts import Text, make_texts, with_references
@@ -48,6 +48,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """Strikes of each stratum that count."""
     seed: int = 1
     settings: WorkerSettings = msgspec.field(default_factory=WorkerSettings)
+    strata: tuple[Stratum, ...] = ()
+    """Memory that is struck; empty: all that there is."""
     texts: int = 12
     bytes_a_token: int = 4
 
@@ -77,7 +79,10 @@ async def run_strikes(
     settings = plan.settings
     header = Header(
         plan="strikes", seed=plan.seed, image_id=image_id(manifest),
-        settings={"volley": VOLLEY, **msgspec.to_builtins(settings)},
+        settings={
+            "volley": VOLLEY, **msgspec.to_builtins(settings),
+            **({"strata": ",".join(plan.strata)} if plan.strata else {}),
+        },
     )  # fmt: skip
     with Records(out, header, StrikeRecord) as records:
         say("reference texts", 0.0)
@@ -85,9 +90,8 @@ async def run_strikes(
             make_texts(settings.positions, count=plan.texts, bytes_a_token=plan.bytes_a_token),
             image, header.image_id, keep=out, positions=settings.positions, threads=settings.threads,
         )  # fmt: skip
-        await Campaign(
-            image=image, records=records, plan=plan, strata=Strata(manifest), texts=texts, say=say
-        ).run()
+        strata = Strata(manifest, only=plan.strata)
+        await Campaign(image=image, records=records, plan=plan, strata=strata, texts=texts, say=say).run()
 
 
 class Campaign:

@@ -122,7 +122,7 @@ class StruckWorker:
         self._jobs: dict[str, Text] = {}
         self._number = 0
         self._rows: dict[str, JobRows] = {}
-        self._prefilled = 0
+        self._prefilled = self._committed = 0
         self._epoch_ended = asyncio.Event()
         self._memory: ProcessMemory | None = None
         self._spans: dict[Path, list[Span]] = {}
@@ -308,13 +308,16 @@ class StruckWorker:
             return
         now_ns, found = time.time_ns(), self._arena.read()
         rows = {
-            state.job: JobRows(state.positions, state.base, state.phase == "active", state.prompt_tokens)
+            state.job: JobRows(
+                state.positions, state.base, state.phase == "active", state.prompt_tokens, state.generated
+            )
             for state in (found[1] if found else ())
             if state.job
         }
         prefilled, self._prefilled = status.prefill_tokens - self._prefilled, status.prefill_tokens
+        committed, self._committed = status.tokens_committed - self._committed, status.tokens_committed
         dirty = status.epochs_dirty - self.dirty
-        epoch = Epoch(now_ns, status.proof_ns, dirty, self._rows, rows, prefilled)
+        epoch = Epoch(now_ns, status.proof_ns, dirty, self._rows, rows, prefilled, committed)
         self.unsure += not epoch.is_sure
         self.clean, self.dirty, self._rows = status.epochs_clean, status.epochs_dirty, rows
         self._settle(self.watch.on_epoch(epoch))

@@ -121,6 +121,8 @@ class JobRows:
     active: bool
     prompt: int = 0
     """Tokens of its prompt."""
+    generated: int = 0
+    """Tokens committed after it."""
 
 
 @dataclass(frozen=True)
@@ -137,11 +139,21 @@ class Epoch:
     after: Mapping[str, JobRows]
     prefilled: int | None = None
     """Prompt tokens the worker has read in it; None: all of its new jobs."""
+    committed: int | None = None
+    """Tokens the worker has committed in it; None: those of `after`."""
 
     @property
     def is_sure(self) -> bool:
-        """Whether `after` is certainly of this epoch."""
-        return self.end_ns - self.proof_ns <= HEARD_NS
+        """Whether `after` is of this epoch: looked at soon, and with as many tokens as were committed.
+
+        An epoch may be a single step when a job has ended, so being soon is not enough.
+        """
+        tokens = sum(
+            rows.generated - (self.before[job].generated if job in self.before else 0)
+            for job, rows in self.after.items()
+        )
+        soon = self.end_ns - self.proof_ns <= HEARD_NS
+        return soon and (self.committed is None or tokens == self.committed)
 
     def fed(self) -> dict[str, range]:
         """Return the positions that each job certainly fed.

@@ -122,6 +122,13 @@ def test_an_epoch_heard_of_too_late_judges_nothing(watch):
     assert watch.open[0].used == 0
 
 
+@pytest.mark.parametrize(("committed", "sure"), [(None, True), (14, True), (9, False), (20, False)])
+def test_an_arena_that_is_an_epoch_ahead_or_has_lost_a_job_judges_nothing(committed, sure):
+    before = {"j": JobRows(50, 0, True, 40, 11), "gone": JobRows(9, 0, True, 8, 2)}
+    after = {"j": JobRows(60, 0, True, 40, 21), "new": JobRows(11, 0, True, 8, 4)}
+    assert Epoch(0, 0, 0, before, after, 8, committed).is_sure is sure
+
+
 def test_a_report_from_before_the_strike_is_not_on_it(watch):
     watch.land(landed(t_ms=500))
     assert watch.on_report(report(at_ms=100, whole_ms=104)) == []
