@@ -29,6 +29,8 @@ class WorkerState(StrEnum):
     """Found faulty and killed, but not yet gone."""
     BACKOFF = "backoff"
     """Gone; to be started again when the back-off is over."""
+    LOST = "lost"
+    """Gone, and nothing is decided about it yet: told by `node.worker_service`, no state of `WorkerRecovery`."""
     GIVEN_UP = "given_up"
     """Restarts exhausted; `Rearm` leads out, and `Unwant`, after which the next fault gives up again."""
 

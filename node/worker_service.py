@@ -120,7 +120,12 @@ class WorkerService:
     @property
     def state(self) -> recovery.WorkerState:
         """Where the worker is in its life."""
-        return self._recovery.state
+        state = self._recovery.state
+        gone = self._lost is not None and state in {
+            recovery.WorkerState.STARTING,
+            recovery.WorkerState.RUNNING,
+        }
+        return recovery.WorkerState.LOST if gone else state
 
     @property
     def pid(self) -> int | None:

@@ -44,12 +44,10 @@ async def test_states_commanded_hold_over_a_kill_of_the_node(tmp_path: Path) -> 
         status = await query(bench)
         assert row(status, "worker.exit").state == "disabled"
         assert status.overall == "enabled"
-        await bench.until(lambda: bench.worker_pid() is not None, "worker")
+        await bench.until(lambda: bench.new_housekeeping()[-1].worker_state == "running", "worker")
         await lose_worker(bench)
         # A fault of a row that is disabled is not acted on, until the ground enables it again.
-        await bench.until(
-            lambda: bench.new_housekeeping()[-1].worker_state != "running", "loss in housekeeping"
-        )
+        await bench.until(lambda: bench.new_housekeeping()[-1].worker_state == "lost", "loss in housekeeping")
         assert bench.worker_pid() is None
         assert (await bench.execute(commands.SetFdirRow(row="worker.exit", state="enabled"))).ok
         await bench.until(lambda: bool(bench.fdir("worker.exit")), "recovery of what was not forgotten")
