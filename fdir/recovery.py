@@ -30,7 +30,7 @@ class WorkerState(StrEnum):
     BACKOFF = "backoff"
     """Gone; to be started again when the back-off is over."""
     LOST = "lost"
-    """Gone, and nothing is decided about it yet: told by `node.worker_service`, no state of `WorkerRecovery`."""
+    """Gone, and nothing is decided about it yet: a state that only `node.worker_service` tells."""
     GIVEN_UP = "given_up"
     """Restarts exhausted; `Rearm` leads out, and `Unwant`, after which the next fault gives up again."""
 
