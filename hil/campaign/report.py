@@ -75,7 +75,7 @@ def strikes_section(path: Path, header: Header) -> str:
         f"`penumbra campaign run strikes --trials {_trials(records)} --seed {header.seed}{only} --out DIR`\n",
         f"Image {header.image_id}; {settings}. {wall_s / 60:.0f} minutes, {len(notes)} worker(s), "
         f"{total('epochs'):,} epochs committed, {total('dirty'):,} decoded again, "
-        f"{total('unsure'):,} heard of too late to judge by.\n",
+        f"{total('unsure'):,} of which it is not known what rows they used.\n",
         table(
             (
                 "memory",
@@ -95,8 +95,8 @@ def strikes_section(path: Path, header: Header) -> str:
         f"Jobs that ended: {total('jobs'):,}, at another token than their reference: {total('wrong_ends')}. "
         f"Reports on memory nobody had struck: {total('unexplained')}.\n",
         "A strike counts when an epoch used the memory it hit; it is undetected when the first proof that "
-        "began after it, of an epoch that used it, did not find it. A strike on rows nobody used is taken "
-        f"back, and drawn again ({sum(r.fate is Fate.UNUSED for r in records):,} of them).\n",
+        "began after it, of an epoch that used it, did not find it. A strike on rows nobody used, or perhaps, "
+        f"is drawn again ({sum(r.fate is Fate.UNUSED for r in records):,} of them).\n",
     ]
     if ended:
         lines.append("Workers that gave up: " + "; ".join(sorted(set(ended))[:5]) + ".\n")

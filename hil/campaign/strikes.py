@@ -17,7 +17,7 @@ from typing import Final
 import msgspec
 import numpy as np
 
-from hil.campaign.strata import Strata, Stratum
+from hil.campaign.strata import BY_ROW, Strata, Stratum
 from node.inference.protocol import Strike as Report
 
 HEARD_NS: Final = 150_000_000
@@ -43,7 +43,8 @@ class Fate(StrEnum):
     GAVE_UP = "gave_up"
     """The worker gave up, or died, while the strike was open: the next level of recovery had to act."""
     UNUSED = "unused"
-    """No epoch used the memory as struck: it ended or was written anew before. Does not count."""
+    """No epoch used the memory as struck: it ended or was written anew before; or one of which it is not known
+    what it used did not find it. Does not count, and is drawn again."""
 
 
 COUNTED: Final = frozenset(Fate) - {Fate.UNUSED}
@@ -193,6 +194,8 @@ class Landed:
     used: int = 0
     """Epochs that used the memory and should have found it."""
     in_proof: bool = False
+    doubtful: bool = False
+    """An epoch may have used it without finding it: nobody can tell."""
     report: Report | None = field(default=None, repr=False)
     """The report that found it, while it is not whole yet."""
 
@@ -202,6 +205,14 @@ class Landed:
         if self.trial.stratum is Stratum.KV:
             return "kv", self.job, self.role, str(self.page)
         return "weights", str(self.page)
+
+    def fate_when_found(self, report: Report) -> Fate:
+        """Return the fate of a strike that a report has found, and whole again."""
+        if self.used:
+            return Fate.LATE
+        if self.doubtful:
+            return Fate.UNUSED
+        return Fate.REDONE if report.method in {"redo", "recompute"} else Fate.REPAIRED
 
     def record(self, fate: Fate, report: Report | None = None) -> StrikeRecord:
         """Return the strike with its fate."""
@@ -282,16 +293,14 @@ class Watch:
                 strike.report = report
                 return []
             self.open.remove(strike)
-            redone = report.method in {"redo", "recompute"}
-            fate = Fate.LATE if strike.used else Fate.REDONE if redone else Fate.REPAIRED
-            return [strike.record(fate, report)]
+            return [strike.record(strike.fate_when_found(report), report)]
         self.unexplained.append(report)
         return []
 
     def on_epoch(self, epoch: Epoch) -> list[StrikeRecord]:
         """Take the end of an epoch; return what it settles."""
         if not epoch.is_sure:
-            return []
+            return self._on_unsure(epoch)
         settled = []
         fed = epoch.fed()
         tokens = {self._token_at(job, at) for job, positions in fed.items() for at in positions}
@@ -303,6 +312,23 @@ class Watch:
             if fate is not None:
                 self.open.remove(strike)
                 settled.append(strike.record(fate, strike.report))
+        return settled
+
+    def _on_unsure(self, epoch: Epoch) -> list[StrikeRecord]:
+        """Take an epoch of which it is not known what rows it used."""
+        settled = []
+        for strike in list(self.open):
+            if strike.t_ns >= epoch.proof_ns or strike.report is not None:
+                continue
+            if strike.trial.stratum in BY_ROW or strike.trial.stratum is Stratum.KV:
+                # It may have used the row: whoever finds the strike now may be late, or not.
+                strike.doubtful = True
+                continue
+            strike.epochs += 1
+            strike.used += 1
+            if strike.used >= PATIENCE_EPOCHS:
+                self.open.remove(strike)
+                settled.append(strike.record(Fate.MISSED))
         return settled
 
     def on_end(self) -> list[StrikeRecord]:

@@ -99,6 +99,30 @@ def test_control_a_report_on_another_page_does_not_settle_a_strike(watch):
     assert len(watch.open) == 1
 
 
+def unsure(proof_ms):
+    return Epoch((proof_ms + 900) * MS, proof_ms * MS, 0, {}, {})
+
+
+def test_after_an_epoch_of_unknown_rows_a_strike_on_rows_counts_no_more(watch):
+    watch.land(landed(Stratum.ROPE, page=20, role="rope"))
+    assert watch.on_epoch(unsure(100)) == []
+    (record,) = watch.on_report(report(20, at_ms=300, whole_ms=301))
+    assert record.fate is Fate.UNUSED
+    watch.land(landed(Stratum.ROPE, page=20, role="rope", t_ms=400))
+    (record,) = watch.on_report(report(20, at_ms=500, whole_ms=501))
+    assert record.fate is Fate.REPAIRED
+
+
+def test_control_what_every_epoch_reads_is_late_after_an_epoch_of_unknown_rows_too(watch):
+    watch.land(landed())
+    assert watch.on_epoch(unsure(100)) == []
+    (record,) = watch.on_report(report(at_ms=300, whole_ms=301))
+    assert record.fate is Fate.LATE
+    watch.land(landed(t_ms=400))
+    settled = [r for n in range(PATIENCE_EPOCHS) for r in watch.on_epoch(unsure(500 + 1000 * n))]
+    assert [r.fate for r in settled] == [Fate.MISSED]
+
+
 def test_rows_of_a_shared_prompt_are_not_counted_as_fed(watch, strata):
     after = {"j": JobRows(60, 0, True, 50)}
     assert Epoch(0, 0, 0, {}, after, 50).fed() == {"j": range(60)}
@@ -118,8 +142,10 @@ def test_an_epoch_heard_of_too_late_judges_nothing(watch):
     watch.land(landed())
     late = Epoch(900 * MS, 600 * MS, 0, {}, {})
     assert not late.is_sure
+    row = landed(Stratum.ROPE, page=20, role="rope")
+    watch.open[:] = [row]
     assert [watch.on_epoch(late) for _ in range(9)] == [[]] * 9
-    assert watch.open[0].used == 0
+    assert (row.used, row.doubtful) == (0, True)
 
 
 @pytest.mark.parametrize(("committed", "sure"), [(None, True), (14, True), (9, False), (20, False)])
