@@ -10,6 +10,10 @@ import xxhash
 from fdir.regions import Damage, Kind
 
 
+class Superseded(Exception):
+    """Raised by `restore`: the values in use were changed on purpose, and what is held is out of date."""
+
+
 class GuardedTable:
     """A table as a region of one piece.
 
@@ -23,8 +27,8 @@ class GuardedTable:
     encode
         Returns the bytes of the values in use; the same values give the same bytes.
     restore
-        Puts values in use again from sound bytes, before it returns. None: damage to the values in use is
-        beyond repair.
+        Puts values in use again from sound bytes, before it returns; or raises `Superseded`. None: damage to
+        the values in use is beyond repair.
     """
 
     def __init__(
@@ -101,10 +105,17 @@ class GuardedTable:
         if used == self._copies[0]:
             return []
         part = error or f"values in use, from encoded byte {_first_difference(used, self._copies[0])} on"
+        return self._mend_use(part)
+
+    def _mend_use(self, part: str) -> list[Damage]:
+        """Put the values in use again from the sound copies."""
         if self._restore is None:
             return [self._damage(False, "none", part)]
         try:
             self._restore(bytes(self._copies[0]))
+        except Superseded:
+            self._take_baseline()
+            return []
         except Exception as failed:
             # Whatever the values in use make it raise: they are damaged, and it is told.
             return [self._damage(False, "none", f"{part}; restoring failed: {failed}")]

@@ -23,6 +23,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
+import msgspec
+
+from fdir.monitors import Monitors
 from fdir.segments import code_mappings
 from hil.faults import Strike, Target
 from hil.injector import inject_once
@@ -224,6 +227,12 @@ def flip_mode() -> None:
     machine.copies()[1][-1] ^= 4
 
 
+def spoil_row() -> None:
+    """Change a limit of the FDIR table in use, as a struck object on the heap would be."""
+    (monitors,) = [found for found in gc.get_objects() if isinstance(found, Monitors)]
+    msgspec.structs.force_setattr(monitors.table.row("board.hot"), "max_events", 77_777)
+
+
 _GROWN: list[bytearray] = []
 
 
@@ -249,6 +258,7 @@ NODE_FAULTS: Final[dict[str, Callable[[], None]]] = {
     "hang_task": hang_task,
     "grow": grow,
     "flip_mode": flip_mode,
+    "spoil_row": spoil_row,
     "latch_up": latch_up,
 }
 WORKER_FAULTS: Final = ("never_ready", "fatal", "garbage", "trip", "grow")

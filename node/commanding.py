@@ -54,7 +54,8 @@ class Commanding:
     on_executed
         Called after the commit with the arguments of each command executed.
     check
-        Called before the effect, in the database's thread; raises `CommandFailed` for what cannot be done.
+        Called before the effect, in the database's thread and the command's transaction; raises
+        `CommandFailed` for what cannot be done.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class Commanding:
         authenticator: Authenticator,
         recorder: Recorder,
         on_executed: Callable[[Arguments], None],
-        check: Callable[[Arguments], None] = lambda _: None,
+        check: Callable[[sqlite3.Connection, Arguments], None] = lambda _, __: None,
     ) -> None:
         self.dropped = 0
         """Commands dropped unread because too many were waiting."""
@@ -187,7 +188,7 @@ class Commanding:
         arguments: Arguments,
         report: Callable[[Stage], None],
     ) -> None:
-        self._check(arguments)
+        self._check(connection, arguments)
         match arguments:
             case commands.Ping():
                 report(Stage.PROGRESS)

@@ -142,7 +142,9 @@ class FdirService:
     def counts(self) -> tuple[int, int, int]:
         """Return how many rows are enabled, passive and disabled."""
         states = [self._monitors.effective(row) for row in self.table.ids]
-        return tuple(states.count(state) for state in RowState)  # type: ignore[return-value]
+        return (
+            states.count(RowState.ENABLED), states.count(RowState.PASSIVE), states.count(RowState.DISABLED),
+        )  # fmt: skip
 
     def may_mend(self) -> Repair:
         """Return what the worker may mend by itself, as the rows say."""
@@ -190,6 +192,12 @@ class FdirService:
             self._climb(ladder.SafeChanged(self._safe), None)
             if not self._safe:
                 self._rearm_fired()
+
+    def use(self, table: Table) -> None:
+        """Put another table in force, at once: counts and attempts of rows that are the same go on."""
+        self._watch(monitors.LoadTable(table))
+        self._climb(ladder.LoadTable(table), None)
+        self._tell_states()
 
     def set_row(self, row_id: str | None, state: RowState) -> None:
         """Carry out `set_fdir_row`, for a row that may be in this state; None: the FDIR as a whole."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import sqlite3
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +13,9 @@ import msgspec
 
 from fdir import sensors
 from fdir.boot import BootDecision
-from fdir.table import ACTS_IN_WORKER, Action, RowState, Table
+from fdir.guarded import Superseded
+from fdir.table import ACTS_IN_WORKER, Action, RowState, Table, decode_table, load_table
+from node import state
 from node.bus_view import BusView
 from node.clock import MissionClock
 from node.commanding import CommandFailed
@@ -39,8 +43,15 @@ from telemetry.spool import Spool
 
 CONFIG_REGION = "config"
 TABLE_REGION = "fdir.table"
+RESTORE_S = 5.0
+"""Longest wait of the scrub for the event loop to take a table, s (assumed: above `loop.lag`'s limit)."""
 REGIONS = (SUPERVISOR_CODE, WORKER_CODE, CONFIG_REGION, TABLE_REGION)
 """Regions of memory that `scrub_now` takes."""
+
+
+def load_configured(config: NodeConfig) -> Table:
+    """Return the FDIR table that the configuration names. Raises as `load_table`."""
+    return load_table(Path(config.fdir.table) if config.fdir.table else None)
 
 
 @dataclass(frozen=True)
@@ -101,6 +112,12 @@ class Fdir:
         self._database = database
         self._recorder = recorder
         self._damage_told = False
+        self._config = config
+        self._table_bytes = table.encode()
+        """Of the table that is meant to be in force."""
+        self._loaded: Table | None = None
+        """A table that a command has loaded, on its way into force."""
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._repairs = dict.fromkeys(parts.repairs, 0)
         self._lag_s = 0.0
         settings, worker = config.fdir, parts.worker
@@ -132,7 +149,8 @@ class Fdir:
         )
         self.scrubber.protect(CONFIG_REGION, lambda: msgspec.msgpack.encode(config, order="deterministic"))
         # A lambda, because the table in force may be another one later.
-        self.scrubber.protect(TABLE_REGION, lambda: self.service.table.encode())  # noqa: PLW0108
+        encode = lambda: self.service.table.encode()  # noqa: E731, PLW0108
+        self.scrubber.protect(TABLE_REGION, encode, self._restore_table)
         self.latchup = LatchupService(
             Path(settings.latchup_profile) if settings.latchup_profile else None,
             worker_pid=lambda: worker.pid,
@@ -164,16 +182,26 @@ class Fdir:
         return 1e3 * lag_s
 
     def tasks(self) -> list[tuple[str, Coroutine[None, None, None]]]:
-        """Return the tasks to run, with their names."""
+        """Return the tasks to run, with their names. To be called in the event loop."""
+        self._loop = asyncio.get_running_loop()
         return [
             ("node.fdir.run", self.service.run()),
             ("node.health.run", self.health.run()),
             ("node.scrubber.run", self.scrubber.run()),
         ]
 
-    def report_boot(self) -> None:
-        """Tell what the boot found. Before the mode is restored: it may ask for safe mode."""
+    def report_boot(self, refused: str = "") -> None:
+        """Tell what the boot found. Before the mode is restored: it may ask for safe mode.
+
+        Parameters
+        ----------
+        refused
+            Why the file of the FDIR table was refused, and the one before is in force; empty if it was not.
+        """
         boot = self._boot
+        if refused:
+            text = f"the FDIR table of the boot before stays in force: {refused}"
+            self._recorder.event(Severity.HIGH, "fdir.table_refused", text[:500])
         for name in boot.repaired:
             reason = f"a copy of {name} was struck, outvoted and written anew"
             self.service.find(Finding("memory.state", reason, {"value": name}))
@@ -197,13 +225,13 @@ class Fdir:
         """Take the mode of the node."""
         self.service.set_mode(mode)
 
-    def check(self, arguments: Arguments) -> None:
-        """Check a telecommand against the table; called from the thread of the database.
+    def check(self, connection: sqlite3.Connection, arguments: Arguments) -> None:
+        """Check a telecommand against the table, in its transaction; called from the thread of the database.
 
         Raises
         ------
         CommandFailed
-            There is no such row or region, or the row cannot be in that state.
+            There is no such row or region, the row cannot be in that state, or a table is refused.
         """
         match arguments:
             case commands.SetFdirRow(row=row) | commands.RearmFdir(row=row) if row != "*":
@@ -217,6 +245,12 @@ class Fdir:
             case commands.ScrubNow(region=region) if region not in REGIONS:
                 known = ", ".join(REGIONS)
                 raise CommandFailed("unknown_region", f"no region {region!r}; there are {known}")
+            case commands.LoadFdir():
+                try:
+                    self._loaded = load_configured(self._config)
+                except PenumbraError as error:
+                    raise CommandFailed("table_refused", error.what) from None
+                state.keep_table(connection, self._loaded.encode())
             case _:
                 pass
 
@@ -232,6 +266,8 @@ class Fdir:
                 self.service.set_external_control(on)
             case commands.ResetCounters():
                 self.service.reset_counters()
+            case commands.LoadFdir():
+                self._use_loaded()
             case commands.QueryFdir(recorder=recorder):
                 self._recorder.post(self.service.status())
                 if recorder:
@@ -248,6 +284,28 @@ class Fdir:
     async def close(self, *, ordered: bool) -> None:
         """Let go of the watchdogs; disarmed only after an ordered stop."""
         await self.health.close(ordered=ordered)
+
+    def _use_loaded(self) -> None:
+        table, self._loaded = self._loaded, None
+        if table is None:
+            return
+        self._table_bytes = table.encode()
+        self.service.use(table)
+        self._parts.worker.mend(self.service.may_mend())
+        text = f"FDIR table {table.sha256[:16]} of {len(table.rows)} rows is in force"
+        self._recorder.event(Severity.MEDIUM, "fdir.table_loaded", text, {"sha256": table.sha256})
+
+    def _restore_table(self, sound: bytes) -> None:
+        """Put the table in force again from sound bytes; called from the scrub's thread."""
+        if self._loop is None:
+            raise RuntimeError("the FDIR does not run")
+
+        async def restore() -> None:
+            if sound != self._table_bytes:
+                raise Superseded
+            self.service.use(decode_table(sound))
+
+        asyncio.run_coroutine_threadsafe(restore(), self._loop).result(RESTORE_S)
 
     def _scrub(self, region: str) -> None:
         try:

@@ -64,6 +64,8 @@ class Identity:
     """As found, before the boot manager's decision."""
     decision: BootDecision
     table: Table
+    table_refused: str
+    """Why the configured table was refused, and the one of the boot before is used; empty if it was not."""
     recovered_from: Path | None
 
 
@@ -141,7 +143,7 @@ class Node:
             authenticator=authenticator,
             recorder=self.recorder,
             on_executed=self._on_executed,
-            check=lambda arguments: self._fdir.check(arguments),  # noqa: PLW0108 - made later
+            check=lambda connection, arguments: self._fdir.check(connection, arguments),  # noqa: PLW0108 - made later
         )
         self._intake = Intake(
             name,
@@ -254,7 +256,7 @@ class Node:
             ]
             ordered = False
             try:
-                self._fdir.report_boot()
+                self._fdir.report_boot(self._identity.table_refused)
                 if not self._identity.decision.entered_safe:
                     self._change_mode(modes.Restored(self._identity.decision.mode is BootMode.SAFE))
                 await stop.wait()

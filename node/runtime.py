@@ -21,10 +21,11 @@ from typing import Any
 
 from fdir import boot as boot_manager
 from fdir.boot import Slot
-from fdir.table import RowState, Table, load_table
+from fdir.table import RowState, Table, decode_table
 from node import state
 from node.boards import open_board
 from node.config import NodeConfig
+from node.fdir_wiring import load_configured
 from node.inference.manifest import load_manifest
 from node.inference.slots import active_slot
 from node.jobs import JobQueue
@@ -101,7 +102,7 @@ async def run_node(config: NodeConfig, stop: asyncio.Event, command: Sequence[st
     """
     ring = KeyRing.load(Path(config.keys.file))
     board = open_board(config.board.kind, config.board)
-    table = load_table(Path(config.fdir.table) if config.fdir.table else None)
+    loaded, refused = _load_table(config)
     slots, active = await asyncio.to_thread(_look_at_slots, config)
     _make_state_dir(config.state_dir)
     database = await Database.open(
@@ -114,8 +115,9 @@ async def run_node(config: NodeConfig, stop: asyncio.Event, command: Sequence[st
 
         def begin(
             connection: sqlite3.Connection,
-        ) -> tuple[state.BootState, boot_manager.BootDecision, Spool, JobQueue, Authenticator]:
+        ) -> tuple[Table, state.BootState, boot_manager.BootDecision, Spool, JobQueue, Authenticator]:
             state.create(connection)
+            table = _table_in_force(connection, loaded, refused)
             boot = state.begin_boot(connection, lowest_boot, int(time.time()))
             decision = _decide_boot(config, table, boot, slots, active)
             state.keep_decision(connection, decision)
@@ -125,10 +127,10 @@ async def run_node(config: NodeConfig, stop: asyncio.Event, command: Sequence[st
             spool.create(connection)
             jobs.create(connection)
             authenticator.load(connection)
-            return boot, decision, spool, jobs, authenticator
+            return table, boot, decision, spool, jobs, authenticator
 
         try:
-            boot, decision, spool, jobs, authenticator = await database.run(begin)
+            table, boot, decision, spool, jobs, authenticator = await database.run(begin)
         except StoreFull:
             # A boot that is not counted would use sequence numbers twice.
             raise PenumbraError(
@@ -142,7 +144,7 @@ async def run_node(config: NodeConfig, stop: asyncio.Event, command: Sequence[st
             asyncio.get_running_loop().call_later(stop_bound_s(config), _exit_at_once)
 
         node = Node(
-            Identity(config, boot, decision, table, lost),
+            Identity(config, boot, decision, table, "" if refused is None else refused.what, lost),
             database=database,
             spool=spool,
             jobs=jobs,
@@ -169,6 +171,33 @@ async def run_node(config: NodeConfig, stop: asyncio.Event, command: Sequence[st
 def stop_bound_s(config: NodeConfig) -> float:
     """Return the time after which an ordered stop is cut short, s."""
     return config.worker.stop_timeout_s + REAP_S + FLUSH_S + CANCEL_S + CLOSE_S + 1
+
+
+def _load_table(config: NodeConfig) -> tuple[Table | None, PenumbraError | None]:
+    """Return the configured FDIR table, or why it is refused."""
+    try:
+        return load_configured(config), None
+    except PenumbraError as error:
+        return None, error
+
+
+def _table_in_force(
+    connection: sqlite3.Connection, loaded: Table | None, refused: PenumbraError | None
+) -> Table:
+    """Return the table of this boot, and keep it: where its file is refused, the one of the boot before.
+
+    Raises
+    ------
+    PenumbraError
+        It is refused, and there is none before.
+    """
+    if loaded is not None:
+        state.keep_table(connection, loaded.encode())
+        return loaded
+    try:
+        return decode_table(state.kept_table(connection))
+    except PenumbraError:
+        raise refused or PenumbraError("no FDIR table") from None
 
 
 def _look_at_slots(config: NodeConfig) -> tuple[dict[Slot, boot_manager.SlotState], Slot]:

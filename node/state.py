@@ -223,6 +223,16 @@ def change_fdir_state(connection: sqlite3.Connection, row: str | None, state: Ro
     set_fdir_states(connection, states, overall)
 
 
+def keep_table(connection: sqlite3.Connection, encoded: bytes) -> None:
+    """Remember the FDIR table in force, `Table.encode`: for a boot that finds its file refused."""
+    _set(connection, "fdir_table", encoded)
+
+
+def kept_table(connection: sqlite3.Connection) -> bytes:
+    """Return the FDIR table that was in force last; empty when there was none, or it is lost."""
+    return bytes(_Reader(connection).get("fdir_table", bytes, b""))
+
+
 def set_external_control(connection: sqlite3.Connection, on: bool) -> None:
     """Remember whether the ground has taken over from the FDIR."""
     _set(connection, "external_control", on)

@@ -201,6 +201,17 @@ class ResetCounters(Arguments, frozen=True, kw_only=True):
     hazard: ClassVar[Hazard] = Hazard.NONE
 
 
+class LoadFdir(Arguments, frozen=True, kw_only=True):
+    """Read the FDIR table anew from the file that the configuration names, and use it.
+
+    A table that is refused leaves the one in force; the answer says which row is wrong, and why. States that
+    were commanded stay, as far as they fit.
+    """
+
+    name: ClassVar[str] = "load_fdir"
+    hazard: ClassVar[Hazard] = Hazard.SERVICE
+
+
 class ScrubNow(Arguments, frozen=True, kw_only=True):
     """Check a region of memory whole, out of turn. An event tells the result."""
 
@@ -226,7 +237,7 @@ COMMANDS: dict[str, type[Arguments]] = {
     kind.name: kind
     for kind in (
         *(Ping, Infer, Cancel, SetMode, SetPowerCap, ReportLedger),
-        *(SetFdirRow, RearmFdir, ExternalControl, ResetCounters, ScrubNow, QueryFdir),
+        *(SetFdirRow, RearmFdir, ExternalControl, ResetCounters, LoadFdir, ScrubNow, QueryFdir),
     )
 }
 """The dictionary of commands, by name."""

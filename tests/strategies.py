@@ -18,6 +18,7 @@ from telemetry.commands import (
     Command,
     ExternalControl,
     Infer,
+    LoadFdir,
     Ping,
     QueryFdir,
     RearmFdir,
@@ -253,6 +254,7 @@ arguments: st.SearchStrategy[Arguments] = st.one_of(
     st.builds(RearmFdir, row=row_ids),
     st.builds(ExternalControl, on=st.booleans()),
     st.builds(ResetCounters),
+    st.builds(LoadFdir),
     st.builds(ScrubNow, region=st.sampled_from(["supervisor.code", "config"])),
     st.builds(QueryFdir, recorder=st.booleans()),
 )

@@ -95,8 +95,8 @@ def strikes_section(path: Path, header: Header) -> str:
         f"Jobs that ended: {total('jobs'):,}, at another token than their reference: {total('wrong_ends')}. "
         f"Reports on memory nobody had struck: {total('unexplained')}.\n",
         "A strike counts when an epoch used the memory it hit; it is undetected when the first proof that "
-        "began after it, of an epoch that used it, did not find it. A strike on rows that nobody used, or that "
-        "an epoch may have used and nobody can tell, is drawn again "
+        "began after it, of an epoch that used it, did not find it. A strike on rows that nobody used, or "
+        "that an epoch may have used and nobody can tell, is drawn again "
         f"({sum(r.fate is Fate.UNUSED for r in records):,} of them).\n",
     ]
     if ended:

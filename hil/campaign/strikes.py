@@ -43,8 +43,8 @@ class Fate(StrEnum):
     GAVE_UP = "gave_up"
     """The worker gave up, or died, while the strike was open: the next level of recovery had to act."""
     UNUSED = "unused"
-    """Does not count, and is drawn again: no epoch used the memory as struck, for it ended or was written anew
-    before; or one of which it is not known what it used did not find it."""
+    """Does not count, and is drawn again: no epoch used the memory as struck, for it ended or was written
+    anew before; or one of which it is not known what it used did not find it."""
 
 
 COUNTED: Final = frozenset(Fate) - {Fate.UNUSED}

@@ -8,6 +8,7 @@ from pathlib import Path
 from node_bench import NODE, Bench, open_bench
 
 from fdir.flight_recorder import EntryKind, read_dump
+from fdir.table import PACKAGED
 from telemetry import commands
 from telemetry.packets import FdirStatus, FlightRecord, Housekeeping, Outcome, RowReport
 
@@ -118,3 +119,57 @@ async def test_the_flight_recorder_comes_down_with_level_3_and_on_command(tmp_pa
         await bench.until(lambda: len(bench.archive.packets(NODE, FlightRecord)) > before, "dump on command")
         assert (await bench.execute(commands.ResetCounters())).ok
         assert (await query(bench)).resets == 0
+
+
+def table_in(directory: Path, text: str) -> Path:
+    path = directory / "table.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+async def test_a_table_is_loaded_by_command_and_a_refused_one_leaves_it_as_it_is(
+    tmp_path: Path,
+) -> None:
+    packaged = PACKAGED.read_text(encoding="utf-8")
+    bad = packaged.replace("high = 95.0", "high = nan")
+    assert bad != packaged
+    path = table_in(tmp_path, packaged)
+    async with open_bench(tmp_path, **FAST, fdir__table=f'"{path}"') as bench:
+        await bench.start()
+        first = (await query(bench)).table_sha256
+        table_in(tmp_path, packaged.replace("high = 95.0", "high = 96.0"))
+        assert (await bench.execute(commands.LoadFdir())).ok
+        second = (await query(bench)).table_sha256
+        assert second != first
+        await bench.until(lambda: bool(bench.events("fdir.table_loaded")), "event of the table")
+
+        table_in(tmp_path, bad)
+        answer = await bench.execute(commands.LoadFdir())
+        assert (answer.ok, answer.code) == (False, "table_refused")
+        for word in ("board.hot", "high", "nan", "finite"):
+            assert word in answer.reason
+        assert (await query(bench)).table_sha256 == second
+        # The scrub takes a loaded table for what it is, and no damage.
+        assert (await bench.execute(commands.ScrubNow(region="fdir.table"))).ok
+        await bench.until(
+            lambda: any("fdir.table checked" in e.text for e in bench.events("scrub.note")),
+            "check of the table",
+        )
+        assert bench.fdir("memory.tables") == []
+
+        await bench.kill()
+        await bench.start()
+        assert (await query(bench)).table_sha256 == second, "the last good one, not the bad file"
+        await bench.until(lambda: bool(bench.events("fdir.table_refused")), "report of the refused file")
+        assert "board.hot" in bench.events("fdir.table_refused")[0].text
+
+
+async def test_a_first_boot_with_a_refused_table_ends_with_what_to_mend(tmp_path: Path) -> None:
+    path = table_in(tmp_path, "row = 3")
+    async with open_bench(tmp_path, fdir__table=f'"{path}"') as bench:
+        await bench.start_process()
+        assert bench.process is not None
+        assert await bench.process.wait() == 2
+        assert "table.toml" in bench.log()
+        assert "mend: " in bench.log()
+        assert "Traceback" not in bench.log()

@@ -358,6 +358,18 @@ async def test_memory_tables(open_row: OpenRow) -> None:
         assert report.evidence["region"] == "fdir.table"
 
 
+async def test_a_struck_row_of_the_table_in_use_is_restored_in_place(open_row: OpenRow) -> None:
+    async with open_row(**SCRUB) as bench:
+        bench.fault = "spoil_row"
+        await bench.serving()
+        row_faults.trigger(bench.pid())
+        report = await bench.reported("memory.tables", Outcome.REPAIRED, 0)
+        assert str(report.evidence["part"]).startswith("values in use")
+        await asyncio.sleep(1.0)
+        assert len(bench.fdir("memory.tables")) == 1, "it was not whole after that"
+        assert bench.fdir("node.restart") == []
+
+
 @pytest.mark.fdir("memory.state")
 async def test_memory_state(open_row: OpenRow) -> None:
     async with open_row() as bench:

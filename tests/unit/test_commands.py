@@ -51,6 +51,7 @@ EXAMPLES: list[c.Arguments] = [
     c.RearmFdir(row="*"),
     c.ExternalControl(on=True),
     c.ResetCounters(),
+    c.LoadFdir(),
     c.ScrubNow(region="supervisor.code"),
     c.QueryFdir(recorder=True),
 ]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from fdir.guarded import GuardedTable
+from fdir.guarded import GuardedTable, Superseded
 from fdir.region_book import (
     Added,
     Check,
@@ -291,6 +291,22 @@ def test_without_a_way_to_restore_them_they_are_beyond_repair():
     table = Table(restore=False)
     table.values = b"limit"
     assert table.check() == [(False, "values in use, from encoded byte 5 on")]
+
+
+def test_values_changed_on_purpose_are_the_new_baseline_and_no_damage():
+    table = Table()
+
+    def superseded(content: bytes) -> None:
+        raise Superseded
+
+    table.region._restore = superseded
+    table.values = b"limit = 6"
+    assert table.check() == []
+    assert table.values == b"limit = 6"
+    table.region._restore = table.take
+    table.values = b"limit = 7"
+    assert table.check() == [(True, "values in use, from encoded byte 8 on")]
+    assert table.values == b"limit = 6"
 
 
 @pytest.mark.parametrize("copy", [0, 1])
