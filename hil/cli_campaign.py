@@ -157,7 +157,12 @@ def report(
     if markdown is None:
         typer.echo(text)
     else:
-        markdown.write_text(text, encoding="utf-8")
+        try:
+            markdown.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise PenumbraError(
+                f"--markdown {markdown}: {error.strerror or error}", "give a file that can be written"
+            ) from None
 
 
 def _show(out: Path) -> None:

@@ -50,8 +50,11 @@ UP_S: Final = 90.0
 DRAIN_S: Final = 120.0
 STOP_S: Final = 40.0
 PARENT: Final = """
-import sys
+import ctypes, os, signal, sys
 from pathlib import Path
+ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)  # PR_SET_PDEATHSIG: it does not outlive the campaign
+if os.getppid() != int(sys.argv[3]):
+    sys.exit(1)
 from node.supervise import Limits, main, node_command
 limits = Limits(feed_s=float(sys.argv[2]), start_s=30.0, quick_s=0.5, wait_s=0.05, longest_wait_s=0.5)
 sys.exit(main(node_command(Path(sys.argv[1])), limits, lambda text: print(text, file=sys.stderr, flush=True)))
@@ -137,7 +140,8 @@ class LiveNode:
         await asyncio.wait_for(self.ground.connected.wait(), UP_S)
         with (self.folder / "node.log").open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-c", PARENT, str(self.folder / "node.toml"), str(FEED_S)),
+                *(sys.executable, "-c", PARENT),
+                *(str(self.folder / "node.toml"), str(FEED_S), str(os.getpid())),
                 stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
         self._stack.push_async_callback(self._kill_all)

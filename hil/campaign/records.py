@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Generic, TypeVar
@@ -75,8 +76,9 @@ class Records(Generic[T]):
         _drop_torn_line(path / TRIALS)
         _drop_torn_line(path / NOTES)
         self.trials: list[T] = list(read_lines(path / TRIALS, kind))
-        self._trials = (path / TRIALS).open("ab")
-        self._notes = (path / NOTES).open("ab")
+        with _told(path):
+            self._trials = (path / TRIALS).open("ab")
+            self._notes = (path / NOTES).open("ab")
 
     @property
     def done(self) -> set[int]:
@@ -86,13 +88,15 @@ class Records(Generic[T]):
     def add(self, *trials: T) -> None:
         """Put trials on record; they are on the disk when this returns."""
         self.trials += trials
-        self._trials.write(b"".join(msgspec.json.encode(trial) + b"\n" for trial in trials))
-        _flush(self._trials)
+        with _told(self.path):
+            self._trials.write(b"".join(msgspec.json.encode(trial) + b"\n" for trial in trials))
+            _flush(self._trials)
 
     def note(self, **values: Value) -> None:
         """Write a note."""
-        self._notes.write(msgspec.json.encode(values) + b"\n")
-        _flush(self._notes)
+        with _told(self.path):
+            self._notes.write(msgspec.json.encode(values) + b"\n")
+            _flush(self._notes)
 
     def close(self) -> None:
         """Close the files."""
@@ -110,7 +114,8 @@ class Records(Generic[T]):
 
 def write_header(path: Path, header: Header) -> None:
     """Make a campaign directory, or check that it is one of this campaign. Raises as `Records`."""
-    path.mkdir(parents=True, exist_ok=True)
+    with _told(path):
+        path.mkdir(parents=True, exist_ok=True)
     known = read_header(path) if (path / HEADER).exists() else None
     if known is not None and known != header:
         raise PenumbraError(
@@ -179,10 +184,23 @@ def read_notes(path: Path) -> list[Note]:
 def write_json(path: Path, value: object) -> None:
     """Write a file of JSON at once: after a crash it is there whole, or as it was before."""
     part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        file.write(msgspec.json.format(msgspec.json.encode(value), indent=1) + b"\n")
-        _flush(file)
-    part.replace(path)
+    with _told(path.parent):
+        with part.open("wb") as file:
+            file.write(msgspec.json.format(msgspec.json.encode(value), indent=1) + b"\n")
+            _flush(file)
+        part.replace(path)
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Turn what the disk refuses into what the user has to mend."""
+    try:
+        yield
+    except OSError as error:
+        raise PenumbraError(
+            f"campaign directory {path}: cannot be written: {error.strerror or error}",
+            "free its disk, or give another --out; a broken campaign goes on where it was",
+        ) from None
 
 
 def _flush(file: Any) -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 from hil.campaign.kill_run import KINDS, KillRecord, run_kills
 from hil.campaign.live_node import LiveSettings
 from hil.campaign.memory_run import MemoryOutcome, MemoryRecord, run_memory
-from hil.campaign.records import TRIALS, read_lines, read_notes
+from hil.campaign.records import TRIALS, Records, read_header, read_lines, read_notes
 from hil.campaign.report import last_notes, make_report
 from hil.campaign.strata import Stratum
 from hil.campaign.strike_run import Plan, run_strikes
 from hil.campaign.strike_worker import WorkerSettings
 from hil.campaign.strikes import COUNTED, FOUND, UNDETECTED, StrikeRecord
+from hil.processes import all_processes, descendants, same
 
 PLAN = Plan(
     trials=3,
@@ -68,3 +72,34 @@ async def test_flips_anywhere_are_classified(tiny_images: Path, tmp_path: Path) 
     text = make_report([tmp_path])
     assert "| **worker** | 3 |" in text
     assert "| **node** | 2 |" in text
+
+
+CAMPAIGN = """
+import asyncio, sys
+from pathlib import Path
+from hil.campaign.kill_run import run_kills
+from hil.campaign.live_node import LiveSettings
+settings = LiveSettings(threads=1, batch=2, seats=3, positions=256, jobs=3)
+images, out = map(Path, sys.argv[1:])
+asyncio.run(run_kills(images, out, trials=500, seed=1, settings=settings, bytes_a_token=1))
+"""
+
+
+def test_a_campaign_that_is_killed_leaves_no_process_and_goes_on(tiny_images: Path, tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", CAMPAIGN, str(tiny_images), str(tmp_path)]) as process:
+        deadline_s = time.monotonic() + 60
+        trials = tmp_path / TRIALS
+        while not trials.exists() or not trials.read_bytes():
+            assert process.poll() is None
+            assert time.monotonic() < deadline_s
+            time.sleep(0.1)
+        family = descendants(process.pid, all_processes())
+        assert len(family) >= 2
+        process.kill()
+    deadline_s = time.monotonic() + 30
+    while any(same(member) for member in family):
+        assert time.monotonic() < deadline_s, "the node outlives its campaign"
+        time.sleep(0.1)
+    header = read_header(tmp_path)
+    with Records(tmp_path, header, KillRecord) as records:
+        assert records.done

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import subprocess
+import sys
 
 import msgspec
 import pytest
@@ -264,3 +267,35 @@ def test_a_broken_campaign_goes_on_where_it_was_and_a_torn_line_is_dropped(tmp_p
         Records(tmp_path, Header(plan="strikes", seed=6), StrikeRecord)
     with pytest.raises(PenumbraError, match="no campaign directory"):
         make_report([tmp_path / "none"])
+
+
+def test_a_disk_that_refuses_is_told_and_what_was_written_stays(tmp_path, monkeypatch):
+    header = Header(plan="strikes", seed=5)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PenumbraError, match="cannot be written"):
+        Records(tmp_path / "file" / "x", header, StrikeRecord)
+    with Records(tmp_path / "c", header, StrikeRecord) as records:
+        records.add(record(0))
+
+        def full(_: int) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("os.fsync", full)
+            with pytest.raises(PenumbraError, match="No space left") as caught:
+                records.add(record(1))
+        assert "goes on where it was" in caught.value.mend
+    with Records(tmp_path / "c", header, StrikeRecord) as records:
+        assert 0 in records.done
+
+
+def test_a_report_that_cannot_be_written_is_one_message(tmp_path):
+    with Records(tmp_path / "c", Header(plan="strikes", seed=5), StrikeRecord) as records:
+        records.add(record(0))
+    command = ["campaign", "report", str(tmp_path / "c"), "--markdown", str(tmp_path / "none" / "x.md")]
+    done = subprocess.run(
+        [sys.executable, "-m", "hil.cli", *command], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("penumbra: --markdown")
+    assert "Traceback" not in done.stderr
