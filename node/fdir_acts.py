@@ -21,7 +21,7 @@ from fdir.table import Action, Report
 from node import state
 from node.config import NodeConfig
 from node.findings import Finding
-from node.image_repair import ImageRepair, repair_image
+from node.image_repair import ImageRepair, refill_slot, repair_image
 from node.inference.manifest import Slot
 from node.recorder import Evidence, Recorder
 from node.worker_service import WorkerService
@@ -178,6 +178,27 @@ class Acts:
         if done.method == "whole":
             text = f"{act.row.id}: the image in slot {done.slot} is whole, it is not what is wrong"
             self._recorder.event(Severity.MEDIUM, "image.whole", text)
+        elif done.method != "page_copy":
+            self._spawn(self._refill("b" if done.slot == "a" else "a"), "node.fdir.refill")
+
+    async def _refill(self, slot: Slot) -> None:
+        """Make the slot that was left whole again: until then there is none to fall back on."""
+        cancel = threading.Event()
+        try:
+            done = await asyncio.to_thread(
+                refill_slot,
+                Path(self._config.model.images_dir),
+                slot,
+                timeout_s=self._config.fdir.repair_timeout_s,
+                cancel=cancel,
+            )
+        except PenumbraError as error:
+            self._recorder.event(Severity.HIGH, "image.not_refilled", f"slot {slot}: {error.what}"[:500])
+        else:
+            text = f"slot {slot} is whole again after {done.took_s:.0f} s"
+            self._recorder.event(Severity.INFO, "image.refilled", text, {"slot": slot})
+        finally:
+            cancel.set()
 
     async def _use(self, done: ImageRepair) -> None:
         self._slot = done.slot

@@ -146,15 +146,38 @@ async def test_safe_mode_is_reported_and_ordered(parts):
     assert parts.done == [("safe", "a.row: found")]
 
 
-async def test_an_image_made_whole_is_used_and_one_that_is_not_fails(parts, monkeypatch):
-    whole = ImageRepair(method="other_slot", slot="b", pages_from_parity=2)
+@pytest.mark.parametrize(
+    ("method", "slot", "refilled"),
+    [("page_copy", "a", []), ("other_slot", "b", ["a"]), ("rebuilt", "a", ["b"])],
+)
+async def test_an_image_made_whole_is_used_and_the_slot_that_was_left_is_refilled(
+    parts, monkeypatch, method, slot, refilled
+):
+    whole = ImageRepair(method=method, slot=slot, pages_from_parity=2)
+    asked: list[str] = []
     monkeypatch.setattr(fdir_acts, "repair_image", lambda *_, **__: whole)
+    monkeypatch.setattr(fdir_acts, "refill_slot", lambda _, slot, **__: asked.append(slot) or whole)
     await parts.carry_out(Action.SWITCH_IMAGE)
     assert parts.outcomes() == [Outcome.STARTED, Outcome.REPAIRED]
-    assert parts.done == [("release", Path("/images/b")), ("recovered", "a.row")]
-    assert parts.reports[-1].evidence["method"] == "other_slot"
-    parts.done.clear()
+    assert parts.done[:2] == [("release", Path(f"/images/{slot}")), ("recovered", "a.row")]
+    assert parts.reports[-1].evidence["method"] == method
+    assert asked == refilled
+    assert parts.done[2:] == [("event", "image.refilled")] * len(refilled)
 
+
+async def test_a_slot_that_cannot_be_refilled_is_told(parts, monkeypatch):
+    whole = ImageRepair(method="other_slot", slot="b")
+
+    def full(*_: object, **__: object) -> ImageRepair:
+        raise PenumbraError("no space left on the device")
+
+    monkeypatch.setattr(fdir_acts, "repair_image", lambda *_, **__: whole)
+    monkeypatch.setattr(fdir_acts, "refill_slot", full)
+    await parts.carry_out(Action.SWITCH_IMAGE)
+    assert parts.done[-1] == ("event", "image.not_refilled")
+
+
+async def test_an_image_that_cannot_be_made_whole_fails(parts, monkeypatch):
     def fail(*_: object, **__: object) -> ImageRepair:
         raise PenumbraError("no image can be made whole")
 
