@@ -104,7 +104,7 @@ class StruckWorker:
         strata: Strata,
         on_settled: Callable[[list[StrikeRecord]], None],
     ) -> None:
-        self.watch = Watch(strata, self._token_at, self._byte_at)
+        self.watch = Watch(strata, self._token_at, self._byte_now)
         self.tokens = Tokens()
         self.clean = self.dirty = self.unsure = 0
         self.failure = ""
@@ -243,6 +243,7 @@ class StruckWorker:
         return Landed(
             trial=trial, t_ns=t_ns, page=position, role=site.bank, tensor=name, byte=site.byte, bit=site.bit,
             before=before, after=after, address=address, job=site.job, open_row=open_row,
+            base=state.base if site.bank == "window" else 0, place=(site.seat, site.plane),
         )  # fmt: skip
 
     def _is_written(self, shape: ArenaShape, seat: int, bank: Bank, position: int, row: int) -> bool:
@@ -354,8 +355,19 @@ class StruckWorker:
         known = [*text.prompt_tokens, *text.tokens]
         return known[min(position, len(known) - 1)]
 
-    def _byte_at(self, address: int) -> int | None:
+    def _byte_now(self, strike: Landed) -> int | None:
+        """Return the byte that was struck, where the arena says its row lies now."""
+        found = self._arena.read()
+        seat, plane = strike.place
+        if found is None or found[1][seat].job != strike.job:
+            return None
+        shape, states = found
+        bank: Bank = "window" if strike.role == "window" else "global"
+        row = strike.page - (states[seat].base if bank == "window" else 0)
+        if not 0 <= row < shape.rooms[bank]:
+            return None
         try:
+            address = self._address(self._arena.path, shape.row_offset(bank, plane, seat, row) + strike.byte)
             return self._open_memory().read(address)
         except NotThere:
             return None

@@ -190,6 +190,10 @@ class Landed:
     job: str = ""
     open_row: bool = False
     """KV: it was of the epoch under way, if it was written in that epoch already (see `Watch.on_epoch`)."""
+    base: int = 0
+    """KV: first position its bank held."""
+    place: tuple[int, int] = (0, 0)
+    """KV: seat and plane of the row."""
     epochs: int = 0
     used: int = 0
     """Epochs that used the memory and should have found it."""
@@ -240,8 +244,8 @@ class Watch:
         Of the image.
     token_at
         Gives the token a job feeds at a position.
-    byte_at
-        Gives the byte at an address of the worker now, None when it cannot be read.
+    byte_now
+        Gives the byte that was struck, where its row lies now; None when it cannot be read.
 
     Attributes
     ----------
@@ -255,13 +259,13 @@ class Watch:
         self,
         strata: Strata,
         token_at: Callable[[str, int], int],
-        byte_at: Callable[[int], int | None] = lambda _: None,
+        byte_now: Callable[[Landed], int | None] = lambda _: None,
     ) -> None:
         self.open: list[Landed] = []
         self.unexplained: list[Report] = []
         self._strata = strata
         self._token_at = token_at
-        self._byte_at = byte_at
+        self._byte_now = byte_now
 
     def is_free(self, stratum: Stratum, page: int, job: str = "") -> bool:
         """Tell whether a strike there could be told apart, and mended, beside those that are open.
@@ -355,21 +359,28 @@ class Watch:
         if not self._uses(strike, epoch, tokens, places):
             gone = strike.trial.stratum is Stratum.KV
             return (Fate.MISSED if strike.used else Fate.UNUSED) if gone else None
-        if strike.open_row and strike.epochs == 1 and (epoch.dirty or self._is_rewritten(strike)):
-            return Fate.UNUSED  # written anew, perhaps between strike and proof
+        if strike.epochs == 1 and self._is_elsewhere(strike, epoch):
+            return Fate.UNUSED
         if strike.t_ns >= epoch.proof_ns:
             strike.in_proof = True
             return None
         strike.used += 1
         return Fate.MISSED if strike.used >= PATIENCE_EPOCHS else None
 
-    def _is_rewritten(self, strike: Landed) -> bool:
-        """Whether the row of an open epoch was only written after the strike: what lay there was left over.
+    def _is_elsewhere(self, strike: Landed, epoch: Epoch) -> bool:
+        """Whether the strike of a row may not have hit the row that the epoch used.
 
-        An epoch decoded once writes each row once, so what is not there any more was there before.
+        The row of an epoch under way may only have been written after the strike: what lay there was left
+        over. An epoch decoded once writes each row once, so what is not there any more was there before. And
+        rows move down when their window slides: what they leave behind is nobody's, and a moved row that is
+        struck has the flip where it lies now.
         """
-        found = self._byte_at(strike.address)
-        return found is not None and found != strike.after
+        if strike.trial.stratum is not Stratum.KV:
+            return False
+        slid = strike.role == "window" and epoch.after[strike.job].base != strike.base
+        if strike.open_row and epoch.dirty:
+            return True
+        return (strike.open_row or slid) and self._byte_now(strike) not in {None, strike.after}
 
     def _uses(self, strike: Landed, epoch: Epoch, tokens: set[int], places: set[int]) -> bool:
         match strike.trial.stratum:

@@ -42,10 +42,13 @@ def watch(strata):
     return Watch(strata, lambda job, position: position)
 
 
-def landed(stratum=Stratum.WEIGHTS, *, t_ms=0, page=5, job="", role="ffn_down", open_row=False, index=0):
+def landed(
+    stratum=Stratum.WEIGHTS, *, t_ms=0, page=5, job="", role="ffn_down", open_row=False, index=0, base=0
+):
     return Landed(
         trial=Trial(index, 0, stratum, 0.5, 0.5, 0.5, 0.9), t_ns=t_ms * MS, page=page, role=role, tensor="t",
         byte=1, bit=2, before=0, after=4, address=4096, job=job, open_row=open_row,
+        base=base,
     )  # fmt: skip
 
 
@@ -133,9 +136,20 @@ def test_rows_of_a_shared_prompt_are_not_counted_as_fed(watch, strata):
     assert Epoch(0, 0, 0, {"j": JobRows(55, 0, True, 50)}, after, 0).fed() == {"j": range(55, 60)}
 
 
+@pytest.mark.parametrize(("now", "fate"), [(0, Fate.UNUSED), (4, Fate.MISSED), (None, Fate.MISSED)])
+def test_a_strike_on_what_a_sliding_window_left_behind_hit_no_row(strata, now, fate):
+    watch = Watch(strata, lambda job, position: position, lambda strike: now)
+    watch.land(landed(Stratum.KV, page=520, job="j", role="window"))
+    before, after = {"j": JobRows(540, 0, True)}, {"j": JobRows(548, 24, True)}
+    settled = list(watch.on_epoch(epoch(200, before=before, after=after)))
+    for n in range(2, PATIENCE_EPOCHS + 1):
+        settled += watch.on_epoch(epoch(200 * n, before=after, after=after))
+    assert [r.fate for r in settled] == [fate]
+
+
 @pytest.mark.parametrize(("now", "fate"), [(4, None), (9, Fate.UNUSED)])
 def test_an_open_row_written_only_after_the_strike_was_not_used(strata, now, fate):
-    watch = Watch(strata, lambda job, position: position, lambda address: now)
+    watch = Watch(strata, lambda job, position: position, lambda strike: now)
     watch.land(landed(Stratum.KV, page=50, job="j", role="global", open_row=True))
     found = watch.on_epoch(epoch(200, before={"j": JobRows(50, 0, True)}, after={"j": JobRows(60, 0, True)}))
     assert [r.fate for r in found] == ([] if fate is None else [fate])
