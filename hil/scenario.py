@@ -15,8 +15,8 @@ from msgspec import Meta
 
 from hil.tle import altitude_km, tle_from_elements
 from node.boards import BoardSettings
+from node.power.ceiling import GovernorSettings
 from node.power.ephemeris import Ephemeris, check_tle
-from node.power.governor import GovernorSettings
 from telemetry.commands import DEFAULT_PRIORITY, Infer, Priority
 from telemetry.errors import PenumbraError
 from telemetry.sampling import GREEDY, Sampling

@@ -19,7 +19,7 @@ from fdir.health import PingLimits
 from fdir.recovery import RestartPolicy
 from node.boards import BoardSettings
 from node.inference.slots import active_image
-from node.power.governor import GovernorSettings
+from node.power.ceiling import GovernorSettings
 from node.watchdog import WatchdogConfig
 from telemetry.errors import PenumbraError
 from telemetry.link import BrokerAddress

@@ -12,8 +12,9 @@ from node.bus_view import BusView
 from node.clock import MissionClock
 from node.config import NodeConfig
 from node.inference import protocol
+from node.power.ceiling import PowerInputs
 from node.power.forecast import UmbraPass
-from node.power.governor import Governor, PowerInputs, Setpoint
+from node.power.governor import Governor, Setpoint
 from node.power.operating_point import OperatingPoint
 from node.pulse import Pulse
 from node.recorder import Recorder

@@ -110,7 +110,7 @@ class PowerSystem:
         Parameters
         ----------
         dt_s
-            Mission time, s, above 0 and about 1 at most.
+            Mission time, s, above 0 and about 10 at most.
         irradiance
             Sunlight as a share of the solar constant: visible disc times distance effect.
         cos_incidence

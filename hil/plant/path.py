@@ -66,7 +66,7 @@ def flight_path(line1: str, line2: str, start_ns: int, seconds: int) -> FlightPa
     grid = start_ns + np.arange(-lead, seconds + 1, dtype=np.int64) * NS_PER_S
     geometry = true.geometry(grid)
     sunlit = sunlit_fraction(geometry)
-    events = _pair(edges(true, grid, 0.0, sunlit), edges(true, grid, 1.0, sunlit))
+    events = pair_events(edges(true, grid, 0.0, sunlit), edges(true, grid, 1.0, sunlit))
     return FlightPath(
         grid[lead:].copy(),
         Geometry(geometry.satellite[lead:].copy(), geometry.sun[lead:].copy(), geometry.normal[lead:].copy()),
@@ -75,7 +75,7 @@ def flight_path(line1: str, line2: str, start_ns: int, seconds: int) -> FlightPa
     )
 
 
-def _pair(umbra: list[tuple[int, bool]], penumbra: list[tuple[int, bool]]) -> tuple[UmbraEvent, ...]:
+def pair_events(umbra: list[tuple[int, bool]], penumbra: list[tuple[int, bool]]) -> tuple[UmbraEvent, ...]:
     """Return whole eclipses from edges of umbra and penumbra, each (time, begins), in order of time."""
     events = []
     for (entry, begins), (leave, _) in pairwise(umbra):

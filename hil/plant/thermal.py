@@ -36,13 +36,18 @@ class HeatModel:
         """Temperatures now."""
         return ThermalState(board_c=self._board_k - ZERO_C_K, radiator_c=self._radiator_k - ZERO_C_K)
 
+    @property
+    def board_c(self) -> float:
+        """Temperature of the board now, degC."""
+        return self._board_k - ZERO_C_K
+
     def advance(self, dt_s: float, *, irradiance: float, sun_above_earth: float, payload_w: float) -> None:
         """Advance by `dt_s`, s.
 
         Parameters
         ----------
         dt_s
-            Mission time, s, above 0 and about 1 at most.
+            Mission time, s, above 0 and about 10 at most.
         irradiance
             Sunlight as a share of the solar constant.
         sun_above_earth

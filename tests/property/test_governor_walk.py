@@ -8,8 +8,9 @@ import strategies
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
+from node.power.ceiling import GovernorSettings, PowerInputs
 from node.power.forecast import UmbraPass
-from node.power.governor import Governor, GovernorSettings, PowerInputs
+from node.power.governor import Governor
 from telemetry.bus import BusEps
 
 NS = 1_000_000_000

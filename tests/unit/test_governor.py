@@ -8,8 +8,9 @@ from typing import Any
 import msgspec
 import pytest
 
+from node.power.ceiling import GovernorSettings, PowerInputs, Reason
 from node.power.forecast import UmbraPass
-from node.power.governor import Governor, GovernorSettings, PowerInputs, Reason, Setpoint
+from node.power.governor import Governor, Setpoint
 from telemetry.bus import BusEps
 
 NS = 1_000_000_000
@@ -234,5 +235,5 @@ def test_settings_out_of_range_are_refused(table: dict[str, float]) -> None:
 
 def test_reasons_are_those_of_the_packet() -> None:
     assert {r.value for r in Reason} == {
-        "board", "array", "battery", "thermal", "command", "floor", "unknown_bus",
+        "board", "plan", "array", "battery", "thermal", "command", "floor", "unknown_bus",
     }  # fmt: skip

@@ -1,0 +1,113 @@
+"""Tokens per second of watts: the concave curve a set of operating points spans.
+
+Between two operating points a board can be anywhere on the line, by sharing the time between them; so what
+matters of the points is their upper hull. A point under it is never worth its watts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+
+from node.power.operating_point import OperatingPoint
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One operating point and what it costs and gives."""
+
+    point: OperatingPoint
+    power_w: float
+    """Mean draw of the whole board, W."""
+    tokens_s: float
+    """Proven tokens of all jobs together."""
+
+
+class PowerCurve:
+    """Upper hull of settings, from the idle board to the highest rate.
+
+    Parameters
+    ----------
+    idle_w
+        Draw at no tokens.
+    settings
+        Operating points at duty 1; those at other duties only confirm the lines between.
+
+    Raises
+    ------
+    ValueError
+        No setting gives tokens for watts above idle.
+    """
+
+    def __init__(self, idle_w: float, settings: Iterable[Setting]) -> None:
+        useful = sorted(
+            (each for each in settings if each.power_w > idle_w and each.tokens_s > 0),
+            key=lambda each: (each.power_w, each.tokens_s),
+        )
+        hull: list[Setting] = []
+        for each in useful:
+            if hull and each.tokens_s <= hull[-1].tokens_s:
+                continue
+            while hull:
+                before_w, before_rate = (
+                    (hull[-2].power_w, hull[-2].tokens_s) if len(hull) > 1 else (idle_w, 0.0)
+                )
+                slope = (hull[-1].tokens_s - before_rate) / max(hull[-1].power_w - before_w, 1e-9)
+                onward = (each.tokens_s - before_rate) / (each.power_w - before_w)
+                if onward < slope:
+                    break
+                hull.pop()
+            hull.append(each)
+        if not hull:
+            raise ValueError(f"no operating point gives tokens for more than the idle {idle_w:g} W")
+        self.idle_w = idle_w
+        self.hull: tuple[Setting, ...] = tuple(hull)
+        """Efficient settings, by rising watts."""
+
+    @property
+    def most_w(self) -> float:
+        """Draw at the highest rate, W."""
+        return self.hull[-1].power_w
+
+    def lines(self) -> list[tuple[float, float]]:
+        """Return (tokens/s a watt, tokens/s at 0 W) of each piece; the rate is their minimum."""
+        knots = [(self.idle_w, 0.0), *((each.power_w, each.tokens_s) for each in self.hull)]
+        pieces = []
+        for (low_w, low), (high_w, high) in pairwise(knots):
+            slope = (high - low) / (high_w - low_w)
+            pieces.append((slope, low - slope * low_w))
+        return [*pieces, (0.0, knots[-1][1])]
+
+    def rate(self, power_w: float) -> float:
+        """Return tokens/s at a draw, W; 0 at idle and below."""
+        return max(0.0, min(slope * power_w + offset for slope, offset in self.lines()))
+
+    def choose(self, power_w: float, *, threads: int, batch: int, min_duty: float) -> OperatingPoint:
+        """Return the operating point that gives the most tokens within a draw.
+
+        That is the efficient setting at or above the draw, paced down to it: pacing acts at once, and costs
+        nothing against the line between idle and the setting. Threads and batch come down only where a
+        smaller setting is the more efficient one at this draw.
+
+        Parameters
+        ----------
+        power_w
+            Draw allowed.
+        threads, batch
+            Most there may be.
+        min_duty
+            Share of time that service never goes below.
+        """
+        best: tuple[float, OperatingPoint] | None = None
+        for each in self.hull:
+            if each.point.threads > threads or each.point.batch > batch:
+                continue
+            span_w = each.power_w - self.idle_w
+            duty = min(max((power_w - self.idle_w) / span_w, min_duty), 1.0)
+            rate = duty * each.tokens_s
+            if self.idle_w + duty * span_w <= power_w + 1e-6 and (best is None or rate > best[0]):
+                best = (rate, OperatingPoint(threads=each.point.threads, batch=each.point.batch, duty=duty))
+        if best is None:
+            return OperatingPoint(threads=threads, batch=batch, duty=min_duty)
+        return best[1]
