@@ -13,6 +13,7 @@ import typer
 from hil.cli_bench import bench_app, calibrate
 from hil.cli_campaign import campaign_app
 from hil.cli_model import model_app
+from hil.cli_study import study_app
 from telemetry.errors import PenumbraError
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ app = typer.Typer(
 app.add_typer(model_app, name="model")
 app.add_typer(bench_app, name="bench")
 app.add_typer(campaign_app, name="campaign")
+app.add_typer(study_app, name="study")
 app.command()(calibrate)
 
 

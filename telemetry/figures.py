@@ -1,4 +1,4 @@
-"""What `penumbra bench` and `penumbra calibrate` leave behind for machines: the fields of their JSON.
+"""What `penumbra bench`, `calibrate` and `study` leave behind for machines: the fields of their JSON.
 
 A figure that could not be measured is null, never 0. Times and rates are medians with the smallest and the
 largest run: machines are shared, and a single figure would hide by how much.
@@ -309,6 +309,77 @@ class Calibration(_Part, frozen=True, kw_only=True):
     settings come back, and how much the readings scatter. Null with too few samples."""
 
 
+class PercentOfBound(_Part, frozen=True, kw_only=True):
+    """Value as a percentage of what a clairvoyant could have reached, over cells whose floor was kept."""
+
+    median: Annotated[float, Meta(description="%")] | None
+    """Null when the floor was broken in every cell."""
+    worst: Annotated[float, Meta(description="%")] | None
+
+
+class GovernorRow(_Part, frozen=True, kw_only=True):
+    """One governor over all cells of a sweep."""
+
+    governor: str
+    percent_of_lp: PercentOfBound
+    cells: Count
+    floor_violations: Count
+    """Cells in which the state of charge went below its floor. Their value counts nowhere else."""
+    floor_violation_s: float
+    """Mission time below the floor, all cells together, s."""
+    deepest: Annotated[float, Meta(ge=0, le=1, description="0 to 1")]
+    """Median depth of the deepest cycle."""
+    wear_per_year: float
+    """Median share of the battery's life that cycling uses in a year, by an assumed table of life."""
+    sim_speed_x: float
+    """Mission time by processor time of one core, plant and governor together; median."""
+
+
+class StudyCell(_Part, frozen=True, kw_only=True):
+    """One cell of a sweep under one governor."""
+
+    governor: str
+    beta_deg: float
+    ratio: float
+    """Mean array power by platform and payload at their most."""
+    battery_wh: float
+    errors: str
+    array_loss: float
+    seed: Count
+    percent_of_lp: Annotated[float, Meta(description="%")]
+    tokens: float
+    value: float
+    floor_violation_s: float
+    soc_min: float
+    deepest: float
+    wear: float
+    payload_mean_w: Watts
+    eclipse_mean_w: Watts | None
+    """Null in an orbit without eclipse."""
+    board_max_c: float
+    plans: Count
+    fallbacks: Count
+    """Plans that could not be made: the rules decided."""
+    sim_speed_x: float
+
+
+class PowerStudy(_Part, frozen=True, kw_only=True):
+    """The result of `penumbra study power`."""
+
+    machine: Machine
+    orbits: Count
+    """Of each cell."""
+    percent_of_lp: PercentOfBound
+    """Of the node's own planner."""
+    floor_violations: Count
+    """Cells in which it broke the floor, with and without loss of array."""
+    sim_speed_x: float
+    by_governor: list[GovernorRow]
+    with_array_loss: GovernorRow | None
+    """The planner again, with a tenth of the array lost unannounced; null when that was not run."""
+    cells: list[StudyCell]
+
+
 PARTS: tuple[type[msgspec.Struct], ...] = (
     Machine,
     Spread,
@@ -326,5 +397,8 @@ PARTS: tuple[type[msgspec.Struct], ...] = (
     Disagreement,
     OperatingPoint,
     CurrentProfile,
+    PercentOfBound,
+    GovernorRow,
+    StudyCell,
 )
 """Parts of the results, in the order the ICD documents them."""

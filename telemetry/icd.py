@@ -316,6 +316,7 @@ def generate() -> str:
         _struct(figures.BenchInference, "penumbra bench inference"),
         _struct(figures.BenchPerplexity, "penumbra bench perplexity"),
         _struct(figures.Calibration, "penumbra calibrate"),
+        _struct(figures.PowerStudy, "penumbra study power"),
         *(_struct(kind) for kind in figures.PARTS),
     ]
     return "\n".join(section.rstrip() + "\n" for section in sections)

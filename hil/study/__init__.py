@@ -1,0 +1,1 @@
+"""Studies: many simulated orbits, without a model and without a broker."""
