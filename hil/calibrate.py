@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeVar
 
+import msgspec
+
 from fdir.latchup import DrawSample
 from hil.bench.machine import describe_machine, load_average
 from hil.current_fit import clock_files, fit_current, read_clocks
@@ -95,7 +97,7 @@ def points(threads: int, batches: Sequence[int] = BATCHES) -> list[Point]:
 def calibrate(
     image: Path,
     *,
-    board: str,
+    board: BoardSettings,
     threads: int,
     seconds: float,
     batches: Sequence[int] | None = None,
@@ -109,7 +111,7 @@ def calibrate(
     image
         Directory of the image slot.
     board
-        Kind of board driver.
+        Which board, and how its driver is set.
     threads
         Most threads.
     seconds
@@ -127,7 +129,8 @@ def calibrate(
         There is no such board, or the worker failed; the message says where its log ends.
     """
     batches = BATCHES if batches is None else batches
-    name = open_board(board, BoardSettings(kind=board, cores=threads)).name
+    settings = msgspec.structs.replace(board, cores=threads)
+    driver = open_board(settings)
     load_before = load_average()
     with tempfile.TemporaryDirectory(
         prefix=f"penumbra-calibrate-{os.getpid()}-", dir=SHARED_MEMORY
@@ -139,14 +142,16 @@ def calibrate(
             seats=max(batches),
             positions=min(POSITIONS, load_manifest(image).shape.context),
             checked=checked,
-            board=board,
+            board=settings,
         )
         measured = asyncio.run(session.run(points(threads, batches), seconds, progress))
     whole = next(p for p in measured if (p.threads, p.batch, p.duty) == (threads, batches[0], 1.0))
     return Calibration(
         machine=describe_machine(threads, peers=False, load_before=load_before),
-        board=name,
-        board_measures=False,
+        board=driver.name,
+        identity=driver.identity,
+        board_measures=driver.measures,
+        idle_w=session.idle_w,
         image_id=image_id(load_manifest(image)),
         checked=checked,
         points=measured,
@@ -168,12 +173,16 @@ class WorkerSession:
         seats: int,
         positions: int,
         checked: bool,
-        board: str = "sim",
+        board: BoardSettings | None = None,
     ) -> None:
         self.loads = 0
+        self.idle_w: float | None = None
+        """Mean draw before the first point, W; None unless the board measures it."""
         self.draw: list[DrawSample] = []
         """Load and draw over all points."""
-        self._board = open_board(board, BoardSettings(kind=board, cores=threads))
+        self._board = open_board(board or BoardSettings(cores=threads))
+        self._drawn: list[float] = []
+        """Readings of a meter since the last point began, W."""
         self._messages: asyncio.Queue[tuple[float, protocol.FromWorker]] = asyncio.Queue()
         self._arrived_s = 0.0
         """When the message last taken from the queue arrived, monotonic, s."""
@@ -219,6 +228,7 @@ class WorkerSession:
                 watching = group.create_task(self._watch_draw(), name="hil.calibrate.draw")
                 # What the board draws without work belongs to the fit.
                 await asyncio.sleep(min(seconds, IDLE_S))
+                self.idle_w = self._mean_draw_w()
                 for point in wanted:
                     progress(point)
                     found.append(await self._measure(living, point, seconds))
@@ -277,10 +287,16 @@ class WorkerSession:
         self._board.set_worker(self.pid)
         while True:
             reading, used = self._board.read(), share.sample(self.pid)
-            if used is not None:
+            if reading.power_w is not None and self._board.measures:
+                self._drawn.append(reading.power_w)
+            if used is not None and reading.power_w is not None:
                 freq_ghz = read_clocks(clocks)
                 self.draw.append(DrawSample(reading.power_w, used, freq_ghz, reading.board_c))
             await asyncio.sleep(DRAW_PERIOD_S)
+
+    def _mean_draw_w(self) -> float | None:
+        """Return the mean of the meter's readings since the list was begun, W; None without a meter."""
+        return sum(self._drawn) / len(self._drawn) if self._drawn else None
 
     def _take(self, message: protocol.FromWorker) -> None:
         if isinstance(message, protocol.Ready):
@@ -299,6 +315,7 @@ class WorkerSession:
             seen.add((await self.until(living, protocol.Block, _REPLY_S)).job)
         somewhere = await self._mark(living, 0)
         first = last = await self._mark(living, somewhere.tokens)
+        self._drawn.clear()
         while last.at_s - first.at_s < seconds:
             last = await self._mark(living, last.tokens)
         self._refill = False
@@ -313,7 +330,7 @@ class WorkerSession:
             duty=point.duty,
             tokens_s=(last.tokens - first.tokens) / taken_s,
             cpu_share=(last.cpu_s - first.cpu_s) / taken_s,
-            power_w=None,
+            power_w=self._mean_draw_w(),
             seconds=taken_s,
         )
 

@@ -45,6 +45,14 @@ def _root(
     pass
 
 
+class Policy(StrEnum):
+    """Who can decide the watts."""
+
+    PLANNER = "planner"
+    RULES = "rules"
+    THRESHOLD = "threshold"
+
+
 @app.command()
 def fly(
     scenario: Annotated[str, typer.Argument(help="Packaged scenario, or path of a TOML file.")] = "default",
@@ -53,6 +61,9 @@ def fly(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of faults; the scenario's if not given.")] = None,
     board: Annotated[str | None, typer.Option(help="Board driver: sim (x86 and jetson are to come).")] = None,
+    governor: Annotated[
+        Policy | None, typer.Option(help="Who decides the watts, to compare; the scenario's if not given.")
+    ] = None,
     live: Annotated[bool, typer.Option(help="Live view, or one log line every few seconds.")] = True,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write summary.json here as well.")] = None,
     out: Annotated[Path, typer.Option(help="Where the directory of the run is made.")] = Path("runs"),
@@ -73,6 +84,7 @@ def fly(
                 speed=speed,
                 seed=seed,
                 board=board,
+                governor=None if governor is None else governor.value,
                 live=live,
                 json_path=json_path,
                 out_dir=out,
@@ -114,8 +126,14 @@ def node(
     supervise: Annotated[
         bool, typer.Option("--supervise", help="Under a small parent that starts it anew when it must.")
     ] = False,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Tell what the board offers and what is missing, and end.")
+    ] = False,
 ) -> None:
     """Run the flight software alone, as on the board."""
+    if probe:
+        _probe(config)
+        return
     if supervise:
         from node.config import NodeConfig
         from node.supervise import main as run_parent
@@ -129,6 +147,25 @@ def node(
     from node.runtime import main as run_node
 
     raise typer.Exit(run_node(config))
+
+
+def _probe(config: Path) -> None:
+    """Show what the board of a configuration offers."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from node.boards import open_board
+    from node.config import NodeConfig
+
+    board = open_board(NodeConfig.load(config).board, for_flight=False)
+    table = Table(title=f"board {board.name}: {board.identity}", title_justify="left")
+    for head in ("what", "state", "found", "how to get it"):
+        table.add_column(head, overflow="fold")
+    colours = {"ok": "green", "missing": "yellow", "denied": "red", "bad": "red"}
+    for offer in board.probe():
+        state = f"[{colours[offer.state]}]{offer.state}[/]"
+        table.add_row(offer.what, state, offer.detail, offer.mend)
+    Console().print(table)
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeAlias
 
@@ -17,6 +18,15 @@ if TYPE_CHECKING:
     import msgspec
 
     from hil.calibrate import Point
+
+
+class BoardKind(StrEnum):
+    """Boards there are drivers for."""
+
+    SIM = "sim"
+    X86 = "x86"
+    JETSON = "jetson"
+
 
 bench_app = typer.Typer(help="Performance figures, each measured beside its peers.", no_args_is_help=True)
 
@@ -84,7 +94,10 @@ def perplexity(
 
 def calibrate(
     images: Images = None,
-    board: Annotated[str, typer.Option(help="Board driver: sim (x86 and jetson are to come).")] = "sim",
+    board: Annotated[BoardKind, typer.Option(help="Board driver.")] = BoardKind.SIM,
+    config: Annotated[
+        Path | None, typer.Option(help="Node configuration whose [board] table is taken instead.")
+    ] = None,
     json_path: Json = None,
     threads: Threads = None,
     seconds: Annotated[float, typer.Option(min=0.5, max=600, help="Time for each point, s.")] = 5.0,
@@ -93,9 +106,12 @@ def calibrate(
     """Measure tokens/s and CPU share of each operating point of this board, through a real worker."""
     from hil.bench import render
     from hil.calibrate import calibrate as measure
+    from node.boards import BoardSettings
+    from node.config import NodeConfig
     from node.inference.manifest import default_images_dir
     from node.inference.slots import active_image
 
+    settings = BoardSettings(kind=board.value) if config is None else NodeConfig.load(config).board
     image = active_image(images if images is not None else default_images_dir())
     with _status() as say:
 
@@ -103,7 +119,7 @@ def calibrate(
             say(f"{point.threads} threads, {point.batch} together, duty {point.duty:g}")
 
         result = measure(
-            image, board=board, threads=threads or _cores(), seconds=seconds,
+            image, board=settings, threads=threads or _cores(), seconds=seconds,
             checked=checked, progress=before,
         )  # fmt: skip
     text = render.calibration(result)

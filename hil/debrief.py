@@ -17,6 +17,7 @@ from hil.record import (
     Happening,
     HousekeepingSample,
     Limits,
+    PlanSample,
     Window,
 )
 from hil.run_dir import RunDir, constants, host_manifest
@@ -24,7 +25,7 @@ from hil.scenario import Scenario
 from node.inference.manifest import Manifest, image_id
 from telemetry.archive import Archive
 from telemetry.frame import Frame, FrameError
-from telemetry.packets import Event, FdirReport, Housekeeping, Level, Outcome, Packet, Severity
+from telemetry.packets import Event, FdirReport, Housekeeping, Level, Outcome, Packet, PowerPlan, Severity
 
 P = TypeVar("P", bound=Packet)
 NS = 1_000_000_000
@@ -62,6 +63,7 @@ def debrief(
         reports = [report for _, report in all_packets(archive, node, stored, FdirReport)]
         samples = all_packets(archive, node, stored, Housekeeping)
         events = all_packets(archive, node, stored, Event)
+        planned = all_packets(archive, node, stored, PowerPlan)
         ledger = ledger_fact(archive, node, run.database)
         results = archive.results(node)
     finally:
@@ -98,6 +100,11 @@ def debrief(
         ),
         plant=list(flown.samples),
         housekeeping=housekeeping,
+        plans=[
+            PlanSample(t_s=(frame.t_ns - start_ns) / NS, packet=packet)
+            for frame, packet in planned
+            if frame.t_ns >= start_ns
+        ],
         umbrae=[w for w in eclipses if w.start_s < scenario.duration_s],
         contacts=list(contacts),
         fates=attribute(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, cast
 
 import msgspec
 from rich.console import Console
@@ -45,6 +46,8 @@ class FlyOptions:
     """None takes the scenario's."""
     board: str | None = None
     """Board driver; None takes the scenario's."""
+    governor: str | None = None
+    """Who decides the watts; None takes the scenario's."""
     live: bool = True
     """False for log lines instead of the live view."""
     json_path: Path | None = None
@@ -123,7 +126,11 @@ def with_options(scenario: Scenario, options: FlyOptions) -> Scenario:
             f"--board {options.board}: this version has no driver for it, sim is allowed",
             "fly with --board sim",
         )
-    return msgspec.structs.replace(scenario, scenario=flight)
+    node = scenario.node
+    if options.governor is not None:
+        policy = cast(Literal["planner", "rules", "threshold"], options.governor)
+        node = msgspec.structs.replace(node, planner=msgspec.structs.replace(node.planner, policy=policy))
+    return msgspec.structs.replace(scenario, scenario=flight, node=node)
 
 
 async def _fly(flight: Flight, console: Console, *, live: bool) -> Flown:

@@ -49,6 +49,8 @@ class LiveState:
     ceiling_w: float | None = None
     board_max_w: float = 1.0
     duty: float | None = None
+    plan: str = ""
+    """Who decides the watts, and what binds."""
     mode: str = ""
     board_c: float | None = None
     token_rate_hz: float | None = None
@@ -187,6 +189,7 @@ def _power(state: LiveState, meter: int) -> list[Text]:
             f" {_or(state.load_w, '5.2f')} W  ceiling {_or(state.ceiling_w, '.2f')} W"
             f"   duty {_percent(state.duty, '.0f')} %",
         ),
+        _row("plan", Text(state.plan or "--", style="" if state.plan else "dim"), ""),
     ]
 
 

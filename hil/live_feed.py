@@ -14,11 +14,12 @@ from pathlib import Path
 
 from hil.accounts import newer_packets, newest_packet
 from hil.faults import Strike
-from hil.live import LiveState
+from hil.live import LiveState, clock
 from hil.spacecraft import FlightClock
 from telemetry.frame import Frame
-from telemetry.packets import Event, FdirReport, Housekeeping, Packet, Result, Severity
+from telemetry.packets import Event, FdirReport, Housekeeping, Packet, PowerPlan, Result, Severity
 
+NS_PER_S = 1_000_000_000
 RUNNING = "running"
 """State of a worker that has proven its memory and computes."""
 PERIOD_S = 0.5
@@ -49,6 +50,7 @@ class LiveFeed:
         self.computing: tuple[int, int] | None = None
         """(boot, worker generation) of the worker that computes; None while none does, as far as is known."""
         self._newest_ns = 0
+        self._planned_ns = 0
         self._detected = _Sum()
         self._repaired = _Sum()
         self._texts: dict[str, dict[int, Result]] = {}
@@ -69,6 +71,9 @@ class LiveFeed:
             found = await asyncio.to_thread(newest_packet, self._database, Housekeeping)
             if found is not None:
                 self.on_packet(*found)
+            planned = await asyncio.to_thread(newest_packet, self._database, PowerPlan)
+            if planned is not None:
+                self.on_packet(*planned)
             results = await asyncio.to_thread(newer_packets, self._database, Result, self._read_upto)
             for frame, result in results:
                 self._read_upto = (frame.boot, frame.seq)
@@ -95,6 +100,9 @@ class LiveFeed:
                 self._on_housekeeping(frame, packet)
             case Result():
                 self._on_result(packet)
+            case PowerPlan() if frame.t_ns >= self._planned_ns:
+                self._planned_ns = frame.t_ns
+                self._state.plan = plan_text(packet, self._clock.start_ns)
             case Event() if packet.severity >= Severity.LOW:
                 self._state.note(f"node: {packet.text}", int(packet.severity))
             case FdirReport() if packet.page is not None:
@@ -167,3 +175,30 @@ class _Sum:
             self._before += self._last
         self._last = count
         return self._before + count
+
+
+def plan_text(plan: PowerPlan, start_ns: int) -> str:
+    """Return who decides the watts and what binds, for people."""
+    because = _BINDING.get(plan.binding, plan.binding) if plan.reason == "plan" else plan.reason
+    at = ""
+    if plan.reason == "plan" and plan.binds_at_ns is not None and plan.binding not in {"board", "cap"}:
+        at = f" at {clock((plan.binds_at_ns - start_ns) / NS_PER_S)}"
+    clear = ""
+    if plan.backlog_tokens and plan.source == "planner":
+        done = plan.backlog_clear_ns
+        when = "beyond the horizon" if done is None else f"done {clock((done - start_ns) / NS_PER_S)}"
+        clear = f"   backlog {plan.backlog_tokens} tokens, {when}"
+    shed = f"   shed below priority {plan.least_priority}" if plan.least_priority else ""
+    return f"{plan.source}: {because}{at}{clear}{shed}"
+
+
+_BINDING = {
+    "board": "all the board can draw",
+    "cap": "the commanded cap",
+    "demand": "all jobs are served",
+    "battery_floor": "the battery's floor",
+    "next_eclipse": "charge for the next eclipse",
+    "thermal": "the die's temperature",
+    "worth": "worth more later",
+    "none": "nothing",
+}

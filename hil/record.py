@@ -10,7 +10,7 @@ from __future__ import annotations
 import msgspec
 
 from hil.faults import StrikeFate
-from telemetry.packets import Housekeeping, Stream
+from telemetry.packets import Housekeeping, PowerPlan, Stream
 from telemetry.sampling import GREEDY, Sampling
 
 
@@ -40,6 +40,13 @@ class HousekeepingSample(Fact, frozen=True, kw_only=True):
 
     t_s: float
     packet: Housekeeping
+
+
+class PlanSample(Fact, frozen=True, kw_only=True):
+    """A plan of the node, as it stamped it."""
+
+    t_s: float
+    packet: PowerPlan
 
 
 class Window(Fact, frozen=True, kw_only=True):
@@ -177,6 +184,7 @@ class FlightRecord(Fact, frozen=True, kw_only=True):
     limits: Limits
     plant: list[PlantSample]
     housekeeping: list[HousekeepingSample]
+    plans: list[PlanSample]
     umbrae: list[Window]
     contacts: list[Window]
     fates: list[StrikeFate]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from hil.faults import Fate
 from hil.live import clock
+from hil.live_feed import plan_text
 from hil.record import FlightRecord, JobFact
 from hil.report_plots import fault_figure, orbit_figure
 from hil.verdict import matches
@@ -97,6 +98,8 @@ def render(record: FlightRecord, summary: Summary) -> str:
             "(ceiling, tokens/s, records waiting) over mission time."
             + _key("#dfe6f2", "umbra") + _key("#d9f0df", "contact") + ".",
         ),
+        "<h2>Power: the plan and its reasons</h2>",
+        _plans(record),
         "<h2>Bit flips, from strike to repair</h2>",
         _faults(record),
         "<h2>Texts</h2>",
@@ -203,6 +206,33 @@ def _cards(record: FlightRecord, summary: Summary) -> str:
     return '<div class="cards">' + "".join(
         f'<div class="card"><b>{value}</b><span>{_e(name)}</span></div>' for value, name in cards
     ) + "</div>"  # fmt: skip
+
+
+def _plans(record: FlightRecord) -> str:
+    """Return the plans of the node, and the reasons the ceiling changed for in between."""
+    if not record.plans:
+        return '<p class="faint">The node told of no plan.</p>'
+    decided = sum(p.packet.source == "planner" for p in record.plans)
+    made = sum(bool(p.packet.horizon) for p in record.plans)
+    last = record.plans[-1].packet
+    rows = [
+        (
+            clock(sample.t_s), f"{sample.packet.ceiling_w:.2f}", _e(sample.packet.reason),
+            _e(plan_text(sample.packet, record.start_ns)),
+            "" if sample.packet.battery_soc is None else f"{sample.packet.battery_soc:.1%}",
+            f"{sample.packet.array_gain:.1%}",
+            "" if sample.packet.die_c is None else f"{sample.packet.die_c:.1f}", _e(sample.packet.note),
+        )
+        for sample in record.plans
+        if sample.packet.horizon or sample.packet.note
+    ]  # fmt: skip
+    text = (
+        f"<p>{made} plans; {decided} of {len(record.plans)} reports of the ceiling were under one. The thin "
+        "violet lines in the figure above are the state of charge each plan expected. Cycles of the battery "
+        f"since boot: {last.battery_cycles:.2f}, {last.battery_wear:.4%} of its life (assumed table).</p>"
+    )
+    head = ("n:at", "n:ceiling, W", "limit", "plan", "n:charge", "n:array / expected", "n:die, degC", "note")
+    return f"{text}<details open><summary>plans</summary>{_table(head, rows)}</details>"
 
 
 def _verdict(check: Check) -> tuple[str, ...]:

@@ -90,6 +90,14 @@ def _battery(axes: Axes, record: FlightRecord) -> None:
         f"floor {floor:.0f} %", (0.995, floor), xycoords=("axes fraction", "data"), ha="right", va="bottom",
         color=RED, fontsize=8, xytext=(0, 2), textcoords="offset points",
     )  # fmt: skip
+    for plan in record.plans:
+        ends = [(each.end_ns - record.start_ns) / 6e10 for each in plan.packet.horizon]
+        told = plan.packet.battery_soc
+        if ends and told is not None:
+            expected = [told * 100, *(each.battery_soc * 100 for each in plan.packet.horizon)]
+            here = [(at, soc_pct) for at, soc_pct in zip([plan.t_s / 60, *ends], expected, strict=True)
+                    if at <= record.flown_s / 60]  # fmt: skip
+            axes.plot(*zip(*here, strict=True), color=VIOLET, lw=0.6, alpha=0.35)
     axes.set_ylabel("battery, %")
     low, high = min([*soc, floor]), max([*soc, floor])
     axes.set_ylim(low - 0.12 * (high - low) - 0.5, high + 0.12 * (high - low) + 0.5)

@@ -247,7 +247,8 @@ def latch_up() -> None:
 
     def read(board: SimBoard) -> BoardReading:
         reading = sound(board)
-        return BoardReading(power_w=reading.power_w + LATCHUP_W, board_c=reading.board_c)
+        drawn_w = 0.0 if reading.power_w is None else reading.power_w
+        return BoardReading(power_w=drawn_w + LATCHUP_W, board_c=reading.board_c)
 
     SimBoard.read = read  # type: ignore[method-assign,assignment]
 

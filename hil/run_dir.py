@@ -155,6 +155,7 @@ def write_inputs(
             "retries": node.retries,
         },
         "power": msgspec.to_builtins(node.governor),
+        **_tables("planner", msgspec.to_builtins(node.planner)),
         "telemetry": {
             "housekeeping_period_s": node.housekeeping_s,
             "spool_max_bytes": node.spool_bytes,
@@ -163,6 +164,17 @@ def write_inputs(
         "board": msgspec.to_builtins(scenario.board),
     }
     run.node_config.write_text(to_toml(sections), encoding="utf-8")
+
+
+def _tables(name: str, table: Mapping[str, object]) -> dict[str, Mapping[str, object]]:
+    """Return a table of tables as flat ones."""
+    flat: dict[str, Mapping[str, object]] = {
+        name: {key: value for key, value in table.items() if not isinstance(value, Mapping)}
+    }
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            flat |= _tables(f"{name}.{key}", value)
+    return flat
 
 
 def to_toml(sections: Mapping[str, Mapping[str, object]]) -> str:

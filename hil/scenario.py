@@ -17,6 +17,7 @@ from hil.tle import altitude_km, tle_from_elements
 from node.boards import BoardSettings
 from node.power.ceiling import GovernorSettings
 from node.power.ephemeris import Ephemeris, check_tle
+from node.power.planner import PlannerSettings
 from telemetry.commands import DEFAULT_PRIORITY, Infer, Priority
 from telemetry.errors import PenumbraError
 from telemetry.sampling import GREEDY, Sampling
@@ -272,6 +273,7 @@ class NodeOverrides(Table, frozen=True, kw_only=True):
     """Period of housekeeping, physical time."""
     spool_bytes: Annotated[int, Meta(ge=65_536)] = 16_777_216
     governor: GovernorSettings = GovernorSettings()
+    planner: PlannerSettings = PlannerSettings()
 
 
 class FaultKind(StrEnum):

@@ -8,7 +8,8 @@ and current by their last value. When that ends, `eps` is None, as if the bus we
 from __future__ import annotations
 
 import math
-from typing import Final
+from dataclasses import dataclass
+from typing import Final, Literal
 
 from fdir.sensors import (
     ChannelSpec,
@@ -23,6 +24,7 @@ from fdir.sensors import (
 from node.power.ephemeris import PropagationError
 from node.power.estimator import EnergyReading, EstimatorSettings, SocEstimate, SocEstimator
 from node.power.forecast import EclipseForecast, UmbraPass
+from node.power.sensed import EDGE_MARGIN_S, SensedEclipses
 from telemetry.bus import (
     SENSOR_RANGES,
     BusContact,
@@ -47,6 +49,19 @@ EPS_CHANNELS: Final = (
 )
 """Voted quantities. Tolerances are assumed: some times the error of common sensors. The state of charge moves
 slowly (a full charge within 300 s is beyond any battery here), the others may jump with load and shadow."""
+
+
+@dataclass(frozen=True)
+class Eclipses:
+    """Umbra passes under way and ahead."""
+
+    passes: tuple[UmbraPass, ...]
+    period_s: float | None
+    """Of the orbit; None when it is not known."""
+    edge_margin_s: float
+    """Error to reckon with of an edge."""
+    source: Literal["forecast", "sensed", "unknown"]
+    """Orbital elements; the array's own darkness, when there are none young enough; or neither."""
 
 
 class BusView:
@@ -82,6 +97,7 @@ class BusView:
         self._eps_s = 0.0
         self._thermal: tuple[BusThermal, float] | None = None
         self._orbit: BusOrbit | None = None
+        self._sensed = SensedEclipses()
 
     def handle(self, message: BusMessage, now_s: float) -> None:
         """Take a message that came at `now_s` (monotonic, s).
@@ -133,22 +149,29 @@ class BusView:
         return self._thermal[0].board_c
 
     def sunlit(self, t_ns: int) -> float | None:
-        """Return the forecast sunlit fraction at mission time `t_ns`, None without a forecast."""
-        if self.forecast is None:
-            return None
-        try:
-            return self.forecast.sunlit(t_ns)
-        except PropagationError:
-            return None
+        """Return the sunlit fraction at mission time `t_ns`: forecast, else sensed; None when unknown."""
+        if self.forecast is not None and self.forecast.is_usable(t_ns):
+            try:
+                return self.forecast.sunlit(t_ns)
+            except PropagationError:
+                pass
+        return None if self._sensed.dark is None else 0.0 if self._sensed.dark else 1.0
 
     def next_umbra(self, t_ns: int) -> UmbraPass | None:
         """Return the umbra pass under way or next, None when none comes or it is unknown."""
-        if self.forecast is None:
-            return None
-        try:
-            return self.forecast.next_umbra(t_ns)
-        except PropagationError:
-            return None
+        return next(iter(self.eclipses(t_ns).passes), None)
+
+    def eclipses(self, t_ns: int) -> Eclipses:
+        """Return what is known of the eclipses from mission time `t_ns` on."""
+        if self.forecast is not None and self.forecast.is_usable(t_ns):
+            try:
+                passes = self.forecast.passes(t_ns)
+            except PropagationError:
+                pass
+            else:
+                return Eclipses(passes, self.forecast.period_s, self.forecast.edge_margin_s(t_ns), "forecast")
+        passes, period_s = self._sensed.passes(t_ns), self._sensed.period_s
+        return Eclipses(passes, period_s, EDGE_MARGIN_S, "unknown" if period_s is None else "sensed")
 
     def _note(self, actions: list[SensorAction]) -> None:
         self.rejections += sum(isinstance(action, Rejected) for action in actions)
@@ -206,6 +229,8 @@ class BusView:
             values[name] = bridged
         order = (Source.ESTIMATED, Source.SINGLE, Source.VOTED)
         self.eps_source = next(source for source in order if source in sources)
+        if known["array_w"] is not None:
+            self._sensed.handle(reading.t_ns, known["array_w"], reading.array_sun_w)
         return BusEps(
             t_ns=reading.t_ns,
             battery_soc=values["battery_soc"],

@@ -20,6 +20,7 @@ from fdir.recovery import RestartPolicy
 from node.boards import BoardSettings
 from node.inference.slots import active_image
 from node.power.ceiling import GovernorSettings
+from node.power.planner import PlannerSettings
 from node.watchdog import WatchdogConfig
 from telemetry.errors import PenumbraError
 from telemetry.link import BrokerAddress
@@ -220,6 +221,7 @@ class NodeConfig(Section, frozen=True, kw_only=True):
     keys: KeysSection
     worker: WorkerSection = WorkerSection()
     power: GovernorSettings = GovernorSettings()
+    planner: PlannerSettings = PlannerSettings()
     telemetry: TelemetrySection = TelemetrySection()
     board: BoardSettings = BoardSettings()
     fdir: FdirSection = FdirSection()
@@ -293,6 +295,9 @@ class NodeConfig(Section, frozen=True, kw_only=True):
             node=msgspec.structs.replace(self.node, state_dir=str(state_dir)),
             model=msgspec.structs.replace(self.model, images_dir=str(base / self.model.images_dir)),
             keys=msgspec.structs.replace(self.keys, file=str(base / self.keys.file)),
+            planner=msgspec.structs.replace(
+                self.planner, profile=str(base / self.planner.profile) if self.planner.profile else ""
+            ),
             fdir=msgspec.structs.replace(
                 self.fdir,
                 **{

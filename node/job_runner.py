@@ -67,6 +67,8 @@ class JobRunner:
         For events.
     batch
         Returns the most jobs that may be active now, at least 1; tell a change by `look`.
+    least_priority
+        Returns the priority below which jobs get no place now; tell a change by `look`.
     mission_ns
         Returns mission time, UTC ns, for deadlines; None while it is not known.
     send
@@ -82,6 +84,7 @@ class JobRunner:
         recorder: Recorder,
         *,
         batch: Callable[[], int],
+        least_priority: Callable[[], int] = lambda: 0,
         mission_ns: Callable[[], int | None],
         send: Callable[[protocol.Message], bool],
         on_fault: Callable[[str, str], None],
@@ -92,10 +95,13 @@ class JobRunner:
         """True while the spool refuses results."""
         self.tokens_stored = 0
         """Tokens stored since boot."""
+        self.tasks: tuple[Task, ...] = ()
+        """Open jobs, as of the last look at the queue."""
         self._database = database
         self._queue = queue
         self._recorder = recorder
         self._batch = batch
+        self._least_priority = least_priority
         self._mission_ns = mission_ns
         self._send = send
         self._on_fault = on_fault
@@ -251,12 +257,14 @@ class JobRunner:
             running=frozenset(self.running),
             leaving=frozenset(self._leaving),
             batch=self._batch(),
+            least_priority=self._least_priority(),
             now_ns=self._mission_ns(),
             ready=self._ready,
         )
         generation = self._generation
         decision = await self._patiently(lambda c: _decide(self._queue, c, situation))
         self._next_deadline_ns = decision.next_deadline_ns
+        self.tasks = decision.tasks
         for job, tokens in decision.parked:
             self._report_parked(job, tokens)
         for end in decision.ends:
@@ -331,6 +339,7 @@ class _Situation:
     running: frozenset[str]
     leaving: frozenset[str]
     batch: int
+    least_priority: int
     now_ns: int | None
     ready: bool
 
@@ -345,6 +354,8 @@ class _Decision:
     """Jobs that gave up their place while no worker had them, with their tokens so far."""
     ends: list[End]
     next_deadline_ns: int | None
+    tasks: tuple[Task, ...]
+    """All open jobs."""
 
 
 def _decide(queue: JobQueue, connection: sqlite3.Connection, situation: _Situation) -> _Decision:
@@ -353,11 +364,19 @@ def _decide(queue: JobQueue, connection: sqlite3.Connection, situation: _Situati
     active, queued = queue.tasks(connection)
     active = [replace(task, leaving=task.job in situation.leaving) for task in active]
     closing = len(running - {task.job for task in active})
-    actions = scheduler.plan(active, queued, situation.batch, situation.now_ns, closing=closing)
+    actions = scheduler.plan(
+        active,
+        queued,
+        situation.batch,
+        situation.now_ns,
+        closing=closing,
+        least_priority=situation.least_priority,
+    )
+    tasks = (*active, *queued)
     ends = [action for action in actions if isinstance(action, End)]
     next_deadline_ns = _next_deadline_ns([*active, *queued], situation.now_ns)
     if not situation.ready:
-        return _Decision([], [], [], ends, next_deadline_ns)
+        return _Decision([], [], [], ends, next_deadline_ns, tasks)
     parks: list[str] = []
     parked: list[tuple[str, int]] = []
     ended = {end.job for end in ends}
@@ -377,7 +396,8 @@ def _decide(queue: JobQueue, connection: sqlite3.Connection, situation: _Situati
             case End():
                 pass
     jobs = [queue.get(connection, job) for job in (*held, *given)]
-    return _Decision([job for job in jobs if job is not None], parks, parked, ends, next_deadline_ns)
+    starts = [job for job in jobs if job is not None]
+    return _Decision(starts, parks, parked, ends, next_deadline_ns, tasks)
 
 
 def _next_deadline_ns(tasks: Sequence[Task], now_ns: int | None) -> int | None:

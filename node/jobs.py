@@ -203,11 +203,11 @@ class JobQueue:
         active: list[Task] = []
         queued: list[Task] = []
         rows = conn.execute(
-            "SELECT id, number, priority, deadline_ns, cancel, state FROM jobs WHERE state != 'done'"
-            " ORDER BY number"
+            "SELECT id, number, priority, deadline_ns, cancel, max_tokens - tokens, state FROM jobs"
+            " WHERE state != 'done' ORDER BY number"
         )
-        for job, number, priority, deadline_ns, cancel, state in rows:
-            task = Task(job, number, priority, deadline_ns, bool(cancel))
+        for job, number, priority, deadline_ns, cancel, left, state in rows:
+            task = Task(job, number, priority, deadline_ns, bool(cancel), max(0, left))
             (active if state == JobState.ACTIVE else queued).append(task)
         return active, queued
 

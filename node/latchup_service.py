@@ -104,6 +104,8 @@ class LatchupService:
         share = self._share.sample(self._worker_pid())
         if detector is None or share is None:
             return
+        if reading.power_w is None:
+            return
         sample = DrawSample(reading.power_w, share, frequency_ghz(), board_c)
         expected_w = detector.model.expected_w(sample)
         self.residual_w = None if expected_w is None else reading.power_w - expected_w

@@ -129,6 +129,7 @@ class Node:
             jobs,
             self.recorder,
             batch=lambda: self._power.point.batch,
+            least_priority=lambda: self._power.planning.least_priority,
             mission_ns=self._mission_ns,
             send=self._worker.send,
             on_fault=self._worker.report_fault,
@@ -170,6 +171,8 @@ class Node:
             blocked=lambda: self._runner.blocked,
             redundant=lambda: self._modes.mode in config.worker.redundant_modes,
             on_batch=self._runner.look,
+            tasks=lambda: self._runner.tasks,
+            tokens_s=lambda: self._worker.counters.tokens_s,
             on_sunlit=lambda fraction: self._change_mode(modes.Sunlight(fraction)),
             cap_w=identity.boot.cap_w,
         )

@@ -5,22 +5,25 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from node.boards import Board, BoardReading
 from node.bus_view import BusView
 from node.clock import MissionClock
 from node.config import NodeConfig
 from node.inference import protocol
-from node.power.ceiling import PowerInputs
+from node.planning import Planning
+from node.power.ceiling import PowerInputs, Reason
 from node.power.forecast import UmbraPass
 from node.power.governor import Governor, Setpoint
 from node.power.operating_point import OperatingPoint
+from node.power.planner import Plan
 from node.pulse import Pulse
-from node.recorder import Recorder
+from node.recorder import Evidence, Recorder
+from node.scheduler import Task
 from telemetry import bus, topics
 from telemetry.link import Link, LinkDown
-from telemetry.packets import PowerPlan
+from telemetry.packets import PlanSegment, PowerPlan, Severity
 
 _log = logging.getLogger(__name__)
 
@@ -56,7 +59,9 @@ class PowerService:
     redundant
         Tells whether every epoch is to be decoded twice now.
     on_batch
-        Called when the batch of the operating point has changed.
+        Called when the batch of the operating point has changed, or jobs are shed, or no more.
+    tasks, tokens_s
+        The open jobs, and the worker's rate while it computes: what is planned for.
     on_sunlit
         Called with the forecast sunlit fraction at each turn, when it is known.
     cap_w
@@ -77,11 +82,13 @@ class PowerService:
         blocked: Callable[[], bool],
         redundant: Callable[[], bool],
         on_batch: Callable[[], None],
+        tasks: Callable[[], Sequence[Task]] = tuple,
+        tokens_s: Callable[[], float] = lambda: 0.0,
         on_sunlit: Callable[[float], None],
         cap_w: float | None,
     ) -> None:
         self.cap_w = cap_w
-        self.reading = BoardReading(power_w=board.range_w()[0], board_c=None)
+        self.reading = BoardReading(power_w=None, board_c=None)
         self.setpoint: Setpoint | None = None
         self.sunlit: float | None = None
         self.umbra: UmbraPass | None = None
@@ -89,7 +96,9 @@ class PowerService:
             threads=config.model.threads, batch=config.worker.batch, duty=config.power.min_duty
         )
         """Operating point of the worker now."""
-        self.choose: Callable[[Setpoint], OperatingPoint] = self._by_duty
+        self.planning = Planning(config, board=board, view=view, tasks=tasks, tokens_s=tokens_s)
+        """Models and plan."""
+        self.choose: Callable[[Setpoint], OperatingPoint] = self._by_plan
         """Which operating point carries a setpoint out, asked at each turn. Threads and batch must not be
         above those configured: the worker has room for no more."""
         self._config = config
@@ -108,6 +117,8 @@ class PowerService:
         self.on_reading: Callable[[BoardReading, float | None], None] = lambda _reading, _board_c: None
         """Called with each reading of the board, and its temperature, degC."""
         self._rest_until_s = 0.0
+        self._least_priority = 0
+        self._reported_plan: Plan | None = None
         self._planned: tuple[Setpoint, float] | None = None
         self.pulse = Pulse("power")
         """Health of the governing task, which turns by itself."""
@@ -140,18 +151,26 @@ class PowerService:
         self.umbra = self._view.next_umbra(t_ns)
         if self.sunlit is not None:
             self._on_sunlit(self.sunlit)
-        idle_w, max_w = self._board.range_w()
-        forecast = self._view.forecast
-        self.on_reading(self.reading, self.board_c(now_s))
+        idle_w, max_w = self.planning.range_w()
+        board_c, power_w = self.board_c(now_s), self.reading.power_w
+        self.on_reading(self.reading, board_c)
+        eps, planned_w = self._view.eps, None
+        if eps is not None:
+            eps = self.planning.observe(t_ns, eps, board_c=board_c, power_w=power_w)
+            planned_w = self.planning.watts(t_ns, eps, self.cap_w, now_s)
+        self._shed(self.planning.least_priority)
+        die_c = self.planning.predict_die_c(power_w)
         inputs = PowerInputs(
             t_ns=t_ns,
             rate=self._clock.rate,
-            eps=self._view.eps,
+            eps=eps,
             eps_age_s=self._view.eps_age_s(now_s),
             umbra=self.umbra,
-            period_s=None if forecast is None else forecast.period_s,
-            load_w=self.reading.power_w,
-            board_c=self.board_c(now_s),
+            period_s=self._view.eclipses(t_ns).period_s,
+            load_w=power_w,
+            board_c=board_c if die_c is None or board_c is None else max(board_c, die_c),
+            planned_w=planned_w,
+            soc_sigma=self.planning.soc_sigma if eps is not None else 0.0,
             cap_w=self.cap_w,
             idle_w=idle_w,
             max_w=max_w,
@@ -161,15 +180,27 @@ class PowerService:
         self._operate(self.choose(self.setpoint))
         self._report(self.setpoint, now_s)
 
-    def _by_duty(self, setpoint: Setpoint) -> OperatingPoint:
-        """Carry a setpoint out by pacing alone, with all threads and the whole batch."""
-        return OperatingPoint(
-            threads=self._config.model.threads, batch=self._config.worker.batch, duty=setpoint.duty
-        )
+    def _by_plan(self, setpoint: Setpoint) -> OperatingPoint:
+        """Carry a setpoint out: by pacing alone, unless a profile of the board knows something better."""
+        return self.planning.choose(setpoint.ceiling_w, setpoint.duty)
+
+    def _shed(self, least_priority: int) -> None:
+        """Tell when jobs are shed for want of energy, and when no more."""
+        before, self._least_priority = self._least_priority, least_priority
+        if before == least_priority:
+            return
+        evidence: Evidence = {"least_priority": least_priority, "before": before}
+        if least_priority > 0:
+            text = f"jobs of a priority below {least_priority} wait: there is no energy for them"
+            self._recorder.event(Severity.LOW, "power.shed", text, evidence)
+        else:
+            self._recorder.event(Severity.INFO, "power.unshed", "no job waits for want of energy", evidence)
+        self._on_batch()
 
     def _operate(self, point: OperatingPoint) -> None:
         resized = point.batch != self.point.batch
         self.point = point
+        self._board.operate(point)
         duty = self._config.power.min_duty if self._blocked() else point.duty
         if time.monotonic() < self._rest_until_s:
             duty = min(duty, REST_DUTY)
@@ -180,23 +211,50 @@ class PowerService:
             self._on_batch()
 
     def _report(self, setpoint: Setpoint, now_s: float) -> None:
+        plan = self.planning.plan
+        fresh = plan is not None and plan is not self._reported_plan
         if self._planned is not None:
             before, at_s = self._planned
             moved = abs(setpoint.ceiling_w - before.ceiling_w) > PLAN_CHANGE * before.ceiling_w
-            if now_s - at_s < PLAN_PERIOD_S or not (moved or setpoint.reason is not before.reason):
+            if now_s - at_s < PLAN_PERIOD_S or not (fresh or moved or setpoint.reason is not before.reason):
                 return
-        self._planned = (setpoint, now_s)
-        eps = self._view.fresh_eps(now_s)
-        self._recorder.post(
-            PowerPlan(
-                ceiling_w=setpoint.ceiling_w,
-                duty=setpoint.duty,
-                reason=setpoint.reason,
-                battery_soc=None if eps is None else eps.battery_soc,
-                soc_floor=0.0 if eps is None else eps.soc_floor,
-                eclipse_entry_ns=None if self.umbra is None else self.umbra.entry_ns,
-                eclipse_exit_ns=None if self.umbra is None else self.umbra.exit_ns,
-            )
+        self._planned, self._reported_plan = (setpoint, now_s), plan
+        self._recorder.post(self._packet(setpoint, plan if fresh else None, now_s))
+
+    def _packet(self, setpoint: Setpoint, fresh: Plan | None, now_s: float) -> PowerPlan:
+        """Return what is told of a setpoint, with the horizon of a plan that was not told yet."""
+        eps, planning = self._view.fresh_eps(now_s), self.planning
+        plan, policy = planning.plan, self._config.planner.policy
+        if setpoint.reason is Reason.UNKNOWN_BUS:
+            plan = None
+        rules = "rules" if policy == "planner" else policy
+        segments = [] if fresh is None else [
+            PlanSegment(end_ns=end_ns, ceiling_w=watts, battery_soc=soc)
+            for end_ns, watts, soc in zip(fresh.edges_ns[1:], fresh.watts, fresh.soc, strict=True)
+        ]  # fmt: skip
+        return PowerPlan(
+            ceiling_w=setpoint.ceiling_w,
+            duty=setpoint.duty,
+            reason=setpoint.reason,
+            battery_soc=None if eps is None else eps.battery_soc,
+            soc_floor=0.0 if eps is None else eps.soc_floor,
+            eclipse_entry_ns=None if self.umbra is None else self.umbra.entry_ns,
+            eclipse_exit_ns=None if self.umbra is None else self.umbra.exit_ns,
+            source=rules if plan is None else plan.source,
+            binding="none" if plan is None else plan.binding,
+            binds_at_ns=None if plan is None else plan.binds_at_ns,
+            note="" if plan is None else plan.note,
+            eclipse_source=planning.eclipses.source,
+            edge_margin_s=planning.eclipses.edge_margin_s,
+            soc_sigma=planning.soc_sigma,
+            array_gain=1.0 if plan is None else plan.array_gain,
+            die_c=planning.predict_die_c(self.reading.power_w),
+            least_priority=planning.least_priority,
+            backlog_tokens=0 if plan is None else round(plan.backlog_tokens),
+            backlog_clear_ns=None if plan is None else plan.backlog_clear_ns,
+            battery_cycles=planning.wear.cycles,
+            battery_wear=planning.wear.wear,
+            horizon=segments,
         )
 
     async def _publish_load(self) -> None:
@@ -204,9 +262,11 @@ class PowerService:
         topic = topics.bus(self._config.node.name, "load")
         while True:
             await self._link.connected.wait()
-            load = bus.BusLoad(t_ns=self._recorder.now_ns(), power_w=max(0.0, self.reading.power_w))
-            try:
-                await self._link.publish(topic, bus.encode(load))
-            except LinkDown as error:
-                _log.debug("draw not published: %s", error)
+            power_w = self.reading.power_w
+            if power_w is not None:  # a meter that is silent says nothing, rather than 0
+                load = bus.BusLoad(t_ns=self._recorder.now_ns(), power_w=max(0.0, power_w))
+                try:
+                    await self._link.publish(topic, bus.encode(load))
+                except LinkDown as error:
+                    _log.debug("draw not published: %s", error)
             await asyncio.sleep(PERIOD_S)

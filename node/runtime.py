@@ -101,7 +101,7 @@ async def run_node(config: NodeConfig, stop: asyncio.Event, command: Sequence[st
     Tasks that do not end although cancelled end the process with `EXIT_OVERRUN`.
     """
     ring = KeyRing.load(Path(config.keys.file))
-    board = open_board(config.board.kind, config.board)
+    board = open_board(config.board)
     loaded, refused = _load_table(config)
     slots, active = await asyncio.to_thread(_look_at_slots, config)
     _make_state_dir(config.state_dir)

@@ -35,6 +35,8 @@ class Task:
     """Mission time at which it ends as it is; None: never."""
     cancel: bool = False
     """The ground asked to end it."""
+    tokens_left: int = 0
+    """Most tokens still to be decoded."""
     leaving: bool = False
     """Of an active job: it was told to park or to end, and holds its place until it has."""
 
@@ -66,7 +68,13 @@ Action = Start | Park | End
 
 
 def plan(
-    active: Sequence[Task], queued: Sequence[Task], batch: int, now_ns: int | None, *, closing: int = 0
+    active: Sequence[Task],
+    queued: Sequence[Task],
+    batch: int,
+    now_ns: int | None,
+    *,
+    closing: int = 0,
+    least_priority: int = 0,
 ) -> list[Action]:
     """Return what to do now, in order. Carrying it out and asking again changes nothing.
 
@@ -82,6 +90,8 @@ def plan(
         Mission time, UTC ns; None while it is not known, and no deadline can be judged.
     closing
         Places held by jobs that are no longer open: they are free only when the worker says so.
+    least_priority
+        Jobs below it get no place: there is no energy for them now. They wait, and end by their deadlines.
     """
     actions: list[Action] = []
     staying: list[Task] = []
@@ -95,8 +105,10 @@ def plan(
                 still_open.append(task)
             else:
                 actions.append(End(task.job, finish))
-    ranked = sorted([*staying, *waiting], key=lambda task: _rank(task, task in staying))
-    actions += [Park(task.job) for task in ranked[batch:] if task in staying]
+    served = [task for task in (*staying, *waiting) if task.priority >= least_priority]
+    ranked = sorted(served, key=lambda task: _rank(task, task in staying))
+    shed = [task for task in staying if task.priority < least_priority]
+    actions += [Park(task.job) for task in (*ranked[batch:], *shed) if task in staying]
     free = max(0, batch - len(active) - closing)
     actions += [Start(task.job) for task in [task for task in ranked[:batch] if task in waiting][:free]]
     return actions

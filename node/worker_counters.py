@@ -20,6 +20,8 @@ class WorkerCounters:
     prefill_tokens: int = 0
     restarts: int = 0
     generation: int = 0
+    tokens_s: float = 0.0
+    """Rate in the last epoch while it computed, all jobs together; 0 before the first."""
     scans_ms: list[float] = field(default_factory=list)
     """Times of the proofs since the last housekeeping."""
 
@@ -31,6 +33,8 @@ class WorkerCounters:
         self.epochs_dirty += dirty
         self.tokens_discarded += status.tokens_discarded - (before.tokens_discarded if before else 0)
         self.prefill_tokens += status.prefill_tokens - (before.prefill_tokens if before else 0)
+        if clean:
+            self.tokens_s = status.tokens_s
         if clean or dirty:
             self.scans_ms.append(status.scan_ms)
         return clean, dirty

@@ -261,6 +261,8 @@ class OperatingPoint(_Part, frozen=True, kw_only=True):
     """Mean draw; null unless the board measures it."""
     seconds: float
     """Length of the measurement."""
+    power_mode: str | None = None
+    """Power mode it was measured in; null on boards without."""
 
 
 class CurrentProfile(_Part, frozen=True, kw_only=True):
@@ -294,11 +296,15 @@ class Calibration(_Part, frozen=True, kw_only=True):
 
     machine: Machine
     board: str
+    identity: str
+    """Which board: a node refuses the points of another one."""
     board_measures: bool
     """False: the board computes its draw from CPU time. Such watts prove nothing, so they stay null."""
     image_id: str
     checked: bool
     """Compute checks were on."""
+    idle_w: Watts | None
+    """Mean draw without work; null unless the board measures it."""
     points: list[OperatingPoint]
     duty_half_share: float
     """Tokens/s at duty 0.5 by those at duty 1, one thread count and batch: 0.5 if pacing holds its word."""

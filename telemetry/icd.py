@@ -275,7 +275,12 @@ def generate() -> str:
     """Return the whole document."""
     bus_parts = [_struct(kind, f"bus/{name}") for name, kind in bus.CHANNELS.items()]
     bus_parts += [_struct(kind) for kind in bus.PARTS]
-    shared: list[type[msgspec.Struct]] = [packets.Certificate, packets.RowReport, packets.StreamLedger]
+    shared: list[type[msgspec.Struct]] = [
+        packets.Certificate,
+        packets.RowReport,
+        packets.PlanSegment,
+        packets.StreamLedger,
+    ]
     enums: list[type[Enum]] = [
         packets.Mode,
         packets.Severity,

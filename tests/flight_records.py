@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -17,13 +18,15 @@ from hil.record import (
     LedgerFact,
     Limits,
     OverheadFact,
+    PlanSample,
     PlantSample,
     StreamAccount,
     Window,
 )
-from telemetry.packets import Housekeeping, Mode, Stream
+from telemetry.packets import Housekeeping, Mode, PlanSegment, PowerPlan, Stream
 
 ORBIT_S = 5560.0
+NS_PER_S = 1_000_000_000
 START_NS = 1_767_225_600_000_000_000
 UMBRA = Window(start_s=2000.0, end_s=4100.0)
 
@@ -39,6 +42,25 @@ def plant_sample(t_s: float, soc: float | None = None) -> PlantSample:
         t_s=t_s, soc=wave if soc is None else soc, array_w=21.0 * lit, load_w=9.0 if lit else 6.0,
         platform_w=4.0, sunlit=lit, board_c=30.0 + 6 * lit,
     )  # fmt: skip
+
+
+def plans() -> list[PlanSample]:
+    """Two plans, and a change of the ceiling between them."""
+    horizon = [
+        PlanSegment(end_ns=START_NS + minute * 60 * NS_PER_S, ceiling_w=9.0, battery_soc=0.9 - minute / 1000)
+        for minute in range(10, 170, 10)
+    ]
+    common: dict[str, Any] = {
+        "duty": 0.8, "battery_soc": 0.9, "soc_floor": 0.7, "eclipse_entry_ns": None,
+        "eclipse_exit_ns": None,
+    }  # fmt: skip
+    planned = {**common, "source": "planner", "reason": "plan", "binding": "battery_floor"}
+    at_ns = START_NS + 70 * 60 * NS_PER_S
+    return [
+        PlanSample(t_s=2.0, packet=PowerPlan(ceiling_w=9.0, binds_at_ns=at_ns, horizon=horizon, **planned)),
+        PlanSample(t_s=500.0, packet=PowerPlan(ceiling_w=5.0, reason="command", **common)),
+        PlanSample(t_s=900.0, packet=PowerPlan(ceiling_w=8.0, note="HiGHS: time", reason="array", **common)),
+    ]
 
 
 def housekeeping(t_s: float, tokens: int, records: int) -> HousekeepingSample:
@@ -127,7 +149,7 @@ def record(**changes: object) -> FlightRecord:
         "limits": Limits(
             soc_floor=0.55, floor_violation_s=0.0, eclipse_forecast_error_s=5.0, min_flips=30, min_contacts=1
         ),
-        "plant": [plant_sample(t) for t in times], "housekeeping": hk, "umbrae": [UMBRA],
+        "plant": [plant_sample(t) for t in times], "housekeeping": hk, "plans": plans(), "umbrae": [UMBRA],
         "contacts": [
             Window(start_s=100.0, end_s=700.0, name="Svalbard"),
             Window(start_s=4600.0, end_s=5200.0, name="Troll"),

@@ -207,6 +207,18 @@ PACKETS: dict[str, st.SearchStrategy[p.Packet]] = {
         soc_floor=fractions,
         eclipse_entry_ns=st.none() | times_ns,
         eclipse_exit_ns=st.none() | times_ns,
+        source=texts,
+        binding=texts,
+        binds_at_ns=st.none() | times_ns,
+        note=texts,
+        array_gain=reals,
+        die_c=st.none() | reals,
+        least_priority=st.integers(0, 9),
+        backlog_tokens=counts,
+        backlog_clear_ns=st.none() | times_ns,
+        horizon=st.lists(
+            st.builds(p.PlanSegment, end_ns=times_ns, ceiling_w=reals, battery_soc=fractions), max_size=3
+        ),
     ),
     "ledger": st.builds(p.Ledger, streams=st.lists(stream_ledgers, max_size=4)),
     "security": st.builds(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from node.power.ceiling import GovernorSettings, Limits, PowerInputs
+from node.power.ceiling import GovernorSettings, Limits, PowerInputs, threshold_share
 from node.power.curve import PowerCurve
 from node.power.forecast import UmbraPass
 from node.power.planner import Backlog, Plan, PlanInputs, Planner, PlannerSettings, Source
@@ -89,8 +89,7 @@ def sun_only(view: View) -> float:
 
 def soc_threshold(view: View) -> float:
     """Choose one of four levels by the state of charge."""
-    full = _above_floor(view)
-    return 1.0 if full > 0.8 else 0.66 if full > 0.55 else 0.33 if full > 0.3 else 0.0
+    return threshold_share(view.eps.battery_soc, view.eps.soc_floor)
 
 
 def barrier(view: View) -> float:

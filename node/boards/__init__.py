@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from node.boards.base import Board, BoardReading, BoardSettings
+from node.boards.base import Board, BoardReading, BoardSettings, Offer
+from node.boards.jetson import JetsonBoard
 from node.boards.sim import SimBoard
-from telemetry.errors import PenumbraError
+from node.boards.x86 import X86Board
 
-__all__ = ["Board", "BoardReading", "BoardSettings", "open_board"]
+__all__ = ["Board", "BoardReading", "BoardSettings", "Offer", "open_board"]
 
 
-def open_board(name: str, settings: BoardSettings) -> Board:
-    """Open a board driver by name.
+def open_board(settings: BoardSettings, *, for_flight: bool = True) -> Board:
+    """Open the driver of a board.
+
+    Parameters
+    ----------
+    settings
+        The `[board]` table.
+    for_flight
+        True: a board whose draw cannot be measured is refused. False: it may be looked at all the same.
 
     Raises
     ------
     PenumbraError
-        No driver of that name, or it is not part of this version.
+        The draw cannot be measured, or the power mode asked for cannot be put in force.
     """
-    if name == "sim":
+    if settings.kind == "sim":
         return SimBoard(settings)
-    if name in {"x86", "jetson"}:
-        raise PenumbraError(
-            f"[board] kind {name!r}: this version has no driver for that board, 'sim' is allowed",
-            "set kind = 'sim'; its draw follows the worker's real CPU time",
-        )
-    raise PenumbraError(f"[board] kind {name!r}: unknown, 'sim' is allowed", "set kind = 'sim'")
+    board = X86Board(settings) if settings.kind == "x86" else JetsonBoard(settings)
+    if for_flight:
+        board.require_meter()
+    return board

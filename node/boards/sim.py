@@ -15,7 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from node.boards.base import BoardReading, BoardSettings
+from node.boards.base import BoardReading, BoardSettings, Offer
+from node.boards.cpu import processor
+from node.boards.sysfs import Sysfs
+from node.power.operating_point import OperatingPoint
 
 MIN_INTERVAL_S: Final = 0.1
 """Readings closer together repeat the last one: a tick more or less would be 10 % of a core."""
@@ -56,16 +59,39 @@ class SimBoard:
         """`sim`."""
         return "sim"
 
+    @property
+    def identity(self) -> str:
+        """The settings its draw is computed from: with others its watts are others."""
+        s = self._settings
+        return f"{processor(Sysfs())}, taken as {s.idle_w:g} W and {s.core_w:g} W a core"
+
+    @property
+    def measures(self) -> bool:
+        """Its draw is computed, not measured."""
+        return False
+
     def range_w(self) -> tuple[float, float]:
         """Return the draw when idle, and with every core busy, W."""
         s = self._settings
         return s.idle_w, s.idle_w + s.core_w * s.cores
+
+    def draw_w(self, cpu_share: float) -> float:
+        """Return the draw, as configured, at a CPU time of the worker by physical time, W."""
+        return self._settings.idle_w + self._settings.core_w * cpu_share
 
     def set_worker(self, pid: int | None) -> None:
         """Follow another process from now on; None when no worker runs."""
         if pid != self._pid:
             self._pid = pid
             self._last = None
+
+    def operate(self, point: OperatingPoint) -> None:
+        """Do nothing: the worker's own pacing is all there is."""
+
+    def probe(self) -> list[Offer]:
+        """Return what it offers."""
+        detail = f"{self.identity}; follows the worker's CPU time in {self._proc}"
+        return [Offer(what="draw", state="ok", detail=detail)]
 
     def read(self) -> BoardReading:
         """Return the mean draw since the last reading.

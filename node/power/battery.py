@@ -40,7 +40,7 @@ class BatterySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     life_depth: Depths = (0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
     """Depths of discharge, rising."""
     life_cycles: Cycles = (
-        90_000, 40_000, 25_000, 16_000, 6_000, 2_500, 1_200,
+        90_000.0, 40_000.0, 25_000.0, 16_000.0, 6_000.0, 2_500.0, 1_200.0,
     )  # fmt: skip
     """Cycles to the end of life at these depths. No source was found for such a table: assumed."""
 

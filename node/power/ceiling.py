@@ -276,3 +276,12 @@ class Limits:
 def _in_umbra(inputs: PowerInputs) -> bool:
     umbra = inputs.umbra
     return umbra is not None and umbra.entry_ns <= inputs.t_ns < umbra.exit_ns
+
+
+def threshold_share(soc: float, soc_floor: float) -> float:
+    """Return one of four levels of the span above bare service by state of charge, 0 to 1.
+
+    The policy that the planner is compared with: it knows nothing of eclipses.
+    """
+    full = (soc - soc_floor) / max(1.0 - soc_floor, 1e-9)
+    return 1.0 if full > 0.8 else 0.66 if full > 0.55 else 0.33 if full > 0.3 else 0.0

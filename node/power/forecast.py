@@ -11,7 +11,16 @@ from numpy.typing import NDArray
 
 from node.power.ephemeris import NS_PER_DAY, NS_PER_S, Array, Ephemeris
 
-ORBITS_AHEAD: Final = 3
+ORBITS_AHEAD: Final = 5
+ORBITS_NEEDED: Final = 3.2
+"""Orbits of passes there are at any moment: a plan reaches three orbits ahead."""
+EDGE_ERROR_S: Final = 2.0
+"""Error of an edge with elements of their epoch (estimated: 1 km along track, the Sun's direction)."""
+EDGE_ERROR_S_DAY: Final = 0.4
+EDGE_ERROR_S_DAY2: Final = 0.08
+"""What a day of age adds, and its square (assumed: 3 km a day, and drag that is not foreseen)."""
+WORST_EDGE_S: Final = 60.0
+"""Edges that may be further off than this are no forecast any more: 24 days of age."""
 SAMPLES_PER_ORBIT: Final = 600
 """A sample each 9 s of a low orbit: brackets the edges; grazing passes are looked at again, finer."""
 BISECTIONS: Final = 14
@@ -37,7 +46,7 @@ class UmbraPass(msgspec.Struct, frozen=True, kw_only=True):
 class EclipseForecast:
     """Sunlight and umbra passes along one orbit.
 
-    Passes are found for three orbits ahead and kept until two of them are used up, so most calls cost a
+    Passes are found for five orbits ahead and kept until less than three are left, so most calls cost a
     look-up.
     """
 
@@ -79,13 +88,32 @@ class EclipseForecast:
         """
         return float(self._ephemeris.sunlit_fraction(t_ns))
 
+    def edge_margin_s(self, t_ns: int) -> float:
+        """Return the error to reckon with of a forecast edge, s; it grows with the age of the elements."""
+        days = self.tle_age_days(t_ns)
+        return EDGE_ERROR_S + EDGE_ERROR_S_DAY * days + EDGE_ERROR_S_DAY2 * days * days
+
+    def is_usable(self, t_ns: int) -> bool:
+        """Tell whether the elements are young enough for a forecast."""
+        return self.edge_margin_s(t_ns) <= WORST_EDGE_S
+
     def next_umbra(self, t_ns: int) -> UmbraPass | None:
-        """Return the umbra pass under way at `t_ns`, else the next one within about two orbits.
+        """Return the umbra pass under way at `t_ns`, else the next one.
 
         Returns
         -------
         UmbraPass or None
-            None when the orbit meets no umbra in that time.
+            None when the orbit meets no umbra within about three orbits.
+
+        Raises
+        ------
+        PropagationError
+            SGP4 has no position in the time looked at.
+        """
+        return next(iter(self.passes(t_ns)), None)
+
+    def passes(self, t_ns: int) -> tuple[UmbraPass, ...]:
+        """Return the umbra pass under way at `t_ns` and those after it, three orbits ahead at least.
 
         Raises
         ------
@@ -99,8 +127,8 @@ class EclipseForecast:
             begin, end = t_ns - period_ns, t_ns + ORBITS_AHEAD * period_ns
             self._passes = self._find(begin, end)
             # Half an orbit back is still good: mission time may be set back a little by the bus.
-            self._covered = (t_ns - period_ns // 2, end - 2 * period_ns)
-        return next((p for p in self._passes if p.exit_ns > t_ns), None)
+            self._covered = (t_ns - period_ns // 2, end - round(ORBITS_NEEDED * period_ns))
+        return tuple(p for p in self._passes if p.exit_ns > t_ns)
 
     def _find(self, begin_ns: int, end_ns: int) -> list[UmbraPass]:
         step = round(self.period_s * NS_PER_S / SAMPLES_PER_ORBIT)

@@ -20,3 +20,5 @@ class OperatingPoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Jobs decoded together at most."""
     duty: Annotated[float, Meta(ge=0.01, le=1)]
     """Share of time the worker may compute (token pacing)."""
+    power_mode: Annotated[str, Meta(max_length=64)] | None = None
+    """Power mode of the board, by name; None: the one in force."""

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from enum import StrEnum
 from itertools import pairwise
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 import msgspec
 import numpy as np
@@ -66,8 +66,11 @@ class Binding(StrEnum):
 class PlannerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The `[planner]` table. Every default is assumed."""
 
-    enabled: bool = True
-    """False: the rules alone decide."""
+    policy: Literal["planner", "rules", "threshold"] = "planner"
+    """Who decides the watts: the planner, the rules it falls back on, or four levels by state of charge (what
+    many satellites do; for comparison)."""
+    profile: Annotated[str, Meta(max_length=4096)] = ""
+    """Operating points of this board, written by `penumbra calibrate --json`; empty: one point, assumed."""
     orbits: Annotated[float, Meta(ge=2, le=6)] = 2.0
     """Least length of the horizon."""
     segment_s: Annotated[float, Meta(ge=10, le=1800)] = 300.0
@@ -256,8 +259,6 @@ class Planner:
 
     def handle(self, inputs: PlanInputs) -> Plan:
         """Return a plan from now on; of the rules when none can be made."""
-        if not self.settings.enabled:
-            return self._rules(inputs, "the planner is switched off")
         edges_ns, sunlit = segments(inputs, self.settings)
         dt_s = np.diff(np.asarray(edges_ns, dtype=np.float64) / NS_PER_S)
         groups = _groups(inputs)

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from hil import calibrate as c
 from hil.cli import app
+from node.boards import BoardSettings
 from telemetry.errors import PenumbraError
 
 
@@ -22,7 +23,7 @@ def test_every_thread_count_meets_every_batch_and_one_point_rests_half_the_time(
 def test_a_worker_is_led_through_all_points_with_one_load(tiny_image):
     seen: list[c.Point] = []
     result = c.calibrate(
-        tiny_image, board="sim", threads=1, seconds=0.5, batches=(1, 2), progress=seen.append
+        tiny_image, board=BoardSettings(), threads=1, seconds=0.5, batches=(1, 2), progress=seen.append
     )
     assert seen == c.points(1, (1, 2))
     assert [(point.batch, point.duty) for point in result.points] == [(1, 1), (2, 1), (1, 0.5)]
@@ -42,12 +43,14 @@ def test_a_worker_that_cannot_start_is_an_error_with_its_last_words(tiny_image, 
     with pytest.raises(
         PenumbraError, match="the worker failed while its operating points were measured: it ended"
     ):
-        c.calibrate(broken, board="sim", threads=1, seconds=0.5)
+        c.calibrate(broken, board=BoardSettings(), threads=1, seconds=0.5)
 
 
-def test_a_board_of_no_driver_is_refused(tiny_image):
+def test_a_board_without_a_meter_is_refused(tiny_image, tmp_path):
     with pytest.raises(PenumbraError, match="jetson"):
-        c.calibrate(tiny_image, board="jetson", threads=1, seconds=0.5)
+        c.calibrate(
+            tiny_image, board=BoardSettings(kind="jetson", sysfs_root=str(tmp_path)), threads=1, seconds=0.5
+        )
 
 
 def test_the_command_writes_its_points(tiny_images, tmp_path, monkeypatch):

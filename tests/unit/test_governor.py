@@ -111,11 +111,11 @@ def test_at_the_floor_duty_is_least_at_once_and_let_go_with_hysteresis(umbra: Um
     governor = Governor()
     sun = msgspec.structs.replace(SUN, umbra=umbra)
     assert governor.handle(sun, 0.0).duty == 1.0
-    guarded = governor.handle(with_eps(sun, battery_soc=0.709), 0.01)
+    guarded = governor.handle(with_eps(sun, battery_soc=0.704), 0.01)
     assert (guarded.duty, guarded.reason) == (0.05, Reason.FLOOR)
     assert guarded.ceiling_w == pytest.approx(SERVICE_W)
-    assert governor.handle(with_eps(sun, battery_soc=0.715), 0.5).reason is Reason.FLOOR
-    assert governor.handle(with_eps(sun, battery_soc=0.725), 1.0).reason is not Reason.FLOOR
+    assert governor.handle(with_eps(sun, battery_soc=0.709), 0.5).reason is Reason.FLOOR
+    assert governor.handle(with_eps(sun, battery_soc=0.711), 1.0).reason is not Reason.FLOOR
 
 
 @pytest.mark.parametrize(

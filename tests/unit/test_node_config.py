@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from node.config import NodeConfig
@@ -29,10 +30,18 @@ def test_the_example_shows_every_key_with_its_default(tmp_path: Path) -> None:
     assert NodeConfig.load(minimal) == config
     assert NodeConfig.load(minimal).sha256 == config.sha256
     text = EXAMPLE.read_text()
+
+    def shown(name: str, table: msgspec.Struct) -> None:
+        assert f"[{name}]" in text
+        for key in table.__struct_fields__:
+            value = getattr(table, key)
+            if isinstance(value, msgspec.Struct):
+                shown(f"{name}.{key}", value)
+            else:
+                assert f"\n{key} = " in text, f"{name}.{key} is not in the example"
+
     for section in config.__struct_fields__:
-        assert f"[{section}]" in text
-        for key in getattr(config, section).__struct_fields__:
-            assert f"\n{key} = " in text, f"{section}.{key} is not in the example"
+        shown(section, getattr(config, section))
 
 
 def test_paths_are_taken_from_the_directory_of_the_file(tmp_path: Path) -> None:

@@ -102,7 +102,11 @@ def test_several_jobs_are_active_and_one_can_be_parked(connection: sqlite3.Conne
         queue.submit(connection, name, name, 4, priority=number, deadline_ns=number or None)
     assert queue.tasks(connection) == (
         [],
-        [Task("c", 1, 0), Task("a", 2, 1, 1), Task("b", 3, 2, 2)],
+        [
+            Task("c", 1, 0, tokens_left=4),
+            Task("a", 2, 1, 1, tokens_left=4),
+            Task("b", 3, 2, 2, tokens_left=4),
+        ],
     )
     for name in "bc":
         queue.activate(connection, name)
@@ -148,7 +152,7 @@ def test_a_database_of_the_version_before_opens_and_its_jobs_go_on(connection: s
         )
     for _ in range(2):  # the second time there is nothing left to add
         queue, _ = opened(connection)
-    assert queue.tasks(connection) == ([Task("old", 1)], [Task("waits", 2)])
+    assert queue.tasks(connection) == ([Task("old", 1, tokens_left=6)], [Task("waits", 2, tokens_left=8)])
     old = queue.get(connection, "old")
     assert old is not None
     assert (old.tokens, old.sampling, old.priority, old.deadline_ns) == (2, Sampling(), 5, None)
@@ -156,7 +160,10 @@ def test_a_database_of_the_version_before_opens_and_its_jobs_go_on(connection: s
     assert queue.submit(connection, "gone", "p", 8) == Submitted(new=False)
     assert queue.store_block(connection, block(2, [3], "old", "length"), 0) == Stored(3, "length")
     queue.submit(connection, "new", "p", 8, sampling=Sampling(top_k=3), priority=0, deadline_ns=-1)
-    assert queue.tasks(connection)[1] == [Task("waits", 2), Task("new", 4, 0, -1)]
+    assert queue.tasks(connection)[1] == [
+        Task("waits", 2, tokens_left=8),
+        Task("new", 4, 0, -1, tokens_left=8),
+    ]
     assert queue.counts(connection) == (2, 2, 8)
 
 

@@ -9,7 +9,7 @@ from memory_link import MemoryLink
 from waiting import until
 
 from node import power_service as module
-from node.boards import BoardReading
+from node.boards import BoardReading, Offer
 from node.bus_view import STALE_S, BusView
 from node.clock import MissionClock
 from node.config import NodeConfig
@@ -60,8 +60,20 @@ class FixedBoard:
     def range_w(self) -> tuple[float, float]:
         return 4.0, 12.0
 
+    identity = "of the tests"
+    measures = False
+
+    def draw_w(self, cpu_share: float) -> float:
+        return 4.0 + 4.0 * cpu_share
+
     def set_worker(self, pid: int | None) -> None:
         return None
+
+    def operate(self, point: OperatingPoint) -> None:
+        return None
+
+    def probe(self) -> list[Offer]:
+        return []
 
     def read(self) -> BoardReading:
         return BoardReading(power_w=self.power_w, board_c=None)

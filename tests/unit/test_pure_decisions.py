@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[2]
 FLIGHT = ("node", "fdir", "telemetry")
 ALLOWED = {
     "__future__", "bisect", "collections", "crc32c", "dataclasses", "enum", "fractions", "functools",
-    "graphlib", "hashlib", "heapq", "itertools", "math", "msgspec", "numpy", "operator", "sgp4", "statistics",
-    "struct", "types", "typing",
+    "graphlib", "hashlib", "heapq", "highspy", "itertools", "math", "msgspec", "numpy", "operator",
+    "rainflow", "sgp4", "statistics", "struct", "types", "typing",
 }  # fmt: skip
 """Modules that compute and do nothing else."""
 FORBIDDEN_CALLS = {"open", "print", "input", "exec", "eval", "breakpoint", "__import__"}

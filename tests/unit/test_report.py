@@ -16,7 +16,8 @@ from telemetry.errors import PenumbraError
 from tests.flight_records import fate, fates, job, ledger, record
 
 SECTIONS = (
-    "Verdict", "The orbit", "Bit flips, from strike to repair", "Texts", "Telemetry ledger", "Events",
+    "Verdict", "The orbit", "Power: the plan and its reasons", "Bit flips, from strike to repair",
+    "Texts", "Telemetry ledger", "Events",
     "Constants of the scenario", "What flew",
 )  # fmt: skip
 

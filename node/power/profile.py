@@ -1,0 +1,55 @@
+"""Operating points of this board, as `penumbra calibrate` measured them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from node.boards import Board
+from node.power.curve import PowerCurve, Setting
+from node.power.operating_point import OperatingPoint
+from telemetry.errors import PenumbraError
+from telemetry.figures import Calibration
+
+
+def load_profile(path: Path, board: Board) -> PowerCurve:
+    """Return tokens/s by watts from what `penumbra calibrate --json` wrote.
+
+    On a board that measures its draw the watts are those measured. On one that computes it from CPU time they
+    follow from the CPU time measured, by the same formula.
+
+    Raises
+    ------
+    PenumbraError
+        The file cannot be read, is no calibration, was made on another board, or has no useful point.
+    """
+    again = "write it on this board with: penumbra calibrate --json PATH"
+    try:
+        found = msgspec.json.decode(path.read_bytes(), type=Calibration)
+    except OSError as error:
+        raise PenumbraError(f"{path}: cannot be read: {error.strerror}", again) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise PenumbraError(f"{path}: no calibration: {error}", again) from None
+    if (found.board, found.identity) != (board.name, board.identity):
+        raise PenumbraError(
+            f"{path}: measured on board {found.board!r} ({found.identity}), this is {board.name!r}"
+            f" ({board.identity})",
+            again,
+        )
+    idle_w, _ = board.range_w()
+    settings = []
+    for each in found.points:
+        if each.duty < 1.0:
+            continue
+        power_w = each.power_w if board.measures else board.draw_w(each.cpu_share)
+        if power_w is not None:
+            point = OperatingPoint(
+                threads=each.threads, batch=each.batch, duty=1.0, power_mode=each.power_mode
+            )
+            settings.append(Setting(point, power_w, each.tokens_s))
+    measured_idle_w = idle_w if found.idle_w is None else found.idle_w
+    try:
+        return PowerCurve(measured_idle_w, settings)
+    except ValueError as error:
+        raise PenumbraError(f"{path}: {error}", again) from None

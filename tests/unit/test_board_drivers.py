@@ -1,0 +1,296 @@
+"""Drivers of real boards, on trees of files as those boards have them, and on hostile ones."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from board_trees import CONF, TREES, ina, write, zones
+from typer.testing import CliRunner
+
+from hil.cli import app
+from node.boards import BoardReading, BoardSettings, open_board
+from node.boards.cpu import CpuQuota
+from node.boards.edac import EccCounts, Edac
+from node.boards.ina3221 import Ina3221
+from node.boards.jetson import JetsonBoard
+from node.boards.nvpmodel import NvPModel, parse_modes, run_command
+from node.boards.rapl import Rapl
+from node.boards.sysfs import Sysfs
+from node.boards.temperatures import ThermalZones
+from node.boards.x86 import X86Board
+from node.power.operating_point import OperatingPoint
+from telemetry.errors import PenumbraError
+
+
+class Tool:
+    """Stands for `nvpmodel`: keeps a mode, and may refuse to change it."""
+
+    def __init__(self, mode: str = "25W", *, obeys: bool = True) -> None:
+        self.mode, self.obeys = mode, obeys
+        self.calls: list[Sequence[str]] = []
+
+    def __call__(self, argv: Sequence[str]) -> tuple[int, str]:
+        self.calls.append(argv)
+        modes = {str(mode.number): mode.name for mode in parse_modes(CONF)}
+        if argv[1] == "-m":
+            if self.obeys:
+                self.mode = modes[argv[2]]
+                return 0, ""
+            return (
+                0,
+                "NVPM WARN: Reboot required for changing to this power mode\nDO YOU WANT TO REBOOT?",
+            )
+        return 0, f"NV Power Mode: {self.mode}\n1\n"
+
+
+def board_settings(kind: str, root: Path, **more: object) -> BoardSettings:
+    return BoardSettings(kind=kind, sysfs_root=str(root), **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("tree", "power_w", "die_c"),
+    [
+        ("orin-nano-jp6", 5.160 * 1.010, 47.0),
+        ("orin-nano-jp7", 5.120 * 0.676, 47.0),
+        ("orin-nx", 5.024 * 6.020, 89.0),
+        ("agx-orin", 20.0 * 0.117 + 20.0 * 0.020 + 5.0 * 0.805, 44.343),
+        ("xavier-nx", 5.000 * 1.016, 50.0),
+    ],
+)
+def test_a_jetson_tells_the_draw_of_the_module_by_its_rule_and_its_junction(
+    tmp_path: Path, tree: str, power_w: float, die_c: float
+) -> None:
+    root = write(tmp_path, TREES[tree])
+    board = JetsonBoard(board_settings("jetson", root, other_w=1.0), run=Tool())
+    board.require_meter()
+    reading = board.read()
+    assert reading.power_w == pytest.approx(power_w + 1.0)
+    assert reading.board_c == pytest.approx(die_c)
+    assert (reading.ecc_corrected, reading.ecc_uncorrected) == (None, None), "absent is unknown, not 0"
+    assert board.gpu.load() == pytest.approx(0.842)
+    assert "mode 25W" in board.identity
+    assert "\0" not in board.identity
+    assert {offer.what for offer in board.probe() if offer.state == "bad"} == set()
+
+
+def test_older_jetpack_has_rails_of_another_kind(tmp_path: Path) -> None:
+    here = "/sys/bus/i2c/drivers/ina3221x/6-0040/iio:device0"
+    write(tmp_path, {f"{here}/rail_name_0": "POM_5V_IN", f"{here}/in_voltage0_input": 5_000,
+                     f"{here}/in_current0_input": 681, f"{here}/rail_name_1": "POM_5V_GPU"})  # fmt: skip
+    assert Ina3221(Sysfs(tmp_path)).read() == pytest.approx(3.405)
+
+
+def test_a_rail_that_is_switched_off_or_not_connected_is_none(tmp_path: Path) -> None:
+    files = ina(0, {"VDD_IN": (5_000, 1_000), "VDD_SOC": (5_000, 1_000)})
+    write(tmp_path, {**files, "/sys/class/hwmon/hwmon0/in2_enable": 0})
+    assert [rail.label for rail in Ina3221(Sysfs(tmp_path)).rails] == ["VDD_IN"]
+
+
+def test_a_module_of_unknown_rails_is_refused_for_flight(tmp_path: Path) -> None:
+    write(tmp_path, ina(0, {"VDD_NEW": (5_000, 1_000)}))
+    with pytest.raises(PenumbraError, match="VDD_NEW"):
+        open_board(board_settings("jetson", tmp_path))
+    offers = open_board(board_settings("jetson", tmp_path), for_flight=False).probe()
+    assert ("module total", "missing") in {(offer.what, offer.state) for offer in offers}
+
+
+def test_a_monitor_that_vanishes_and_comes_back_under_another_number_is_found(tmp_path: Path) -> None:
+    write(tmp_path, ina(1, {"VDD_IN": (5_000, 1_000)}))
+    rails = Ina3221(Sysfs(tmp_path))
+    assert rails.read() == pytest.approx(5.0)
+    shutil.rmtree(tmp_path / "sys/class/hwmon/hwmon1")
+    assert rails.read() is None
+    write(tmp_path, ina(7, {"VDD_IN": (5_000, 2_000)}))
+    rails.discover()
+    assert rails.read() == pytest.approx(10.0)
+    shutil.move(tmp_path / "sys/class/hwmon/hwmon7", tmp_path / "sys/class/hwmon/hwmon2")
+    assert rails.read() == pytest.approx(10.0)
+
+
+def test_gated_and_impossible_zones_are_absent(tmp_path: Path) -> None:
+    write(tmp_path, zones({"cpu-thermal": -256_000, "gpu-thermal": 900_000, "PMIC": 100_000}))
+    assert ThermalZones(Sysfs(tmp_path)).die_c() is None
+
+
+@pytest.mark.parametrize("garbage", ["", "nonsense", "12 34", "9" * 30, "\0"])
+def test_garbage_in_a_rail_is_unknown_and_no_zero(tmp_path: Path, garbage: str) -> None:
+    write(tmp_path, ina(0, {"VDD_IN": (5_000, 1_000)}))
+    (tmp_path / "sys/class/hwmon/hwmon0/curr1_input").write_text(garbage)
+    reading = JetsonBoard(board_settings("jetson", tmp_path), run=Tool()).read()
+    assert reading.power_w is None or garbage == "9" * 30
+
+
+# Power modes.
+
+
+def test_modes_are_found_by_name_and_read_back() -> None:
+    modes = {mode.name: mode for mode in parse_modes(CONF)}
+    assert {name: mode.number for name, mode in modes.items()} == {
+        "15W": 0, "25W": 1, "MAXN_SUPER": 2, "10W": 3,
+    }  # fmt: skip
+    assert modes["25W"].gpu_max_hz == 918_000_000
+    assert modes["MAXN_SUPER"].gpu_max_hz is None
+    assert (modes["15W"].cores, modes["10W"].cores) == (2, 1)
+
+
+def test_a_mode_is_set_by_name_at_the_start_and_by_an_operating_point(tmp_path: Path) -> None:
+    root = write(tmp_path, TREES["orin-nano-jp6"])
+    (root / "sys/class/devfreq/17000000.gpu/max_freq").write_text("612000000\n")
+    tool = Tool()
+    board = JetsonBoard(board_settings("jetson", root, power_mode="15W"), run=tool)
+    assert (tool.mode, ["nvpmodel", "-m", "0"] in tool.calls) == ("15W", True)
+    board.operate(OperatingPoint(threads=2, batch=8, duty=1.0, power_mode="15W"))
+    (root / "sys/class/devfreq/17000000.gpu/max_freq").write_text("1020000000\n")
+    board.operate(OperatingPoint(threads=2, batch=8, duty=1.0, power_mode="MAXN_SUPER"))
+    assert tool.mode == "MAXN_SUPER"
+    with pytest.raises(PenumbraError, match="may still run at 1020000000 Hz"):
+        board.operate(OperatingPoint(threads=2, batch=8, duty=1.0, power_mode="25W"))
+
+
+def test_a_mode_that_is_silently_not_set_is_an_error(tmp_path: Path) -> None:
+    root = write(tmp_path, TREES["orin-nx"])
+    with pytest.raises(PenumbraError, match=r"'10W' is not in force.*tells 25W") as caught:
+        JetsonBoard(board_settings("jetson", root, power_mode="10W"), run=Tool(obeys=False))
+    assert "reboot" in str(caught.value)
+    with pytest.raises(PenumbraError, match="'30W': unknown, 15W, 25W, MAXN_SUPER, 10W are allowed"):
+        JetsonBoard(board_settings("jetson", root, power_mode="30W"), run=Tool())
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [("", "no < POWER_MODEL"), ("< POWER_MODEL ID=0 NAME=A >\n< POWER_MODEL ID=1 NAME=A >", "one name")],
+)
+def test_a_file_of_modes_that_is_none_is_refused_and_probed_as_bad(
+    tmp_path: Path, text: str, why: str
+) -> None:
+    write(tmp_path, {"/etc/nvpmodel.conf": text})
+    with pytest.raises(PenumbraError, match=why):
+        NvPModel(Sysfs(tmp_path), lambda: None, Tool()).modes()
+    offers = JetsonBoard(board_settings("jetson", tmp_path), run=Tool()).probe()
+    assert next(offer for offer in offers if offer.what == "power modes").state == "bad"
+
+
+def test_a_tool_that_is_missing_hangs_or_asks_is_told_as_no_mode(tmp_path: Path) -> None:
+    assert run_command(["/nowhere/nvpmodel", "-q"])[0] == 127
+    # A prompt gets no answer, and an end of file at once.
+    code, output = run_command([sys.executable, "-c", "print('reboot?'); input()"])
+    assert code != 0
+    assert "reboot?" in output
+    assert NvPModel(Sysfs(tmp_path), lambda: None, lambda argv: (1, "")).current() is None
+
+
+# x86.
+
+
+def test_an_intel_package_is_metered_over_a_wrap_and_parts_of_it_are_not_added(tmp_path: Path) -> None:
+    root, now = write(tmp_path, TREES["intel"]), [100.0]
+    board = X86Board(board_settings("x86", root, other_w=20.0), clock=lambda: now[0])
+    board.require_meter()
+    energy = root / "sys/class/powercap/intel-rapl:0/energy_uj"
+    assert board.read().power_w is None, "one reading is no power"
+    now[0] += 2.0
+    energy.write_text(str(65_997_277_274 + 130_000_000))
+    assert board.read().power_w == pytest.approx(85.0)
+    now[0] += 1.0
+    energy.write_text("262143328850")
+    assert board.read().power_w is None, "no processor draws that much: the counter began anew"
+    now[0] += 1.0
+    energy.write_text("64000000")
+    assert board.read().power_w == pytest.approx(84.0), "wrapped"
+    assert board.read().board_c == 61.0
+    assert board.identity == "13th Gen Intel(R) Core(TM) i5-13500, 2 threads"
+
+
+def test_both_packages_of_an_amd_server_count(tmp_path: Path) -> None:
+    rapl = Rapl(Sysfs(write(tmp_path, TREES["amd"])))
+    assert rapl.read(0.0) is None
+    for name, energy in (("intel-rapl:0", 65_532_610_987 - 1), ("intel-rapl:1", 90_000_000)):
+        (tmp_path / "sys/class/powercap" / name / "energy_uj").write_text(str(energy))
+    assert rapl.read(1.0) == pytest.approx(90.61, abs=0.01)
+    assert rapl.read(1.01) == pytest.approx(90.61, abs=0.01), "too soon: the last one again"
+    (tmp_path / "sys/class/powercap/intel-rapl:1/energy_uj").unlink()
+    assert rapl.read(2.0) is None, "half a draw is no draw"
+    reading = X86Board(board_settings("x86", tmp_path)).read()
+    assert (reading.board_c, reading.ecc_corrected) == (55.125, None)
+
+
+def test_a_denied_file_is_told_apart_from_a_missing_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = write(tmp_path, TREES["intel"])
+    energy = root / "sys/class/powercap/intel-rapl:0/energy_uj"
+    real = Path.open
+
+    def deny(path: Path, *args: object, **kwargs: object) -> object:
+        if path == energy:
+            raise PermissionError(13, "Permission denied")
+        return real(path, *args, **kwargs)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(Path, "open", deny)
+    with pytest.raises(PenumbraError, match="denied"):
+        open_board(board_settings("x86", root))
+    board = open_board(board_settings("x86", root), for_flight=False)
+    offer = next(offer for offer in board.probe() if offer.what == "package energy")
+    assert (offer.state, "chmod" in offer.mend) == ("denied", True)
+
+
+def test_a_machine_without_any_of_it_is_refused_for_flight_and_probed(tmp_path: Path) -> None:
+    for kind in ("x86", "jetson"):
+        with pytest.raises(PenumbraError, match="so the draw is unknown"):
+            open_board(board_settings(kind, tmp_path))
+    x86 = open_board(board_settings("x86", tmp_path), for_flight=False)
+    assert {offer.state for offer in x86.probe()} == {"missing"}
+    assert x86.read() == BoardReading(power_w=None, board_c=None)
+    assert all(offer.mend for offer in x86.probe())
+
+
+def test_ecc_counts_are_deltas_with_resets_and_unknown_without_controllers(tmp_path: Path) -> None:
+    assert Edac(Sysfs(tmp_path)).read() == EccCounts(None, None)
+    root = write(tmp_path, TREES["intel"])
+    edac, counter = Edac(Sysfs(root)), root / "sys/devices/system/edac/mc/mc0/ce_count"
+    assert edac.read() == EccCounts(0, 0), "what was before we came is not ours"
+    counter.write_text("10")
+    assert edac.read().corrected == 3
+    counter.write_text("2")
+    assert edac.read().corrected == 5, "reset, then two more"
+    counter.write_text("-4")
+    assert edac.read().corrected is None
+
+
+def test_the_control_group_is_held_at_the_threads_and_read_back(tmp_path: Path) -> None:
+    root = write(tmp_path, TREES["intel"])
+    board = X86Board(board_settings("x86", root, cgroup="/sys/fs/cgroup/penumbra"))
+    quota = root / "sys/fs/cgroup/penumbra/cpu.max"
+    board.operate(OperatingPoint(threads=1, batch=8, duty=0.5))
+    assert quota.read_text() == "100000 100000"
+    board.operate(OperatingPoint(threads=2, batch=8, duty=0.5))
+    assert quota.read_text() == "200000 100000"
+    held = CpuQuota(Sysfs(root), "/sys/fs/cgroup/penumbra")
+    assert held.cores() == 2.0
+    assert held.set(float("inf")) is None
+    assert held.cores() == float("inf")
+    trouble = CpuQuota(Sysfs(root), "/sys/fs/cgroup/nowhere").set(1.0)
+    assert trouble is not None
+    assert trouble.why == "missing"
+    quota.write_text("garbage")
+    assert held.cores() is None
+
+
+def test_probe_on_the_command_line_shows_what_is_missing_and_how_to_get_it(tmp_path: Path) -> None:
+    root = write(tmp_path / "root", TREES["intel"])
+    text = (Path(__file__).parents[2] / "docs/node-example.toml").read_text()
+    config = tmp_path / "node.toml"
+    config.write_text(
+        text.replace('kind = "sim"', 'kind = "x86"').replace('sysfs_root = "/"', f'sysfs_root = "{root}"')
+    )
+    done = CliRunner().invoke(
+        app, ["node", str(config), "--probe"], catch_exceptions=False, env={"COLUMNS": "200"}
+    )
+    assert done.exit_code == 0
+    for expected in ("i5-13500", "intel-rapl:0, long-term limit 65 W", "61.0 degC", "1 cores, 2.40 GHz",
+                     "Delegate=cpu", "corrected 0"):  # fmt: skip
+        assert expected in done.stdout
