@@ -52,6 +52,8 @@ class Planning:
         Returns the open jobs.
     tokens_s
         Returns the rate of the worker while it computes, all jobs together; 0 when unknown.
+    rate
+        Returns mission seconds a physical second: on an accelerated bench an orbit sees fewer tokens.
 
     Raises
     ------
@@ -67,6 +69,7 @@ class Planning:
         view: BusView,
         tasks: Callable[[], Sequence[Task]],
         tokens_s: Callable[[], float],
+        rate: Callable[[], float],
     ) -> None:
         self.plan: Plan | None = None
         """The last plan; None before the first, and while the bus is unknown."""
@@ -79,14 +82,16 @@ class Planning:
         self._view = view
         self._tasks = tasks
         self._tokens_s = tokens_s
+        self._rate = rate
         self._planner = Planner(config.planner)
         self._configured_w = board.range_w()
         profile = config.planner.profile
         self.profile: PowerCurve | None = load_profile(Path(profile), board) if profile else None
-        self.curve = self.profile or self._assumed(ASSUMED_TOKENS_S)
+        self._measured = (ASSUMED_TOKENS_S, 1.0)
+        self.curve = self._drawn()
+        """Tokens a second of mission time by watts."""
         self._planned_for: object = None
         self._planned_s = -math.inf
-        self._rate = ASSUMED_TOKENS_S
 
     @property
     def soc_sigma(self) -> float:
@@ -167,7 +172,7 @@ class Planning:
         if self.profile is None:
             return whole
         least = self._config.power.min_duty
-        chosen = self.curve.choose(ceiling_w, threads=threads, batch=batch, min_duty=least)
+        chosen = self.profile.choose(ceiling_w, threads=threads, batch=batch, min_duty=least)
         idle_w, most_w = self.range_w()
         # What the governor's loop adds to its own model of the duty is added to that of the point as well.
         correction = duty - (ceiling_w - idle_w) / max(most_w - idle_w, 1e-9)
@@ -213,16 +218,23 @@ class Planning:
         return next((p for p in every if self._value(p) >= near), LOWEST_PRIORITY)
 
     def _follow_rate(self) -> None:
-        """Draw the assumed curve anew when the worker tells another rate."""
-        rate = self._tokens_s()
-        if self.profile is None and rate > 0 and abs(rate - self._rate) > RATE_CHANGE * self._rate:
-            self._rate = rate
-            self.curve = self._assumed(rate)
+        """Draw the curve anew when worker or clock have another rate."""
+        tokens_s, _ = self._measured
+        told = self._tokens_s()
+        if self.profile is None and told > 0 and abs(told - tokens_s) > RATE_CHANGE * tokens_s:
+            tokens_s = told
+        measured = (tokens_s, max(self._rate(), 1.0))
+        if measured != self._measured:
+            self._measured = measured
+            self.curve = self._drawn()
 
-    def _assumed(self, tokens_s: float) -> PowerCurve:
+    def _drawn(self) -> PowerCurve:
+        tokens_s, clock = self._measured
+        if self.profile is not None:
+            return self.profile.scaled(1.0 / clock)
         point = OperatingPoint(threads=self._config.model.threads, batch=self._config.worker.batch, duty=1.0)
         idle_w, most_w = self._configured_w
-        return PowerCurve(idle_w, [Setting(point, max(most_w, idle_w + 1e-3), tokens_s)])
+        return PowerCurve(idle_w, [Setting(point, max(most_w, idle_w + 1e-3), tokens_s / clock)])
 
     def _surely_sunlit(self, t_ns: int) -> float | None:
         """Return 1 in sunlight, 0 in umbra, 0.5 near the edges; None when it is not known."""

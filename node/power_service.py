@@ -96,7 +96,9 @@ class PowerService:
             threads=config.model.threads, batch=config.worker.batch, duty=config.power.min_duty
         )
         """Operating point of the worker now."""
-        self.planning = Planning(config, board=board, view=view, tasks=tasks, tokens_s=tokens_s)
+        self.planning = Planning(
+            config, board=board, view=view, tasks=tasks, tokens_s=tokens_s, rate=lambda: clock.rate
+        )
         """Models and plan."""
         self.choose: Callable[[Setpoint], OperatingPoint] = self._by_plan
         """Which operating point carries a setpoint out, asked at each turn. Threads and batch must not be

@@ -316,6 +316,7 @@ def bound(world_: World, soc_end: float) -> float:
         curve=curve.lines(),
         demands=[*demands, Demand(math.inf, BACKGROUND_VALUE)],
         end_j=max(floor_j, cells.energy_j(min(soc_end, 1.0), kept.capacity_wh) * (1 - TOLERANCE_SOC)),
+        early=0.0,
         taste=0.0,
     )
     return solve(problem, time_limit_s=60.0).value

@@ -7,7 +7,7 @@ matters of the points is their upper hull. A point under it is never worth its w
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from node.power.operating_point import OperatingPoint
@@ -70,6 +70,11 @@ class PowerCurve:
         """Draw at the highest rate, W."""
         return self.hull[-1].power_w
 
+    def scaled(self, factor: float) -> PowerCurve:
+        """Return the curve of a clock by which the board is that much faster."""
+        settings = [replace(each, tokens_s=each.tokens_s * factor) for each in self.hull]
+        return PowerCurve(self.idle_w, settings)
+
     def lines(self) -> list[tuple[float, float]]:
         """Return (tokens/s a watt, tokens/s at 0 W) of each piece; the rate is their minimum."""
         knots = [(self.idle_w, 0.0), *((each.power_w, each.tokens_s) for each in self.hull)]
@@ -78,6 +83,29 @@ class PowerCurve:
             slope = (high - low) / (high_w - low_w)
             pieces.append((slope, low - slope * low_w))
         return [*pieces, (0.0, knots[-1][1])]
+
+    def smooth_lines(self, bend: float, pieces: int) -> list[tuple[float, float]]:
+        """Return lines of a curve bent a little, so that an even draw is worth more than a changing one.
+
+        Parameters
+        ----------
+        bend
+            Change of the slope from the mean to either end, as a share of the mean slope.
+        pieces
+            Lines between idle and the most, at least.
+        """
+        span_w, most = self.most_w - self.idle_w, self.hull[-1].tokens_s
+        steps = {self.idle_w + span_w * n / pieces for n in range(pieces + 1)}
+        at = sorted({*steps, *(each.power_w for each in self.hull)})
+        knots = []
+        for power_w in at:
+            share = (power_w - self.idle_w) / span_w
+            knots.append((power_w, self.rate(power_w) + bend * most * share * (1.0 - share)))
+        lines = []
+        for (low_w, low), (high_w, high) in pairwise(knots):
+            slope = (high - low) / (high_w - low_w)
+            lines.append((slope, low - slope * low_w))
+        return [*lines, (0.0, most)]
 
     def rate(self, power_w: float) -> float:
         """Return tokens/s at a draw, W; 0 at idle and below."""

@@ -30,9 +30,11 @@ from telemetry.errors import PenumbraError
 
 Array = NDArray[np.float64]
 
+EARLY: Final = 0.02
+"""Value a token loses from the first segment to the last: what can be served now is not put off."""
 TASTE: Final = 1e-4
-"""Of plans that are equal but for this share, the one that serves earlier, cycles the battery less and
-charges it earlier is taken: it is the safer one when things turn out otherwise."""
+"""Of plans that are equal but for this share, the one that cycles the battery less and charges it earlier is
+taken: it is the safer one when things turn out otherwise."""
 COLDEST_C: Final = -273.15
 
 
@@ -93,8 +95,9 @@ class Problem:
     end_value: float = 0.0
     """Of a joule at the end."""
     heat: Heat | None = None
+    early: float = EARLY
     taste: float = TASTE
-    """0: the best value, however it comes about."""
+    """Both 0: the best value, however it comes about."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +191,7 @@ def solve(problem: Problem, *, time_limit_s: float = 10.0) -> Solution:
     cost[e] = problem.taste * problem.end_value / n
     cost[e[-1]] = problem.end_value
     cost[d] = -problem.taste * problem.end_value * dt_s
-    early = 1.0 - problem.taste * np.arange(n) / n
+    early = 1.0 - problem.early * np.arange(n) / n
     for each, (first, end), mine in zip(problem.demands, spans, y, strict=True):
         cost[mine] = each.value * early[first:end]
 

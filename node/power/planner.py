@@ -35,6 +35,9 @@ from telemetry.bus import BusEps
 NS_PER_S: Final = 1_000_000_000
 TOUCHING: Final = 0.004
 """A state of charge this close to a bound rests on it."""
+BEND: Final = 0.02
+PIECES: Final = 4
+"""How much an even draw is preferred (`PowerCurve.smooth_lines`): less than any loss it could cost."""
 FILTER_REACH: Final = 3.0
 """Errors of its sensor that the filtered state of charge may lie from it."""
 NEAR: Final = 1e-3
@@ -342,7 +345,7 @@ class Planner:
             charge_efficiency=eta_c,
             discharge_efficiency=eta_d,
             charge_w=charge_w,
-            curve=inputs.curve.lines(),
+            curve=inputs.curve.smooth_lines(BEND, PIECES),
             demands=demands,
             end_j=end_j,
             end_value=s.end_share * eta_d * per_joule * min(worth, _ordinary(demands)),
