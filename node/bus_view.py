@@ -117,7 +117,10 @@ class BusView:
             case BusContact():
                 self.contact = message
             case BusOrbit() if message != self._orbit:
-                self.forecast = EclipseForecast.from_tle(message.line1, message.line2)
+                if message.omm is not None:
+                    self.forecast = EclipseForecast.from_omm(message.omm)
+                elif message.line1 is not None and message.line2 is not None:
+                    self.forecast = EclipseForecast.from_tle(message.line1, message.line2)
                 self._orbit = message
 
     def tick(self, now_s: float) -> None:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from node.boards import Board, BoardReading
-from node.bus_view import BusView
+from node.bus_view import BusView, Eclipses
 from node.clock import MissionClock
 from node.config import NodeConfig
 from node.inference import protocol
@@ -33,6 +33,8 @@ REST_DUTY = 0.01
 """Duty of a worker that is to rest: the lowest there is."""
 PLAN_CHANGE = 0.05
 """Relative change of the ceiling that is reported (packets.PowerPlan)."""
+OLD_MARGIN_S = 10.0
+"""Error of an edge from which on it is told: elements of a week."""
 PLAN_PERIOD_S = 1.0
 """Shortest time between two plan packets, s of physical time (assumed)."""
 
@@ -120,6 +122,7 @@ class PowerService:
         """Called with each reading of the board, and its temperature, degC."""
         self._rest_until_s = 0.0
         self._least_priority = 0
+        self._eclipses_from: str | None = None
         self._reported_plan: Plan | None = None
         self._planned: tuple[Setpoint, float] | None = None
         self.pulse = Pulse("power")
@@ -161,6 +164,7 @@ class PowerService:
             eps = self.planning.observe(t_ns, eps, board_c=board_c, power_w=power_w)
             planned_w = self.planning.watts(t_ns, eps, self.cap_w, now_s)
         self._shed(self.planning.least_priority)
+        self._tell_eclipses(self.planning.eclipses)
         die_c = self.planning.predict_die_c(power_w)
         inputs = PowerInputs(
             t_ns=t_ns,
@@ -185,6 +189,19 @@ class PowerService:
     def _by_plan(self, setpoint: Setpoint) -> OperatingPoint:
         """Carry a setpoint out: by pacing alone, unless a profile of the board knows something better."""
         return self.planning.choose(setpoint.ceiling_w, setpoint.duty)
+
+    def _tell_eclipses(self, eclipses: Eclipses) -> None:
+        """Tell when the forecast is less sure, or made without elements, and when it is good again."""
+        how: str = eclipses.source
+        if how == "forecast" and eclipses.edge_margin_s > OLD_MARGIN_S:
+            how = "forecast, from old elements"
+        before, self._eclipses_from = self._eclipses_from, how
+        if before in {how, None} and how in {"forecast", before}:
+            return
+        evidence: Evidence = {"source": how, "edge_margin_s": eclipses.edge_margin_s}
+        text = f"eclipses: {how}; edges are taken as good to {eclipses.edge_margin_s:.0f} s"
+        severity = Severity.INFO if how == "forecast" else Severity.LOW
+        self._recorder.event(severity, "power.eclipses", text, evidence)
 
     def _shed(self, least_priority: int) -> None:
         """Tell when jobs are shed for want of energy, and when no more."""

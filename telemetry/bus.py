@@ -48,10 +48,18 @@ class BusTime(BusMessage, frozen=True, kw_only=True):
 
 
 class BusOrbit(BusMessage, frozen=True, kw_only=True):
-    """Orbital elements for the node's own forecast."""
+    """Orbital elements for the node's own forecast: a TLE, or an Orbit Mean-elements Message."""
 
-    line1: Annotated[str, Meta(min_length=69, max_length=69)]
-    line2: Annotated[str, Meta(min_length=69, max_length=69)]
+    line1: Annotated[str, Meta(min_length=69, max_length=69)] | None = None
+    line2: Annotated[str, Meta(min_length=69, max_length=69)] | None = None
+    omm: Annotated[dict[str, str | int | float], Meta(max_length=40)] | None = None
+    """Fields by their names in CCSDS 502.0, instead of the two lines."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        lines = (self.line1 is not None, self.line2 is not None)
+        if lines != ((True, True) if self.omm is None else (False, False)):
+            raise ValueError("either line1 and line2 are given, or omm")
 
 
 class EpsSensors(BusMessage, frozen=True, kw_only=True):

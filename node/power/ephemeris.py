@@ -15,10 +15,12 @@ the change of the solar disc's shape under the scaling below (1 part in 300 of 0
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Final
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from sgp4 import omm
 from sgp4.api import WGS72, Satrec
 from sgp4.io import compute_checksum
 
@@ -41,6 +43,15 @@ J2000_UNIX_S: Final = 946_728_000.0
 TT_MINUS_UTC_S: Final = 69.184
 """Since 2017. A leap second more or less moves the Sun by 0.04 arcseconds."""
 TLE_LENGTH: Final = 69
+OMM_NEEDED: Final = (
+    "EPOCH", "MEAN_MOTION", "ECCENTRICITY", "INCLINATION", "RA_OF_ASC_NODE", "ARG_OF_PERICENTER",
+    "MEAN_ANOMALY",
+)  # fmt: skip
+OMM_DEFAULTS: Final = {
+    "BSTAR": 0.0, "MEAN_MOTION_DOT": 0.0, "MEAN_MOTION_DDOT": 0.0, "CLASSIFICATION_TYPE": "U",
+    "OBJECT_ID": "", "EPHEMERIS_TYPE": 0, "ELEMENT_SET_NO": 0, "REV_AT_EPOCH": 0, "NORAD_CAT_ID": 0,
+}  # fmt: skip
+"""Fields that may be left out, and what they are then."""
 
 
 class PropagationError(ArithmeticError):
@@ -163,12 +174,12 @@ def disc_visible(sun_radius: Array, earth_radius: Array, separation: Array) -> A
 
 
 class Ephemeris:
-    """Satellite and Sun from one TLE.
+    """Satellite and Sun from one set of elements, by SGP4.
 
     Parameters
     ----------
     line1, line2
-        The TLE, 69 characters each.
+        A TLE, 69 characters each.
     flattening
         Of the Earth, for the shadow; 0 for a sphere.
 
@@ -181,23 +192,66 @@ class Ephemeris:
     def __init__(self, line1: str, line2: str, *, flattening: float = EARTH_FLATTENING) -> None:
         check_tle(line1, line2)
         try:
-            self._satellite = Satrec.twoline2rv(line1, line2, WGS72)
+            satellite = Satrec.twoline2rv(line1, line2, WGS72)
         except ValueError as error:
             raise PenumbraError(
                 f"TLE {line1!r} / {line2!r}: {error}", "take a TLE from its source"
             ) from error
-        if self._satellite.error or self._satellite.no_kozai <= 0:
+        self._adopt(satellite, f"TLE line 2: {line2!r}", flattening)
+
+    @classmethod
+    def from_omm(cls, fields: Mapping[str, object], *, flattening: float = EARTH_FLATTENING) -> Ephemeris:
+        """Return the ephemeris of an Orbit Mean-elements Message (CCSDS 502.0), theory SGP4.
+
+        Parameters
+        ----------
+        fields
+            By their names in the standard (`MEAN_MOTION`, revolutions a day; angles in deg). Those that do
+            not move the satellite may be left out.
+        flattening
+            Of the Earth, for the shadow.
+
+        Raises
+        ------
+        PenumbraError
+            A field is missing or no number, or SGP4 refuses the elements; names the field.
+        """
+        mend = "take the message whole from its source, in the names of CCSDS 502.0"
+        values = {name: str(value) for name, value in {**OMM_DEFAULTS, **fields}.items()}
+        missing = [name for name in OMM_NEEDED if name not in values]
+        if missing:
+            raise PenumbraError(f"OMM: {', '.join(missing)} is missing", mend)
+        for name in (*OMM_NEEDED[1:], "BSTAR", "MEAN_MOTION_DOT", "MEAN_MOTION_DDOT"):
+            try:
+                good = math.isfinite(float(values[name]))
+            except ValueError:
+                good = False
+            if not good:
+                raise PenumbraError(f"OMM: {name} = {values[name]!r} is no number", mend)
+        if "." not in values["EPOCH"]:
+            values["EPOCH"] += ".0"
+        satellite = Satrec()
+        try:
+            omm.initialize(satellite, values)
+        except (ValueError, OverflowError) as error:
+            raise PenumbraError(f"OMM: {error}", mend) from None
+        found = cls.__new__(cls)
+        found._adopt(satellite, f"OMM of epoch {values['EPOCH']}", flattening)
+        return found
+
+    def _adopt(self, satellite: Satrec, what: str, flattening: float) -> None:
+        if satellite.error or not satellite.no_kozai > 0:
             raise PenumbraError(
-                f"TLE line 2: {line2!r} is no orbit SGP4 can propagate (error {self._satellite.error})",
+                f"{what} is no orbit SGP4 can propagate (error {satellite.error})",
                 "a mean motion above 0, an eccentricity below 1 and a perigee above ground are needed",
             )
+        self._satellite = satellite
         self._flattening = flattening
-        self.line1, self.line2 = line1, line2
-        self.period_s: float = 2 * math.pi / self._satellite.no_kozai * 60.0
+        self.period_s: float = 2 * math.pi / satellite.no_kozai * 60.0
         """Anomalistic period, s."""
-        epoch_days = (self._satellite.jdsatepoch - UNIX_EPOCH_JD) + self._satellite.jdsatepochF
+        epoch_days = (satellite.jdsatepoch - UNIX_EPOCH_JD) + satellite.jdsatepochF
         self.epoch_ns: int = round(epoch_days * 86_400_000) * 1_000_000
-        """Epoch of the TLE, UTC, to the millisecond."""
+        """Epoch of the elements, UTC, to the millisecond."""
 
     def satellite_teme_km(self, t_ns: ArrayLike) -> Array:
         """Return positions in TEME, km, the shape of `t_ns` with 3 added.
@@ -207,14 +261,38 @@ class Ephemeris:
         PropagationError
             SGP4 has no position for one of the times.
         """
+        return self._state(t_ns)[0]
+
+    def beta_deg(self, t_ns: ArrayLike) -> Array:
+        """Return the angle of the Sun above the plane of the orbit, deg, -90 to 90, the shape of `t_ns`.
+
+        Raises
+        ------
+        PropagationError
+            SGP4 has no position for one of the times.
+        """
+        position, velocity = self._state(t_ns)
+        normal = np.cross(position, velocity)
+        sun = sun_of_date_km(t_ns)
+        sine = np.sum(normal * sun, axis=-1) / (
+            np.linalg.norm(normal, axis=-1) * np.linalg.norm(sun, axis=-1)
+        )
+        return np.asarray(np.degrees(np.arcsin(sine)), dtype=np.float64)
+
+    def _state(self, t_ns: ArrayLike) -> tuple[Array, Array]:
+        """Return position, km, and velocity, km/s, in TEME."""
         t = np.asarray(t_ns, dtype=np.int64)
         day, rest = np.divmod(t.ravel(), NS_PER_DAY)
-        error, position, _ = self._satellite.sgp4_array(day + UNIX_EPOCH_JD, rest / NS_PER_DAY)
+        error, position, velocity = self._satellite.sgp4_array(day + UNIX_EPOCH_JD, rest / NS_PER_DAY)
         bad = error.astype(bool) | ~np.all(np.isfinite(position), axis=-1)
         if np.any(bad):
             first = int(np.argmax(bad))
             raise PropagationError(f"SGP4 error {error[first]} at t_ns {t.ravel()[first]}")
-        return np.asarray(position, dtype=np.float64).reshape(*t.shape, 3)
+        shape = (*t.shape, 3)
+        return (
+            np.asarray(position, dtype=np.float64).reshape(shape),
+            np.asarray(velocity, dtype=np.float64).reshape(shape),
+        )
 
     def shadow(self, t_ns: ArrayLike) -> tuple[Array, Array, Array]:
         """Return `shadow_angles` at UTC times `t_ns`: three arrays of its shape, rad."""

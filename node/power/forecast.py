@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final
 
 import msgspec
@@ -65,6 +65,37 @@ class EclipseForecast:
             The TLE is malformed or its checksum is wrong; names the line.
         """
         return cls(Ephemeris(line1, line2))
+
+    @classmethod
+    def from_omm(cls, fields: Mapping[str, object]) -> EclipseForecast:
+        """Return the forecast for an Orbit Mean-elements Message.
+
+        Raises
+        ------
+        PenumbraError
+            A field is missing or bad; names it.
+        """
+        return cls(Ephemeris.from_omm(fields))
+
+    def beta_deg(self, t_ns: int) -> float:
+        """Return the angle of the Sun above the plane of the orbit, deg.
+
+        Raises
+        ------
+        PropagationError
+            SGP4 has no position at that time.
+        """
+        return float(self._ephemeris.beta_deg(t_ns))
+
+    def between(self, begin_ns: int, end_ns: int) -> list[UmbraPass]:
+        """Return the whole umbra passes of a stretch of time, of days if need be.
+
+        Raises
+        ------
+        PropagationError
+            SGP4 has no position in that time.
+        """
+        return self._find(begin_ns, end_ns)
 
     @property
     def period_s(self) -> float:

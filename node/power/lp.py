@@ -173,7 +173,10 @@ def solve(problem: Problem, *, time_limit_s: float = 10.0) -> Solution:
     columns = 4 * n
     t = np.arange(columns, columns + n, dtype=np.int32) if problem.heat is not None else None
     columns += 0 if t is None else n
-    spans = [(each.first, n if each.last is None else min(each.last + 1, n)) for each in problem.demands]
+    spans = [
+        (each.first, n if each.last is None else max(each.first, min(each.last + 1, n)))
+        for each in problem.demands
+    ]
     y = []
     for first, end in spans:
         size = max(0, end - first)

@@ -38,6 +38,7 @@ TOUCHING: Final = 0.004
 BEND: Final = 0.02
 PIECES: Final = 4
 """How much an even draw is preferred (`PowerCurve.smooth_lines`): less than any loss it could cost."""
+EMPTY: Final = "bare service alone empties the battery within the horizon"
 FILTER_REACH: Final = 3.0
 """Errors of its sensor that the filtered state of charge may lie from it."""
 NEAR: Final = 1e-3
@@ -265,8 +266,8 @@ class Planner:
         edges_ns, sunlit = segments(inputs, self.settings)
         dt_s = np.diff(np.asarray(edges_ns, dtype=np.float64) / NS_PER_S)
         groups = _groups(inputs)
-        problem = self._problem(inputs, edges_ns, dt_s, sunlit, groups)
         try:
+            problem = self._problem(inputs, edges_ns, dt_s, sunlit, groups)
             solution = solve(problem, time_limit_s=self.settings.time_limit_s)
         except SolverFailed as error:
             return self._rules(inputs, error.what)
@@ -316,8 +317,10 @@ class Planner:
         n = len(dt_s)
         array_w = s.array_margin * self.array.expect_w(dt_s, sunlit, eps.array_sun_w)
         platform_w = eps.platform_w + s.eclipse_extra_w * (1.0 - sunlit)
+        least_w = inputs.least_w
         most_w = inputs.curve.most_w if inputs.cap_w is None else min(inputs.curve.most_w, inputs.cap_w)
-        least_w = min(inputs.least_w, most_w)
+        # Service never stops, whatever the cap.
+        most_w = max(most_w, least_w)
         mean_w = eps.platform_w + 0.5 * (least_w + most_w)
         eta_c, eta_d = self.battery.efficiencies(eps.battery_soc, mean_w)
         full_j = self.battery.energy_j(1.0, eps.battery_wh)
@@ -352,7 +355,10 @@ class Planner:
             heat=self.heat.heat(s.die_limit_c, dt_s, least_w=least_w, most_w=most_w),
         )
         # What bare service leaves: where even that goes below the floor, no plan can stay above it.
-        left_j = np.maximum(_ride(problem, problem.least_w) - 1.0, 0.0)
+        left_j = _ride(problem, problem.least_w)
+        if float(left_j.min()) <= 0.0:
+            raise SolverFailed(EMPTY)
+        left_j = np.maximum(left_j - 1.0, 0.0)
         return replace(problem, floor_j=np.minimum(floor_j, left_j), end_j=min(end_j, float(left_j[-1])))
 
     def _explain(
