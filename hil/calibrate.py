@@ -180,7 +180,8 @@ class WorkerSession:
         """Mean draw before the first point, W; None unless the board measures it."""
         self.draw: list[DrawSample] = []
         """Load and draw over all points."""
-        self._board = open_board(board or BoardSettings(cores=threads))
+        self.board = board or BoardSettings(cores=threads)
+        self._board = open_board(self.board)
         self._drawn: list[float] = []
         """Readings of a meter since the last point began, W."""
         self._messages: asyncio.Queue[tuple[float, protocol.FromWorker]] = asyncio.Queue()

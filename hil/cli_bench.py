@@ -92,6 +92,26 @@ def perplexity(
     _leave(result, render.perplexity(result, _command()), json_path, markdown)
 
 
+@bench_app.command()
+def ceiling(
+    images: Images = None,
+    json_path: Json = None,
+    markdown: Markdown = None,
+    threads: Threads = None,
+    steps: Annotated[int, typer.Option(min=2, max=1000, help="Caps in a row, eight seconds each.")] = 30,
+) -> None:
+    """How well the governor holds a cap that changes, on a real worker of the sim board."""
+    from hil.bench import render
+    from hil.bench.ceiling import bench_ceiling
+    from node.inference.manifest import default_images_dir
+    from node.inference.slots import active_image
+
+    image = active_image(images if images is not None else default_images_dir())
+    with _status() as say:
+        result = bench_ceiling(image, threads=threads or _cores(), steps=steps, progress=say)
+    _leave(result, render.ceiling(result, _command()), json_path, markdown)
+
+
 def calibrate(
     images: Images = None,
     board: Annotated[BoardKind, typer.Option(help="Board driver.")] = BoardKind.SIM,

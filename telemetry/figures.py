@@ -315,6 +315,25 @@ class Calibration(_Part, frozen=True, kw_only=True):
     settings come back, and how much the readings scatter. Null with too few samples."""
 
 
+class CeilingBench(_Part, frozen=True, kw_only=True):
+    """The result of `penumbra bench ceiling`."""
+
+    machine: Machine
+    image_id: str
+    steps: Count
+    """Caps in a row."""
+    samples: Count
+    """Means over one second, from two seconds after each step on."""
+    over_share: Annotated[float, Meta(ge=0, le=1, description="0 to 1")]
+    """Share of them above the cap."""
+    excess_w: Watts
+    """99 % of them were above the cap by this or less."""
+    unused_share: Spread
+    """How far below the cap the draw stayed, as a share of it."""
+    settled_s: Spread
+    """Time from a step down to the last mean above the new cap, s."""
+
+
 class PercentOfBound(_Part, frozen=True, kw_only=True):
     """Value as a percentage of what a clairvoyant could have reached, over cells whose floor was kept."""
 

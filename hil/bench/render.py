@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from telemetry.figures import BenchInference, BenchPerplexity, Calibration, Machine, PairedCost, Spread
+from telemetry.figures import (
+    BenchInference,
+    BenchPerplexity,
+    Calibration,
+    CeilingBench,
+    Machine,
+    PairedCost,
+    Spread,
+)
 
 
 def inference(result: BenchInference, command: str) -> str:
@@ -158,6 +166,27 @@ def perplexity(result: BenchPerplexity, command: str) -> str:
         "nat at most.\n",
     ]  # fmt: skip
     return "\n".join(sections)
+
+
+def ceiling(result: CeilingBench, command: str) -> str:
+    """Return the page of `penumbra bench ceiling`."""
+    return "\n".join([
+        "# Ceiling, measured\n",
+        f"Written by `{command}`; do not edit. {result.steps} caps in a row, eight seconds each, on a real "
+        "worker under the governor of the node; draw of the `sim` board by the worker's CPU time, as means "
+        "over one second, from two seconds after each step on.\n",
+        _machine(result.machine),
+        _table(
+            ("", "measured", "bar", "stretch"),
+            (
+                ("means above the cap", f"{result.over_share:.2%} of {result.samples}", "3 %", ""),
+                ("time from a step down to the last mean above the cap, s",
+                 _spread(result.settled_s, 2), "2", "1"),
+                ("99 % are above by at most, W", f"{result.excess_w:.2f}", "", ""),
+                ("left unused below the cap, share of it", _spread(result.unused_share, 3), "", ""),
+            ),
+        ),
+    ])  # fmt: skip
 
 
 def calibration(result: Calibration) -> str:

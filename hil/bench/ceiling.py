@@ -1,0 +1,198 @@
+"""`penumbra bench ceiling`: steps of a commanded cap on a real worker, and how well the governor holds it.
+
+The governor of the node leads a real worker as in flight: a quarter of a second apart it reads the board,
+decides, and paces. Beside it the CPU time of the worker is read ten times a second, and turned into the draw
+of the `sim` board; what counts is the mean over one second.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from hil.bench.machine import describe_machine, load_average
+from hil.bench.stats import spread
+from hil.calibrate import POSITIONS, WorkerSession
+from node.boards import BoardSettings, open_board
+from node.inference import protocol
+from node.inference.arena import SHARED_MEMORY
+from node.inference.manifest import image_id, load_manifest
+from node.power.ceiling import GovernorSettings, PowerInputs
+from node.power.cpu_share import process_cpu_s
+from node.power.governor import Governor
+from node.power_service import PERIOD_S
+from telemetry.bus import BusEps
+from telemetry.figures import CeilingBench
+
+READ_S: Final = 0.1
+OVER_S: Final = 1.0
+"""Time the draw is averaged over."""
+SETTLED_S: Final = 2.0
+"""Time after a step from which on the cap is to be held."""
+STEP_S: Final = 8.0
+SHARES: Final = (0.25, 0.9)
+"""Range of the caps, as a share of the span from idle to the most."""
+BATCH: Final = 8
+RICH: Final = BusEps(
+    t_ns=0, battery_soc=1.0, battery_v=8.4, battery_a=0.0, battery_wh=1e4, array_w=1e3, array_sun_w=1e3,
+    platform_w=0.0, soc_floor=0.0,
+)  # fmt: skip
+"""A spacecraft whose power never binds: only the cap does."""
+
+
+def bench_ceiling(
+    image: Path,
+    *,
+    threads: int,
+    steps: int,
+    seed: int = 1,
+    progress: Callable[[str], None] = lambda text: None,
+) -> CeilingBench:
+    """Measure how a cap is held.
+
+    Parameters
+    ----------
+    image
+        Directory of the image slot.
+    threads
+        Of the worker.
+    steps
+        Caps in a row, each for `STEP_S`.
+    seed
+        Of the caps.
+    progress
+        Told what is done now.
+
+    Raises
+    ------
+    PenumbraError
+        The worker failed.
+    """
+    load_before = load_average()
+    board = BoardSettings(cores=threads)
+    with tempfile.TemporaryDirectory(prefix=f"penumbra-ceiling-{os.getpid()}-", dir=SHARED_MEMORY) as folder:
+        session = _Held(
+            image,
+            Path(folder),
+            threads=threads,
+            seats=BATCH,
+            positions=min(POSITIONS, load_manifest(image).shape.context),
+            checked=False,
+            board=board,
+        )
+        asyncio.run(session.hold(_caps(steps, board, seed), progress))
+    return CeilingBench(
+        machine=describe_machine(threads, peers=False, load_before=load_before),
+        image_id=image_id(load_manifest(image)),
+        **_judge(session.caps, session.read, board),  # type: ignore[arg-type]
+    )
+
+
+def _caps(steps: int, board: BoardSettings, seed: int) -> list[float]:
+    rng = random.Random(seed)  # noqa: S311
+    span_w = board.core_w * board.cores
+    return [board.idle_w + span_w * rng.uniform(*SHARES) for _ in range(steps)]
+
+
+class _Held(WorkerSession):
+    """A worker under the governor, whose CPU time is read beside."""
+
+    caps: list[tuple[float, float]]
+    """When each cap was set, monotonic, s, and the cap, W."""
+    read: list[tuple[float, float]]
+    """CPU time of the worker, s, by monotonic time."""
+
+    async def hold(self, caps: Sequence[float], progress: Callable[[str], None]) -> None:
+        self.caps, self.read = [], []
+
+        async def body(living: asyncio.Task[object]) -> None:
+            self.keep_busy(BATCH)
+            await self.until(living, protocol.Block, 60.0)
+            async with asyncio.TaskGroup() as group:
+                reading = group.create_task(self._read_cpu(), name="hil.ceiling.read")
+                governing = group.create_task(self._govern(), name="hil.ceiling.govern")
+                for number, cap_w in enumerate(caps):
+                    progress(f"cap {number + 1} of {len(caps)}: {cap_w:.2f} W")
+                    self.caps.append((time.monotonic(), cap_w))
+                    await asyncio.sleep(STEP_S)
+                    self.forget()
+                reading.cancel()
+                governing.cancel()
+
+        await self.live(body)
+
+    async def _govern(self) -> None:
+        """Do what the node's power loop does, on a spacecraft where only the cap binds."""
+        governor = Governor(GovernorSettings())
+        board = open_board(self.board)
+        board.set_worker(self.pid)
+        idle_w, max_w = board.range_w()
+        while True:
+            now_s = time.monotonic()
+            setpoint = governor.handle(
+                PowerInputs(
+                    t_ns=0,
+                    eps=RICH,
+                    umbra=None,
+                    period_s=None,
+                    load_w=board.read().power_w,
+                    cap_w=self.caps[-1][1] if self.caps else None,
+                    idle_w=idle_w,
+                    max_w=max_w,
+                ),
+                now_s,
+            )
+            self.send(protocol.Pace(duty=setpoint.duty, threads=self.board.cores, batch=BATCH))
+            await asyncio.sleep(PERIOD_S)
+
+    async def _read_cpu(self) -> None:
+        while True:
+            used_s = process_cpu_s(self.pid)
+            if used_s is not None:
+                self.read.append((time.monotonic(), used_s))
+            await asyncio.sleep(READ_S)
+
+
+def _judge(
+    caps: Sequence[tuple[float, float]], read: Sequence[tuple[float, float]], board: BoardSettings
+) -> dict[str, object]:
+    """Return how the caps were held."""
+    at, used = np.asarray(read).T
+    ends = at[at >= at[0] + OVER_S]
+    means_w = board.idle_w + board.core_w * (np.interp(ends, at, used) - np.interp(ends - OVER_S, at, used))
+    over = held = 0
+    excess: list[float] = []
+    below: list[float] = []
+    settled: list[float] = []
+    before_w = caps[0][1]
+    for number, (since_s, cap_w) in enumerate(caps):
+        until_s = caps[number + 1][0] if number + 1 < len(caps) else ends[-1]
+        mine = (ends >= since_s) & (ends < until_s)
+        steady = mine & (ends >= since_s + SETTLED_S)
+        over += int(np.sum(means_w[steady] > cap_w))
+        held += int(np.sum(steady))
+        excess += np.maximum(0.0, means_w[steady] - cap_w).tolist()
+        below += (1.0 - means_w[steady] / cap_w).tolist()
+        if number and cap_w < before_w:
+            late = ends[mine & (means_w > cap_w)]
+            first = ends[mine][0] if np.any(mine) else since_s
+            # After the last second that was over the cap, counted in the step's own beginning.
+            begun = late[late - since_s < SETTLED_S * 2]
+            settled.append(float(begun[-1] - since_s) if begun.size else float(first - since_s))
+        before_w = cap_w
+    return {
+        "steps": len(caps),
+        "samples": held,
+        "over_share": over / max(held, 1),
+        "excess_w": float(np.quantile(excess, 0.99)) if excess else 0.0,
+        "unused_share": spread(below),
+        "settled_s": spread(settled),
+    }
