@@ -195,8 +195,11 @@ class PowerService:
         how: str = eclipses.source
         if how == "forecast" and eclipses.edge_margin_s > OLD_MARGIN_S:
             how = "forecast, from old elements"
-        before, self._eclipses_from = self._eclipses_from, how
-        if before in {how, None} and how in {"forecast", before}:
+        before = self._eclipses_from
+        if how == before or (before is None and how == "unknown"):
+            return  # at the start elements are still to come
+        self._eclipses_from = how
+        if before is None and how == "forecast":
             return
         evidence: Evidence = {"source": how, "edge_margin_s": eclipses.edge_margin_s}
         text = f"eclipses: {how}; edges are taken as good to {eclipses.edge_margin_s:.0f} s"

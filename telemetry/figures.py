@@ -296,14 +296,14 @@ class Calibration(_Part, frozen=True, kw_only=True):
 
     machine: Machine
     board: str
-    identity: str
+    identity: str = ""
     """Which board: a node refuses the points of another one."""
     board_measures: bool
     """False: the board computes its draw from CPU time. Such watts prove nothing, so they stay null."""
     image_id: str
     checked: bool
     """Compute checks were on."""
-    idle_w: Watts | None
+    idle_w: Watts | None = None
     """Mean draw without work; null unless the board measures it."""
     points: list[OperatingPoint]
     duty_half_share: float

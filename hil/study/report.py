@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from hil.study.cell import CORE_W, IDLE_W, PLATFORM_W, SOC_FLOOR
+from hil.study.cell import CORE_W, IDLE_W, MEASURED, PLATFORM_W, SOC_FLOOR, measured_curve
 from hil.study.power import OWN, kept
 from telemetry.figures import GovernorRow, PowerStudy, StudyCell
 
@@ -90,6 +90,7 @@ def markdown(result: PowerStudy, command: str, plot: str | None) -> str:
             ],
         ),
     ]  # fmt: skip
+    lines += _tokens_per_joule()
     if plot is not None:
         lines.append(f"![percent of the optimum by governor and array/load ratio]({plot})\n")
     return "\n".join(lines)
@@ -118,6 +119,30 @@ def _row(row: GovernorRow, name: str) -> tuple[str, ...]:
         f"{row.wear_per_year:.1%}",
         f"{row.sim_speed_x:,.0f} x",
     )
+
+
+def _tokens_per_joule() -> list[str]:
+    """Return what batching and slowing down do to tokens per joule, by the measured operating points."""
+    curve = measured_curve()
+    top = curve.hull[-1]
+    body = [
+        (str(threads), str(batch), "1", f"{rate:.1f}", f"{IDLE_W + CORE_W * cores:.2f}",
+         f"{rate / (IDLE_W + CORE_W * cores):.1f}")
+        for threads, batch, rate, cores in MEASURED
+    ]  # fmt: skip
+    for duty in (0.75, 0.5, 0.25):
+        watts = curve.idle_w + duty * (top.power_w - curve.idle_w)
+        rate = duty * top.tokens_s
+        point = (str(top.point.threads), str(top.point.batch), f"{duty:g}")
+        body.append((*point, f"{rate:.1f}", f"{watts:.2f}", f"{rate / watts:.1f}"))
+    return [
+        "## Tokens per joule\n",
+        "Of the whole board. Batching is worth more than anything else: eight together cost hardly more "
+        "watts than one. Slowing down in eclipse costs tokens per joule, for the idle draw goes on; what it "
+        "buys is that the battery lasts to the end. Rates at duty 1 are measured, watts follow from busy "
+        "cores (assumed), rates at a lower duty are in proportion (half duty measured: 0.47 of the rate).\n",
+        *_table(("threads", "together", "duty", "tokens/s", "W", "tokens/J"), body),
+    ]
 
 
 def _axis(cells: Sequence[StudyCell], name: str, key: Callable[[StudyCell], str]) -> list[str]:

@@ -19,7 +19,7 @@ from node.power.operating_point import OperatingPoint
 from node.power_service import PowerService
 from telemetry import bus
 from telemetry.errors import PenumbraError
-from telemetry.packets import PowerPlan
+from telemetry.packets import PowerPlan, Severity
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "node-example.toml"
 ISS = bus.BusOrbit(
@@ -45,9 +45,14 @@ class Posted:
 
     def __init__(self) -> None:
         self.packets: list[PowerPlan] = []
+        self.events: list[str] = []
+        self.t_ns = EPOCH_NS
 
     def now_ns(self) -> int:
-        return EPOCH_NS
+        return self.t_ns
+
+    def event(self, severity: Severity, name: str, text: str, evidence: object) -> None:
+        self.events.append(name)
 
     def post(self, packet: PowerPlan) -> None:
         self.packets.append(packet)
@@ -186,6 +191,27 @@ def test_the_forecast_is_reported_once_the_bus_gave_an_orbit() -> None:
     assert 0 <= rig.sunlit[0] <= 1
     assert rig.service.umbra is not None
     assert rig.service.umbra.exit_ns > EPOCH_NS
+
+
+def test_old_elements_are_told_with_the_margin_they_need_and_those_too_old_are_not_used() -> None:
+    rig = Rig()
+    rig.service._turn(0.0)
+    rig.view.handle(ISS, 0.0)
+    rig.view.handle(EPS, 0.0)
+    rig.service._turn(0.25)
+    assert rig.posted.events == []
+    rig.posted.t_ns += 12 * 86_400 * 1_000_000_000
+    rig.service._turn(0.5)
+    assert rig.posted.events == ["power.eclipses"]
+    assert 10.0 < rig.service.planning.eclipses.edge_margin_s < 60.0
+    rig.posted.t_ns += 20 * 86_400 * 1_000_000_000
+    rig.service._turn(0.75)
+    rig.service._turn(1.0)
+    assert rig.posted.events == ["power.eclipses"] * 2
+    assert rig.service.planning.eclipses.source == "unknown"
+    rig.posted.t_ns = EPOCH_NS
+    rig.service._turn(1.25)
+    assert rig.posted.events == ["power.eclipses"] * 3
 
 
 async def test_the_draw_is_published_while_the_bus_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
