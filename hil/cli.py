@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from hil.cli_bench import bench_app, calibrate
+from hil.cli_bench import BoardKind, bench_app, calibrate
 from hil.cli_campaign import campaign_app
 from hil.cli_model import model_app
 from hil.cli_study import study_app
@@ -60,7 +60,9 @@ def fly(
         float | None, typer.Option(help="Mission seconds a second; the scenario's if not given.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of faults; the scenario's if not given.")] = None,
-    board: Annotated[str | None, typer.Option(help="Board driver: sim (x86 and jetson are to come).")] = None,
+    board: Annotated[
+        BoardKind | None, typer.Option(help="Board driver; the scenario's if not given.")
+    ] = None,
     governor: Annotated[
         Policy | None, typer.Option(help="Who decides the watts, to compare; the scenario's if not given.")
     ] = None,
@@ -83,7 +85,7 @@ def fly(
                 scenario=scenario,
                 speed=speed,
                 seed=seed,
-                board=board,
+                board=None if board is None else board.value,
                 governor=None if governor is None else governor.value,
                 live=live,
                 json_path=json_path,
@@ -152,6 +154,7 @@ def node(
 def _probe(config: Path) -> None:
     """Show what the board of a configuration offers."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from node.boards import open_board
@@ -164,7 +167,7 @@ def _probe(config: Path) -> None:
     colours = {"ok": "green", "missing": "yellow", "denied": "red", "bad": "red"}
     for offer in board.probe():
         state = f"[{colours[offer.state]}]{offer.state}[/]"
-        table.add_row(offer.what, state, offer.detail, offer.mend)
+        table.add_row(offer.what, state, escape(offer.detail), escape(offer.mend))
     Console().print(table)
 
 

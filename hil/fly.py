@@ -26,6 +26,7 @@ from hil.report import write_report
 from hil.run_dir import SLOT, RunDir, make_run_dir, scenario_text
 from hil.scenario import Scenario, load_scenario
 from hil.verdict import exit_code, summarize
+from node.boards import open_board
 from node.inference.manifest import TOKENIZER, default_images_dir, load_manifest
 from node.inference.tokenizer import Tokenizer
 from telemetry.errors import PenumbraError
@@ -107,7 +108,7 @@ def with_options(scenario: Scenario, options: FlyOptions) -> Scenario:
     Raises
     ------
     PenumbraError
-        A value out of range, or a board this version has no driver for.
+        A value out of range, or a board whose draw cannot be measured here.
     """
     flight = scenario.scenario
     if options.speed is not None:
@@ -121,16 +122,15 @@ def with_options(scenario: Scenario, options: FlyOptions) -> Scenario:
         if not 0 <= options.seed < 2**63:
             raise PenumbraError(f"--seed {options.seed}: 0 to {2**63 - 1} is allowed")
         flight = msgspec.structs.replace(flight, seed=options.seed)
-    if options.board not in {None, "sim"}:
-        raise PenumbraError(
-            f"--board {options.board}: this version has no driver for it, sim is allowed",
-            "fly with --board sim",
-        )
+    board = scenario.board
+    if options.board is not None:
+        board = msgspec.structs.replace(board, kind=cast(Literal["sim", "x86", "jetson"], options.board))
+        open_board(board)  # refused here, with its reason, rather than by the node later
     node = scenario.node
     if options.governor is not None:
         policy = cast(Literal["planner", "rules", "threshold"], options.governor)
         node = msgspec.structs.replace(node, planner=msgspec.structs.replace(node.planner, policy=policy))
-    return msgspec.structs.replace(scenario, scenario=flight, node=node)
+    return msgspec.structs.replace(scenario, scenario=flight, node=node, board=board)
 
 
 async def _fly(flight: Flight, console: Console, *, live: bool) -> Flown:

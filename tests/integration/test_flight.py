@@ -169,7 +169,7 @@ def test_interrupted_while_loading(folder: Path, tiny_images: Path) -> None:
         (["no-such-scenario"], "no packaged scenario of that name"),
         (["default-short", "--images", "{tmp}"], "penumbra model build"),
         (["default-short", "--speed", "0"], "--speed"),
-        (["default-short", "--board", "jetson"], "no driver"),
+        (["default-short", "--board", "jetson"], "so the draw is unknown"),
         (["default-short", "--images", "{images}", "--out", "{tmp}/file/x"], "cannot be made"),
         (["default-short", "--images", "{images}", "--out", "{tmp}/o", "--port", "{port}"], "is in use"),
         (["default-short", "--images", "{images}", "--json", "{tmp}/none/s.json"], "no such directory"),

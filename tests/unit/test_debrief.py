@@ -141,7 +141,7 @@ def test_options_override_the_scenario() -> None:
         (FlyOptions(speed=1000.5), "--speed 1000.5"),
         (FlyOptions(speed=float("nan")), "--speed nan"),
         (FlyOptions(seed=-1), "--seed -1"),
-        (FlyOptions(board="jetson"), "--board jetson"),
+        (FlyOptions(board="jetson"), "kind 'jetson': no INA3221"),
     ],
 )
 def test_options_out_of_range(options: FlyOptions, words: str) -> None:
