@@ -171,7 +171,7 @@ class Node:
             blocked=lambda: self._runner.blocked,
             redundant=lambda: self._modes.mode in config.worker.redundant_modes,
             on_batch=self._runner.look,
-            tasks=lambda: self._runner.tasks,
+            tasks=lambda: () if self._modes.mode is Mode.SAFE else self._runner.tasks,
             tokens_s=lambda: self._worker.counters.tokens_s,
             on_sunlit=lambda fraction: self._change_mode(modes.Sunlight(fraction)),
             cap_w=identity.boot.cap_w,

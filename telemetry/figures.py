@@ -330,8 +330,8 @@ class CeilingBench(_Part, frozen=True, kw_only=True):
     """99 % of them were above the cap by this or less."""
     unused_share: Spread
     """How far below the cap the draw stayed, as a share of it."""
-    settled_s: Spread
-    """Time from a step down to the last mean above the new cap, s."""
+    settled_s: Spread | None
+    """Time from a step down to the last mean above the new cap, s; null without a step down."""
 
 
 class PercentOfBound(_Part, frozen=True, kw_only=True):

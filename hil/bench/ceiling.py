@@ -194,5 +194,5 @@ def _judge(
         "over_share": over / max(held, 1),
         "excess_w": float(np.quantile(excess, 0.99)) if excess else 0.0,
         "unused_share": spread(below),
-        "settled_s": spread(settled),
+        "settled_s": spread(settled) if settled else None,
     }

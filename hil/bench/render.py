@@ -181,7 +181,7 @@ def ceiling(result: CeilingBench, command: str) -> str:
             (
                 ("means above the cap", f"{result.over_share:.2%} of {result.samples}", "3 %", ""),
                 ("time from a step down to the last mean above the cap, s",
-                 _spread(result.settled_s, 2), "2", "1"),
+                 "-" if result.settled_s is None else _spread(result.settled_s, 2), "2", "1"),
                 ("99 % are above by at most, W", f"{result.excess_w:.2f}", "", ""),
                 ("left unused below the cap, share of it", _spread(result.unused_share, 3), "", ""),
             ),

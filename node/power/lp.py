@@ -22,7 +22,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-import highspy
 import numpy as np
 from numpy.typing import NDArray
 
@@ -168,7 +167,7 @@ def solve(problem: Problem, *, time_limit_s: float = 10.0) -> Solution:
     """
     n = len(problem.dt_s)
     dt_s = problem.dt_s
-    infinity = highspy.kHighsInf
+    infinity = np.inf
     p, c, d, e = (np.arange(i * n, (i + 1) * n, dtype=np.int32) for i in range(4))
     columns = 4 * n
     t = np.arange(columns, columns + n, dtype=np.int32) if problem.heat is not None else None
@@ -244,6 +243,8 @@ def _add_heat(rows: _Rows, heat: Heat, dt_s: Array, p: NDArray[np.int32], t: NDA
 
 def _run(cost: Array, lower: Array, upper: Array, rows: _Rows, time_limit_s: float) -> Array:
     """Return the columns that maximise the cost."""
+    import highspy  # noqa: PLC0415 - 5 MB that safe mode does without
+
     model = highspy.HighsLp()
     model.num_col_, model.num_row_ = len(cost), rows.count
     model.sense_ = highspy.ObjSense.kMaximize
