@@ -15,6 +15,8 @@ import msgspec
 
 from node.power.ceiling import GovernorSettings, Limits, PowerInputs, Reason
 
+HARD: Final = frozenset({Reason.COMMAND, Reason.THERMAL})
+"""Limits that no second may exceed; the others are of energy, and hold on the mean."""
 JUMP_SHARE: Final = 0.05
 """A change of the ceiling by this share of the board's range is a jump."""
 
@@ -70,7 +72,13 @@ class Governor:
             To be carried out until the next call; once or twice a second is meant.
         """
         decided = self._limits.handle(inputs)
-        duty = self._hold(inputs, decided.ceiling_w, now_s, at_once=decided.reason is Reason.FLOOR)
+        aim_w = decided.ceiling_w
+        if decided.reason in HARD:
+            span_w = max(inputs.max_w - inputs.idle_w, 1e-9)
+            aim_w = max(
+                aim_w - self.settings.hard_margin * span_w, inputs.idle_w + self.settings.min_duty * span_w
+            )
+        duty = self._hold(inputs, aim_w, now_s, at_once=decided.reason is Reason.FLOOR)
         return Setpoint(
             ceiling_w=decided.ceiling_w,
             duty=duty,
