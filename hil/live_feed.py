@@ -179,7 +179,10 @@ class _Sum:
 
 def plan_text(plan: PowerPlan, start_ns: int) -> str:
     """Return who decides the watts and what binds, for people."""
-    because = _BINDING.get(plan.binding, plan.binding) if plan.reason == "plan" else plan.reason
+    if plan.reason == "plan":
+        because = _BINDING.get(plan.binding, plan.binding)
+    else:
+        because = _REASON.get(plan.reason, plan.reason)
     at = ""
     if plan.reason == "plan" and plan.binds_at_ns is not None and plan.binding not in {"board", "cap"}:
         at = f" at {clock((plan.binds_at_ns - start_ns) / NS_PER_S)}"
@@ -201,4 +204,13 @@ _BINDING = {
     "thermal": "the die's temperature",
     "worth": "worth more later",
     "none": "nothing",
+}
+_REASON = {
+    "board": "all the board can draw",
+    "array": "the array",
+    "battery": "what the battery can give",
+    "thermal": "the die's temperature",
+    "command": "the commanded cap",
+    "floor": "the battery's floor is near",
+    "unknown_bus": "the bus is silent",
 }

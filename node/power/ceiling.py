@@ -173,7 +173,9 @@ class Limits:
             eclipse = _in_umbra(inputs) or eps.array_w < DARK_SHARE * eps.array_sun_w
             if inputs.planned_w is not None:
                 limits[Reason.PLAN] = inputs.planned_w
-                margin = s.floor_guard + inputs.soc_sigma
+                # What may be overspent before the loop has brought the draw down belongs to the margin.
+                overspent_j = (inputs.max_w - service_w) * s.response_s * inputs.rate
+                margin = s.floor_guard + inputs.soc_sigma + overspent_j / (eps.battery_wh * SECONDS_PER_HOUR)
                 if eclipse:
                     limits[Reason.BATTERY] = self._reach_w(inputs, eps, margin)
                 else:

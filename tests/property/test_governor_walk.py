@@ -48,8 +48,9 @@ def feasible(case: dict[str, Any]) -> bool:
 class Walk:
     """A battery, an array and a worker, as simple as can be; the governor in the loop."""
 
-    def __init__(self, case: dict[str, Any]) -> None:
+    def __init__(self, case: dict[str, Any], planned_w: float | None = None) -> None:
         self.case = case
+        self.planned_w = planned_w
         self.soc, self.load_w, self.duty = case["soc_start"], IDLE_W, TUNING.min_duty
         self.lowest = self.soc
         self.duties: list[float] = []
@@ -105,6 +106,7 @@ class Walk:
                 idle_w=IDLE_W,
                 max_w=MAX_W,
                 busy=busy,
+                planned_w=self.planned_w,
             ),
             now_s,
         )
@@ -143,6 +145,16 @@ def test_battery_stays_above_its_floor_and_service_goes_on(case: dict[str, Any])
     assert walk.lowest >= FLOOR
     assert min(walk.duties) >= TUNING.min_duty
     assert max(walk.duties) <= 1.0
+
+
+@given(strategies.power_cases)
+@settings(max_examples=150, deadline=None)
+def test_the_floor_is_kept_under_a_plan_that_gives_everything_always(case: dict[str, Any]) -> None:
+    assume(feasible(case))
+    walk = Walk(case, planned_w=MAX_W)
+    walk.run()
+    assert walk.lowest >= FLOOR
+    assert min(walk.duties) >= TUNING.min_duty
 
 
 @given(strategies.power_cases)

@@ -196,6 +196,22 @@ def test_no_windup_without_work() -> None:
     assert working.duty > 0.5 - BELOW_CAP_W / 8
 
 
+def test_a_plan_is_followed_only_as_far_as_the_battery_carries_it() -> None:
+    planned = msgspec.structs.replace(SUN, planned_w=9.0)
+    assert (decide(planned).ceiling_w, decide(planned).reason) == (9.0, Reason.PLAN)
+    # In eclipse: what is above floor and guard, to its end.
+    dark = msgspec.structs.replace(with_eps(DARK, battery_soc=0.95), planned_w=12.0, soc_sigma=0.01)
+    held = decide(dark)
+    assert held.reason is Reason.BATTERY
+    assert held.ceiling_w == pytest.approx(0.235 * 24.0 * 0.93 * 3600 / 2100 - 4.0, abs=0.01)
+    # In sunlight: bare service through the eclipse ahead must stay possible, by the array as it is.
+    needed = 0.7 + 0.005 + (4.0 + SERVICE_W) * 2100 / (24.0 * 3600 * 0.93)
+    weak = with_eps(planned, battery_soc=needed, array_w=10.0)
+    assert decide(weak).reason is Reason.BATTERY
+    assert decide(weak).ceiling_w == pytest.approx(10.0 - 4.0, abs=0.01)
+    assert decide(with_eps(planned, battery_soc=needed - 0.05, array_w=10.0)).ceiling_w < 6.0
+
+
 def test_duty_rises_slower_than_it_falls() -> None:
     governor = Governor()
     low = msgspec.structs.replace(SUN, cap_w=4.4, load_w=4.4)

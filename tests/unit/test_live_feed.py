@@ -12,7 +12,7 @@ import pytest
 from hil import live_feed as module
 from hil.faults import Target
 from hil.live import LiveState
-from hil.live_feed import LiveFeed
+from hil.live_feed import LiveFeed, plan_text
 from hil.spacecraft import FlightClock
 from telemetry.frame import Frame, decode_frame, encode_frame
 from telemetry.packets import (
@@ -28,7 +28,7 @@ from telemetry.packets import (
     Severity,
 )
 from telemetry.spool import Spool
-from tests.flight_records import housekeeping, strike
+from tests.flight_records import START_NS, housekeeping, plans, strike
 
 T0 = 1_700_000_000_000_000_000
 
@@ -180,3 +180,26 @@ def test_the_answer_to_a_strike_is_that_of_the_same_job(feed: Feed) -> None:
     assert "last in" in feed.state.last_strike
     feed.take(msgspec.structs.replace(report, evidence={"job": struck.job}))
     assert feed.state.last_strike == f"global page {struck.page}: 50 ms"
+
+
+@pytest.mark.parametrize(
+    ("sample", "text"),
+    [
+        (0, "planner: the battery's floor at 1:10:00"),
+        (1, "rules: the commanded cap"),
+        (2, "rules: the array"),
+    ],
+)
+def test_the_plan_is_told_in_words(sample: int, text: str) -> None:
+    assert plan_text(plans()[sample].packet, START_NS) == text
+
+
+def test_backlog_and_shedding_are_told_with_the_plan() -> None:
+    packet = msgspec.structs.replace(
+        plans()[0].packet, least_priority=7,
+        backlog_tokens=900, backlog_clear_ns=START_NS + 600 * 1_000_000_000,
+    )  # fmt: skip
+    told = plan_text(packet, START_NS)
+    assert "backlog 900 tokens, done 0:10:00" in told
+    assert "shed below priority 7" in told
+    assert "beyond the horizon" in plan_text(msgspec.structs.replace(packet, backlog_clear_ns=None), START_NS)
