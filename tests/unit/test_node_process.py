@@ -17,11 +17,14 @@ from telemetry.errors import PenumbraError
 # A stand-in for the node: starts a child whose command line names the worker module, and waits.
 NODE = """
 import signal, subprocess, sys, time
+# Whoever sees the child may already stop us.
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "node.inference.worker"],
                          start_new_session=True)
 def leave(*_):
     child.kill(); child.wait(); sys.exit(0)
 signal.signal(signal.SIGTERM, leave)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 print("up", flush=True)
 while True: time.sleep(0.05)
 """
