@@ -150,6 +150,10 @@ class Planning:
             # Nothing to plan: the next job has all the board can give until there is a plan for it.
             self.plan, self.least_priority = None, LOWEST_PRIORITY
             return most_w
+        if self.eclipses.source == "unknown":
+            # Not to know of an eclipse is not to have none: the rules reckon with one at any time.
+            self.plan, self.least_priority = None, LOWEST_PRIORITY
+            return None
         self._follow_rate()
         basis = (
             tuple(sorted(task.job for task in tasks)),

@@ -22,6 +22,7 @@ from node.pulse import Pulse
 from node.recorder import Evidence, Recorder
 from node.scheduler import Task
 from telemetry import bus, topics
+from telemetry.errors import PenumbraError
 from telemetry.link import Link, LinkDown
 from telemetry.packets import PlanSegment, PowerPlan, Severity
 
@@ -123,6 +124,8 @@ class PowerService:
         self._rest_until_s = 0.0
         self._least_priority = 0
         self._eclipses_from: str | None = None
+        self._asked: tuple[int, str | None] | None = None
+        self._to_operate: asyncio.Queue[OperatingPoint] = asyncio.Queue()
         self._reported_plan: Plan | None = None
         self._planned: tuple[Setpoint, float] | None = None
         self.pulse = Pulse("power")
@@ -133,6 +136,7 @@ class PowerService:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._govern(), name="node.power.govern")
             group.create_task(self._publish_load(), name="node.power.load")
+            group.create_task(self._operate_board(), name="node.power.board")
 
     def board_c(self, now_s: float) -> float | None:
         """Return the board's temperature, from its own sensor or from the bus."""
@@ -222,7 +226,9 @@ class PowerService:
     def _operate(self, point: OperatingPoint) -> None:
         resized = point.batch != self.point.batch
         self.point = point
-        self._board.operate(point)
+        if (point.threads, point.power_mode) != self._asked:
+            self._asked = point.threads, point.power_mode
+            self._to_operate.put_nowait(point)
         duty = self._config.power.min_duty if self._blocked() else point.duty
         if time.monotonic() < self._rest_until_s:
             duty = min(duty, REST_DUTY)
@@ -231,6 +237,16 @@ class PowerService:
         )
         if resized:
             self._on_batch()
+
+    async def _operate_board(self) -> None:
+        """Hold the board to the points chosen, apart from the governor: a power mode takes time to set."""
+        while True:
+            point = await self._to_operate.get()
+            try:
+                await asyncio.to_thread(self._board.operate, point)
+            except PenumbraError as error:
+                evidence: Evidence = {"threads": point.threads, "power_mode": point.power_mode}
+                self._recorder.event(Severity.MEDIUM, "power.point_refused", error.what, evidence)
 
     def _report(self, setpoint: Setpoint, now_s: float) -> None:
         plan = self.planning.plan

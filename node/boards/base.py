@@ -82,7 +82,13 @@ class Board(Protocol):
         """Tell which process computes now. Boards that meter their own draw ignore it."""
 
     def operate(self, point: OperatingPoint) -> None:
-        """Hold the board to an operating point, beyond what the worker does by itself."""
+        """Hold the board to an operating point, beyond what the worker does by itself. May take seconds.
+
+        Raises
+        ------
+        PenumbraError
+            The board does not take it.
+        """
 
     def read(self) -> BoardReading:
         """Return draw and temperature now."""

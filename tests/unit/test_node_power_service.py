@@ -59,6 +59,10 @@ class Posted:
 
 
 class FixedBoard:
+    def __init__(self) -> None:
+        self.points: list[OperatingPoint] = []
+        self.refuses = False
+
     name = "fixed"
     power_w = 6.0
 
@@ -75,7 +79,9 @@ class FixedBoard:
         return None
 
     def operate(self, point: OperatingPoint) -> None:
-        return None
+        self.points.append(point)
+        if self.refuses:
+            raise PenumbraError("power mode '10W' is not in force", "reboot")
 
     def probe(self) -> list[Offer]:
         return []
@@ -95,10 +101,11 @@ class Rig:
         self.redundant = False
         self.resized = 0
         self.config = NodeConfig.load(EXAMPLE)
+        self.board = FixedBoard()
         recorder: Any = self.posted
         self.service = PowerService(
             self.config,
-            board=FixedBoard(),
+            board=self.board,
             view=self.view,
             clock=MissionClock(EPOCH_NS, 0),
             link=self.link,
@@ -178,6 +185,28 @@ def test_all_threads_and_the_whole_batch_are_used_unless_another_point_is_chosen
     rig.blocked = True
     rig.service._turn(0.75)
     assert rig.pace.duty == rig.config.power.min_duty
+
+
+async def test_the_board_is_asked_when_threads_or_mode_change_and_may_refuse(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "PERIOD_S", 0.01)
+    rig = Rig()
+    rig.view.handle(EPS, 0.0)
+    rig.board.refuses = True
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(rig.service.run(), name="test.power")
+        await until(lambda: "power.point_refused" in rig.posted.events)
+        count = len(rig.sent)
+        await until(lambda: len(rig.sent) > count + 5)
+        assert len(rig.board.points) == 1, "a refusal is told once, and the worker is paced on"
+        rig.board.refuses = False
+        rig.service.choose = lambda setpoint: OperatingPoint(
+            threads=2, batch=8, duty=setpoint.duty, power_mode="25W"
+        )
+        await until(lambda: len(rig.board.points) == 2)
+        task.cancel()
+    assert rig.posted.events == ["power.point_refused"]
 
 
 def test_the_forecast_is_reported_once_the_bus_gave_an_orbit() -> None:

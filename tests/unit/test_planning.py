@@ -66,6 +66,15 @@ def test_without_jobs_nothing_is_planned_and_the_next_one_has_the_whole_board() 
     assert rig.planning.plan.backlog_tokens == 100_000
 
 
+def test_without_any_knowledge_of_eclipses_the_rules_decide() -> None:
+    rig = Rig()
+    rig.tasks = [task("a", 100_000)]
+    much_later_s = 40 * 86_400.0
+    assert rig.watts(much_later_s) is None
+    assert rig.planning.eclipses.source == "unknown"
+    assert rig.planning.plan is None
+
+
 def test_a_change_of_jobs_cap_or_contact_makes_a_new_plan_but_not_at_once() -> None:
     rig = Rig()
     rig.tasks = [task("a", 100_000)]
