@@ -113,7 +113,7 @@ def test_tiny_flight_from_start_to_report(folder: Path, tiny_images: Path) -> No
     # The tiny model is done with its jobs in no time, and an idle board draws the same in sun and shadow.
     for name in set(ok) - {"eclipse_watts", "protection_overhead"}:
         assert ok[name] is True, failed(summary)
-    # How many jobs get up in contacts of a second or two varies; what did is released, and all of it came down.
+    # How many jobs get up in contacts of a second or two varies; what is released of them came down.
     assert summary.tokens.released == sum(len(job.tokens) for job in record.jobs)
     assert summary.tokens.released >= 100
     assert summary.tokens.reference_match is True
