@@ -24,11 +24,12 @@ import msgspec
 
 from fdir.latchup import DrawSample
 from hil.bench.machine import describe_machine, load_average
-from hil.current_fit import clock_files, fit_current, read_clocks
+from hil.current_fit import fit_current
 from node.boards import BoardSettings, open_board
 from node.inference import protocol
 from node.inference.arena import SHARED_MEMORY
 from node.inference.manifest import image_id, load_manifest
+from node.power import operating_point as power_side
 from node.power.cpu_share import CpuShare, process_cpu_s
 from node.worker_process import WorkerProcess
 from telemetry.errors import PenumbraError
@@ -69,6 +70,7 @@ class Point:
     threads: int
     batch: int
     duty: float
+    power_mode: str | None = None
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,12 @@ class _Mark:
     cpu_s: float
 
 
-def points(threads: int, batches: Sequence[int] = BATCHES) -> list[Point]:
+def points(
+    threads: int, batches: Sequence[int] = BATCHES, modes: Sequence[str | None] = (None,)
+) -> list[Point]:
     """Return the operating points: every thread count with every batch size, then one at half duty.
+
+    Those of each power mode come together, in the order of the modes; half duty is looked at in the last.
 
     Parameters
     ----------
@@ -89,9 +95,16 @@ def points(threads: int, batches: Sequence[int] = BATCHES) -> list[Point]:
         Most threads, 1 or more.
     batches
         Batch sizes, the smallest first.
+    modes
+        Power modes, by name; None: the one in force.
     """
-    full = [Point(number, batch, 1.0) for number in range(1, threads + 1) for batch in batches]
-    return [*full, Point(threads, batches[0], 0.5)]
+    full = [
+        Point(number, batch, 1.0, mode)
+        for mode in modes
+        for number in range(1, threads + 1)
+        for batch in batches
+    ]
+    return [*full, Point(threads, batches[0], 0.5, modes[-1])]
 
 
 def calibrate(
@@ -101,6 +114,7 @@ def calibrate(
     threads: int,
     seconds: float,
     batches: Sequence[int] | None = None,
+    power_modes: Sequence[str] = (),
     checked: bool = False,
     progress: Callable[[Point], None] = lambda point: None,
 ) -> Calibration:
@@ -118,6 +132,8 @@ def calibrate(
         Physical time each point is measured for, at least, s.
     batches
         Batch sizes, the smallest first; `BATCHES` if not given.
+    power_modes
+        Power modes to measure in, by name; the one in force if not given. That is put back at the end.
     checked
         With compute checks.
     progress
@@ -126,7 +142,7 @@ def calibrate(
     Raises
     ------
     PenumbraError
-        There is no such board, or the worker failed; the message says where its log ends.
+        The board has no meter or no such power mode, or the worker failed: how its log ends is told.
     """
     batches = BATCHES if batches is None else batches
     settings = msgspec.structs.replace(board, cores=threads)
@@ -144,8 +160,14 @@ def calibrate(
             checked=checked,
             board=settings,
         )
-        measured = asyncio.run(session.run(points(threads, batches), seconds, progress))
-    whole = next(p for p in measured if (p.threads, p.batch, p.duty) == (threads, batches[0], 1.0))
+        modes = power_modes or (driver.power_mode(),)
+        measured = asyncio.run(session.run(points(threads, batches, modes), seconds, progress))
+    half = measured[-1]
+    whole = next(
+        p
+        for p in measured
+        if (p.threads, p.batch, p.duty, p.power_mode) == (threads, batches[0], 1.0, half.power_mode)
+    )
     return Calibration(
         machine=describe_machine(threads, peers=False, load_before=load_before),
         board=driver.name,
@@ -155,7 +177,7 @@ def calibrate(
         image_id=image_id(load_manifest(image)),
         checked=checked,
         points=measured,
-        duty_half_share=measured[-1].tokens_s / whole.tokens_s,
+        duty_half_share=half.tokens_s / whole.tokens_s,
         reloads=session.loads - 1,
         current=fit_current(session.draw, DRAW_PERIOD_S),
     )
@@ -184,6 +206,8 @@ class WorkerSession:
         self._board = open_board(self.board)
         self._drawn: list[float] = []
         """Readings of a meter since the last point began, W."""
+        self._warmth: list[float] = []
+        """Temperatures since then, degC."""
         self._messages: asyncio.Queue[tuple[float, protocol.FromWorker]] = asyncio.Queue()
         self._arrived_s = 0.0
         """When the message last taken from the queue arrived, monotonic, s."""
@@ -230,13 +254,26 @@ class WorkerSession:
                 # What the board draws without work belongs to the fit.
                 await asyncio.sleep(min(seconds, IDLE_S))
                 self.idle_w = self._mean_draw_w()
-                for point in wanted:
-                    progress(point)
-                    found.append(await self._measure(living, point, seconds))
+                before = self._board.power_mode()
+                try:
+                    for point in wanted:
+                        progress(point)
+                        await self._enter(point.power_mode)
+                        found.append(await self._measure(living, point, seconds))
+                finally:
+                    await self._enter(before)
                 watching.cancel()
 
         await self.live(body)
         return found
+
+    async def _enter(self, power_mode: str | None) -> None:
+        """Put a power mode in force; None leaves the one that is."""
+        if power_mode is not None:
+            whole = power_side.OperatingPoint(
+                threads=self.board.cores, batch=1, duty=1.0, power_mode=power_mode
+            )
+            await asyncio.to_thread(self._board.operate, whole)
 
     async def live(self, body: Callable[[asyncio.Task[object]], Coroutine[object, object, None]]) -> None:
         """Start the worker, run `body` when it is ready, and stop it in order.
@@ -284,15 +321,15 @@ class WorkerSession:
     async def _watch_draw(self) -> None:
         """Read load and draw together, as the node's power loop does."""
         share = CpuShare()
-        clocks = clock_files()
         self._board.set_worker(self.pid)
         while True:
             reading, used = self._board.read(), share.sample(self.pid)
             if reading.power_w is not None and self._board.measures:
                 self._drawn.append(reading.power_w)
+            if reading.board_c is not None:
+                self._warmth.append(reading.board_c)
             if used is not None and reading.power_w is not None:
-                freq_ghz = read_clocks(clocks)
-                self.draw.append(DrawSample(reading.power_w, used, freq_ghz, reading.board_c))
+                self.draw.append(DrawSample(reading.power_w, used, reading.clock_ghz, reading.board_c))
             await asyncio.sleep(DRAW_PERIOD_S)
 
     def _mean_draw_w(self) -> float | None:
@@ -317,6 +354,7 @@ class WorkerSession:
         somewhere = await self._mark(living, 0)
         first = last = await self._mark(living, somewhere.tokens)
         self._drawn.clear()
+        self._warmth.clear()
         while last.at_s - first.at_s < seconds:
             last = await self._mark(living, last.tokens)
         self._refill = False
@@ -333,6 +371,8 @@ class WorkerSession:
             cpu_share=(last.cpu_s - first.cpu_s) / taken_s,
             power_w=self._mean_draw_w(),
             seconds=taken_s,
+            power_mode=point.power_mode,
+            board_c=sum(self._warmth) / len(self._warmth) if self._warmth else None,
         )
 
     def _start(self) -> None:

@@ -121,9 +121,12 @@ def calibrate(
     json_path: Json = None,
     threads: Threads = None,
     seconds: Annotated[float, typer.Option(min=0.5, max=600, help="Time for each point, s.")] = 5.0,
+    power_mode: Annotated[
+        list[str] | None, typer.Option(help="Power mode to measure in, by name. May be repeated.")
+    ] = None,
     checked: Annotated[bool, typer.Option(help="With compute checks.")] = False,
 ) -> None:
-    """Measure tokens/s and CPU share of each operating point of this board, through a real worker."""
+    """Measure tokens/s, CPU share, watts and heat of each operating point here, through a real worker."""
     from hil.bench import render
     from hil.calibrate import calibrate as measure
     from node.boards import BoardSettings
@@ -136,11 +139,12 @@ def calibrate(
     with _status() as say:
 
         def before(point: Point) -> None:
-            say(f"{point.threads} threads, {point.batch} together, duty {point.duty:g}")
+            mode = "" if point.power_mode is None else f", mode {point.power_mode}"
+            say(f"{point.threads} threads, {point.batch} together, duty {point.duty:g}{mode}")
 
         result = measure(
             image, board=settings, threads=threads or _cores(), seconds=seconds,
-            checked=checked, progress=before,
+            power_modes=power_mode or (), checked=checked, progress=before,
         )  # fmt: skip
     text = render.calibration(result)
     if not result.board_measures:

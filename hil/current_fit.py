@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -21,22 +20,6 @@ QUIET_SHARE: Final = 0.25
 """CPU share up to which a sample counts as quiet, 1 = one core: as in `fdir.latchup.LatchupLimits`."""
 
 _Floats = npt.NDArray[np.float64]
-
-
-def clock_files(sysfs: Path = Path("/sys/devices/system/cpu")) -> list[Path]:
-    """Return the files that tell the clocks of the cores; none on most virtual machines."""
-    return sorted(sysfs.glob("cpu[0-9]*/cpufreq/scaling_cur_freq"))
-
-
-def read_clocks(files: Sequence[Path]) -> float | None:
-    """Return the mean clock of the cores, GHz; None when no core tells it."""
-    clocks_khz = []
-    for path in files:
-        try:
-            clocks_khz.append(int(path.read_text()))
-        except (OSError, ValueError):
-            continue  # a core that is switched off
-    return sum(clocks_khz) / len(clocks_khz) / 1e6 if clocks_khz else None
 
 
 def fit_current(samples: Sequence[DrawSample], sample_s: float) -> CurrentProfile | None:

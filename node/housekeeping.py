@@ -177,6 +177,8 @@ class HousekeepingService:
             ceiling_w=0.0 if setpoint is None else setpoint.ceiling_w,
             duty=0.0 if setpoint is None else setpoint.duty,
             board_c=power.board_c(now_s),
+            ecc_corrected=power.reading.ecc_corrected,
+            ecc_uncorrected=power.reading.ecc_uncorrected,
             worker_state=s.worker.state,
             worker_generation=counters.generation,
             worker_restarts=counters.restarts,

@@ -6,8 +6,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import msgspec
-
 from fdir.latchup import (
     CurrentModel,
     DrawSample,
@@ -19,22 +17,14 @@ from fdir.latchup import (
 from node.boards import BoardReading
 from node.findings import Find, Finding
 from node.power.cpu_share import CpuShare
+from node.power.profile import AGAIN, load_calibration
 from node.recorder import Recorder
 from telemetry.errors import PenumbraError
-from telemetry.figures import Calibration, CurrentProfile
+from telemetry.figures import CurrentProfile
 from telemetry.packets import Severity
 
 FORGET_S = 30.0
 """Time after which a suspicion that stayed is found anew, s (assumed: longer than the bus takes to act)."""
-_FREQUENCY = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq")
-
-
-def frequency_ghz() -> float | None:
-    """Return the clock of the first core, GHz; None where the kernel does not tell."""
-    try:
-        return int(_FREQUENCY.read_text()) / 1e6
-    except (OSError, ValueError):
-        return None
 
 
 def load_profile(path: Path) -> CurrentProfile:
@@ -45,15 +35,9 @@ def load_profile(path: Path) -> CurrentProfile:
     PenumbraError
         The file cannot be read, is no such file, or its board gave no profile.
     """
-    again = "write it with: penumbra calibrate --json PATH"
-    try:
-        calibration = msgspec.json.decode(path.read_bytes(), type=Calibration)
-    except OSError as error:
-        raise PenumbraError(f"{path}: cannot be read: {error.strerror}", again) from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise PenumbraError(f"{path}: no calibration: {error}", again) from None
+    calibration = load_calibration(path)
     if calibration.current is None:
-        raise PenumbraError(f"{path}: current is null: its board gave too few samples to fit", again)
+        raise PenumbraError(f"{path}: current is null: its board gave too few samples to fit", AGAIN)
     return calibration.current
 
 
@@ -106,7 +90,7 @@ class LatchupService:
             return
         if reading.power_w is None:
             return
-        sample = DrawSample(reading.power_w, share, frequency_ghz(), board_c)
+        sample = DrawSample(reading.power_w, share, reading.clock_ghz, board_c)
         expected_w = detector.model.expected_w(sample)
         self.residual_w = None if expected_w is None else reading.power_w - expected_w
         if detector.suspected and now_s - self._suspected_s > FORGET_S:

@@ -149,6 +149,13 @@ class BusThermal(BusMessage, frozen=True, kw_only=True):
     radiator_c: Annotated[float, Meta(ge=-150, le=200)]
 
 
+class ContactSpan(BusMessage, frozen=True, kw_only=True):
+    """One contact window, UTC."""
+
+    start_ns: int
+    end_ns: int
+
+
 class BusContact(BusMessage, frozen=True, kw_only=True):
     """Radio state, and the next contact window."""
 
@@ -157,6 +164,10 @@ class BusContact(BusMessage, frozen=True, kw_only=True):
     station: str = ""
     next_start_ns: int | None = None
     next_end_ns: int | None = None
+    windows: Annotated[list[ContactSpan], Meta(max_length=64)] = []
+    """Windows under way and ahead, by their start: jobs are planned by them."""
+    known_until_ns: int | None = None
+    """UTC up to which `windows` holds all there are; null: it does not say."""
 
 
 class BusLoad(BusMessage, frozen=True, kw_only=True):
@@ -187,7 +198,7 @@ CHANNELS: dict[str, type[BusMessage]] = {
     "load": BusLoad,
     "request": BusRequest,
 }
-PARTS: tuple[type[BusMessage], ...] = (EpsSensors,)
+PARTS: tuple[type[BusMessage], ...] = (EpsSensors, ContactSpan)
 """Parts of the messages, as the ICD documents them."""
 FROM_NODE = ("load", "request")
 """Channels that the node publishes; it listens to all others."""

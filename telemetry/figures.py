@@ -263,6 +263,8 @@ class OperatingPoint(_Part, frozen=True, kw_only=True):
     """Length of the measurement."""
     power_mode: str | None = None
     """Power mode it was measured in; null on boards without."""
+    board_c: Annotated[float, Meta(description="degC")] | None = None
+    """Mean temperature of die or board meanwhile; null where the board does not tell."""
 
 
 class CurrentProfile(_Part, frozen=True, kw_only=True):

@@ -134,6 +134,10 @@ class Housekeeping(Packet, frozen=True, kw_only=True):
     """Share of time the worker may decode (token pacing)."""
     board_c: Celsius | None
     """Board temperature, from its own sensor or the bus; None when neither tells."""
+    ecc_corrected: Count | None = None
+    """Memory errors that ECC corrected since boot; None where the board does not tell."""
+    ecc_uncorrected: Count | None = None
+    """Memory errors that it could not."""
     worker_state: str
     """State of the inference worker as its supervisor sees it."""
     worker_generation: Count

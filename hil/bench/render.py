@@ -192,11 +192,13 @@ def ceiling(result: CeilingBench, command: str) -> str:
 def calibration(result: Calibration) -> str:
     """Return the operating points as a table."""
     return _table(
-        ("threads", "batch", "duty", "tokens/s", "CPU share", "W"),
+        ("threads", "batch", "duty", "mode", "tokens/s", "CPU share", "W", "degC"),
         (
             (
-                str(point.threads), str(point.batch), f"{point.duty:g}", f"{point.tokens_s:.1f}",
-                f"{point.cpu_share:.2f}", "-" if point.power_w is None else f"{point.power_w:.2f}",
+                str(point.threads), str(point.batch), f"{point.duty:g}", point.power_mode or "-",
+                f"{point.tokens_s:.1f}", f"{point.cpu_share:.2f}",
+                "-" if point.power_w is None else f"{point.power_w:.2f}",
+                "-" if point.board_c is None else f"{point.board_c:.1f}",
             )
             for point in result.points
         ),

@@ -8,6 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from node.power.operating_point import OperatingPoint
+from telemetry.errors import PenumbraError
 
 State = Literal["ok", "missing", "denied", "bad"]
 
@@ -19,6 +20,8 @@ class BoardReading(msgspec.Struct, frozen=True, kw_only=True):
     """Draw of the whole payload computer, W."""
     board_c: float | None
     """Temperature of die or board, degC; None where the board has no sensor (the bus may still know it)."""
+    clock_ghz: float | None = None
+    """Mean clock of the cores, GHz."""
     ecc_corrected: int | None = None
     """Memory errors that ECC corrected since the driver was opened."""
     ecc_uncorrected: int | None = None
@@ -45,6 +48,14 @@ class BoardSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     power_mode: Annotated[str, Meta(max_length=64)] = ""
     """Jetson: power mode, by name, that is set when the node starts; empty: the one in force."""
 
+    def range_w(self) -> tuple[float, float]:
+        """Return the draw when idle, and with every core busy, W."""
+        return self.idle_w, self.draw_w(self.cores)
+
+    def draw_w(self, cpu_share: float) -> float:
+        """Return the draw at a CPU time of the worker by physical time (1 = one core), W."""
+        return self.idle_w + self.core_w * cpu_share
+
 
 class Offer(msgspec.Struct, frozen=True, kw_only=True):
     """What a board offers, or does not, as `penumbra node --probe` tells it."""
@@ -55,6 +66,20 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True):
     """The value, or the file that gave none."""
     mend: str = ""
     """How to get it."""
+
+
+def refuse_power_mode(board: str, point: OperatingPoint) -> None:
+    """Refuse a point that names a power mode, on a board that has none.
+
+    Raises
+    ------
+    PenumbraError
+        It names one.
+    """
+    if point.power_mode is not None:
+        raise PenumbraError(
+            f"power mode {point.power_mode!r}: board {board!r} has no power modes", "name none"
+        )
 
 
 class Board(Protocol):
@@ -68,9 +93,11 @@ class Board(Protocol):
     def identity(self) -> str:
         """Which board this is: a profile measured on another one is refused."""
 
-    @property
-    def measures(self) -> bool:
-        """Whether its draw comes from a meter."""
+    measures: bool
+    """Whether its draw comes from a meter."""
+
+    def power_mode(self) -> str | None:
+        """Return the name of the power mode in force; None on boards without, and when it cannot be told."""
 
     def range_w(self) -> tuple[float, float]:
         """Return the draw when idle and the most it can be, W, as configured."""

@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import Final
 
 from node.boards.base import BoardReading, BoardSettings, Offer, State
-from node.boards.cpu import Clocks
-from node.boards.edac import Edac
 from node.boards.ina3221 import Ina3221
+from node.boards.metered import MeteredBoard
 from node.boards.nvpmodel import NvPModel, Runner, run_command
 from node.boards.sysfs import Sysfs
 from node.boards.temperatures import ThermalZones
-from node.boards.x86 import probe_ecc
 from node.power.operating_point import OperatingPoint
 from telemetry.errors import PenumbraError
 
@@ -57,7 +55,7 @@ class Gpu:
         return None if permille is None or not 0 <= permille <= 1000 else permille / 1000
 
 
-class JetsonBoard:
+class JetsonBoard(MeteredBoard):
     """Driver.
 
     Parameters
@@ -74,12 +72,9 @@ class JetsonBoard:
     """
 
     def __init__(self, settings: BoardSettings, *, run: Runner = run_command) -> None:
-        self._settings = settings
-        self._sysfs = Sysfs(Path(settings.sysfs_root))
+        super().__init__(settings)
         self._rails = Ina3221(self._sysfs)
         self._zones = ThermalZones(self._sysfs)
-        self._clocks = Clocks(self._sysfs)
-        self._edac = Edac(self._sysfs)
         self.gpu = Gpu(self._sysfs)
         self.modes = NvPModel(self._sysfs, self.gpu.max_hz, run)
         if settings.power_mode and self.modes.current() != settings.power_mode:
@@ -92,14 +87,12 @@ class JetsonBoard:
 
     @property
     def identity(self) -> str:
-        """Model of the module, and its power mode: watts of one mode say nothing of another."""
-        model = self._sysfs.text(self._sysfs.path(MODEL)) or "Jetson of unknown model"
-        return f"{model}, mode {self.modes.current() or 'unknown'}"
+        """Model of the module."""
+        return self._sysfs.text(self._sysfs.path(MODEL)) or "Jetson of unknown model"
 
-    @property
-    def measures(self) -> bool:
-        """Its draw comes from a meter."""
-        return True
+    def power_mode(self) -> str | None:
+        """Return the name of the power mode in force; None when it cannot be told."""
+        return self.modes.current()
 
     def require_meter(self) -> None:
         """Refuse to fly without a meter.
@@ -121,18 +114,6 @@ class JetsonBoard:
                 "add its rule to node/boards/ina3221.py",
             )
 
-    def range_w(self) -> tuple[float, float]:
-        """Return the draw when idle, and with every core busy, as configured, W."""
-        s = self._settings
-        return s.idle_w, s.idle_w + s.core_w * s.cores
-
-    def draw_w(self, cpu_share: float) -> float:
-        """Return the draw, as configured, at a CPU time of the worker by physical time, W."""
-        return self._settings.idle_w + self._settings.core_w * cpu_share
-
-    def set_worker(self, pid: int | None) -> None:
-        """Do nothing: the meter sees the module, whoever computes."""
-
     def operate(self, point: OperatingPoint) -> None:
         """Put the power mode of the point in force, when it names one that is not.
 
@@ -146,14 +127,7 @@ class JetsonBoard:
 
     def read(self) -> BoardReading:
         """Return the draw of the module and its junction temperature."""
-        module_w = self._rails.read()
-        ecc = self._edac.read()
-        return BoardReading(
-            power_w=None if module_w is None else module_w + self._settings.other_w,
-            board_c=self._zones.die_c(),
-            ecc_corrected=ecc.corrected,
-            ecc_uncorrected=ecc.uncorrected,
-        )
+        return self._reading(self._rails.read(), self._zones.die_c())
 
     def fan_pwm(self) -> int | None:
         """Return the fan's duty, 0 to 255; None without one."""
@@ -167,7 +141,7 @@ class JetsonBoard:
         """Return what this module offers."""
         return [
             *self._probe_rails(), *self._probe_zones(), self._probe_gpu(), self._probe_modes(),
-            self._probe_fan(), probe_ecc(self._edac),
+            self._probe_fan(), *self._probe_common(),
         ]  # fmt: skip
 
     def _probe_rails(self) -> list[Offer]:
@@ -202,7 +176,9 @@ class JetsonBoard:
         most, now = self.gpu.max_hz(), self.gpu.now_hz()
         if most is None or now is None:
             return Offer(what="GPU clock", state="missing", detail="/sys/class/devfreq")
-        return Offer(what="GPU clock", state="ok", detail=f"{now / 1e6:g} MHz of {most / 1e6:g} MHz")
+        load = self.gpu.load()
+        busy = "" if load is None else f", load {load:.1%}"
+        return Offer(what="GPU clock", state="ok", detail=f"{now / 1e6:g} MHz of {most / 1e6:g} MHz{busy}")
 
     def _probe_modes(self) -> Offer:
         try:

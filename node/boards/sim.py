@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from node.boards.base import BoardReading, BoardSettings, Offer
-from node.boards.cpu import processor
+from node.boards.base import BoardReading, BoardSettings, Offer, refuse_power_mode
+from node.boards.cpu import Clocks, processor
 from node.boards.sysfs import Sysfs
 from node.power.operating_point import OperatingPoint
 
@@ -39,6 +39,8 @@ class SimBoard:
         Where procfs is mounted.
     """
 
+    measures = False
+
     def __init__(
         self,
         settings: BoardSettings,
@@ -49,6 +51,7 @@ class SimBoard:
         self._settings = settings
         self._clock = clock
         self._proc = proc
+        self._clocks = Clocks(Sysfs())
         self._tick_s = 1.0 / os.sysconf("SC_CLK_TCK")
         self._pid: int | None = None
         self._last: tuple[float, int, float] | None = None
@@ -65,19 +68,16 @@ class SimBoard:
         s = self._settings
         return f"{processor(Sysfs())}, taken as {s.idle_w:g} W and {s.core_w:g} W a core"
 
-    @property
-    def measures(self) -> bool:
-        """Its draw is computed, not measured."""
-        return False
+    def power_mode(self) -> None:
+        """Return None: it has none."""
 
     def range_w(self) -> tuple[float, float]:
         """Return the draw when idle, and with every core busy, W."""
-        s = self._settings
-        return s.idle_w, s.idle_w + s.core_w * s.cores
+        return self._settings.range_w()
 
     def draw_w(self, cpu_share: float) -> float:
         """Return the draw, as configured, at a CPU time of the worker by physical time, W."""
-        return self._settings.idle_w + self._settings.core_w * cpu_share
+        return self._settings.draw_w(cpu_share)
 
     def set_worker(self, pid: int | None) -> None:
         """Follow another process from now on; None when no worker runs."""
@@ -86,7 +86,14 @@ class SimBoard:
             self._last = None
 
     def operate(self, point: OperatingPoint) -> None:
-        """Do nothing: the worker's own pacing is all there is."""
+        """Do nothing: the worker's own pacing is all there is.
+
+        Raises
+        ------
+        PenumbraError
+            The point names a power mode.
+        """
+        refuse_power_mode(self.name, point)
 
     def probe(self) -> list[Offer]:
         """Return what it offers."""
@@ -114,7 +121,7 @@ class SimBoard:
             self._last = None
         # A tick counted late can show more CPU time than there was.
         busy = min(max(busy, 0.0), float(s.cores))
-        self._reading = BoardReading(power_w=s.idle_w + s.core_w * busy, board_c=None)
+        self._reading = BoardReading(power_w=s.draw_w(busy), board_c=None, clock_ghz=self._clocks.mean_ghz())
         return self._reading
 
     def _sample(self) -> tuple[int, float] | None:

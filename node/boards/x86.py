@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Final
 
-from node.boards.base import BoardReading, BoardSettings, Offer, State
-from node.boards.cpu import Clocks, CpuQuota, processor
-from node.boards.edac import Edac
+from node.boards.base import BoardReading, BoardSettings, Offer, State, refuse_power_mode
+from node.boards.cpu import CpuQuota, processor
+from node.boards.metered import MeteredBoard
 from node.boards.rapl import Rapl
-from node.boards.sysfs import Sysfs, Trouble
+from node.boards.sysfs import Trouble
 from node.boards.temperatures import PackageTemperature
 from node.power.operating_point import OperatingPoint
 from telemetry.errors import PenumbraError
@@ -25,7 +24,7 @@ RAPL_MEND: Final = (
 )
 
 
-class X86Board:
+class X86Board(MeteredBoard):
     """Driver.
 
     Parameters
@@ -37,13 +36,10 @@ class X86Board:
     """
 
     def __init__(self, settings: BoardSettings, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._settings = settings
+        super().__init__(settings)
         self._clock = clock
-        self._sysfs = Sysfs(Path(settings.sysfs_root))
         self._rapl = Rapl(self._sysfs)
         self._die = PackageTemperature(self._sysfs)
-        self._clocks = Clocks(self._sysfs)
-        self._edac = Edac(self._sysfs)
         self._quota = CpuQuota(self._sysfs, settings.cgroup) if settings.cgroup else None
         self._held_cores: int | None = None
 
@@ -57,10 +53,8 @@ class X86Board:
         """Model of the processor and number of its threads."""
         return processor(self._sysfs)
 
-    @property
-    def measures(self) -> bool:
-        """Its draw comes from a meter."""
-        return True
+    def power_mode(self) -> None:
+        """Return None: it has none."""
 
     def require_meter(self) -> None:
         """Refuse to fly without a meter.
@@ -82,20 +76,15 @@ class X86Board:
                 f"[board] kind 'x86': {trouble.path}: {trouble.why}, so the draw is unknown", RAPL_MEND
             )
 
-    def range_w(self) -> tuple[float, float]:
-        """Return the draw when idle, and with every core busy, as configured, W."""
-        s = self._settings
-        return s.idle_w, s.idle_w + s.core_w * s.cores
-
-    def draw_w(self, cpu_share: float) -> float:
-        """Return the draw, as configured, at a CPU time of the worker by physical time, W."""
-        return self._settings.idle_w + self._settings.core_w * cpu_share
-
-    def set_worker(self, pid: int | None) -> None:
-        """Do nothing: the meter sees the package, whoever computes."""
-
     def operate(self, point: OperatingPoint) -> None:
-        """Hold the worker's control group at its threads: a worker that runs wild gets no more."""
+        """Hold the worker's control group at its threads: a worker that runs wild gets no more.
+
+        Raises
+        ------
+        PenumbraError
+            The point names a power mode.
+        """
+        refuse_power_mode(self.name, point)
         if self._quota is None or point.threads == self._held_cores:
             return
         trouble = self._quota.set(point.threads)
@@ -106,18 +95,11 @@ class X86Board:
 
     def read(self) -> BoardReading:
         """Return the mean draw since the last reading, and the temperature of the package."""
-        package_w = self._rapl.read(self._clock())
-        ecc = self._edac.read()
-        return BoardReading(
-            power_w=None if package_w is None else package_w + self._settings.other_w,
-            board_c=self._die.die_c(),
-            ecc_corrected=ecc.corrected,
-            ecc_uncorrected=ecc.uncorrected,
-        )
+        return self._reading(self._rapl.read(self._clock()), self._die.die_c())
 
     def probe(self) -> list[Offer]:
         """Return what this machine offers."""
-        return [*self._probe_rapl(), self._probe_die(), self._probe_clocks(), *self._probe_rest()]
+        return [*self._probe_rapl(), self._probe_die(), *self._probe_common(), self._probe_quota()]
 
     def _probe_rapl(self) -> list[Offer]:
         if not self._rapl.packages:
@@ -141,35 +123,16 @@ class X86Board:
             return Offer(what="die temperature", state="missing", detail="/sys/class/hwmon", mend=mend)
         return Offer(what="die temperature", state="ok", detail=f"{die_c:.1f} degC")
 
-    def _probe_clocks(self) -> Offer:
-        ghz = self._clocks.mean_ghz()
-        if ghz is None:
-            detail = "/sys/devices/system/cpu/cpu*/cpufreq"
-            return Offer(what="clocks", state="missing", detail=detail, mend="none in most virtual machines")
-        return Offer(what="clocks", state="ok", detail=f"{len(self._clocks.cores())} cores, {ghz:.2f} GHz")
-
-    def _probe_rest(self) -> list[Offer]:
-        found = [probe_ecc(self._edac)]
+    def _probe_quota(self) -> Offer:
         if self._quota is None:
             detail = "[board] cgroup is empty"
             mend = "name a delegated group (systemd: Delegate=cpu) to hold the worker at its threads"
-            return [*found, Offer(what="cpu.max", state="missing", detail=detail, mend=mend)]
+            return Offer(what="cpu.max", state="missing", detail=detail, mend=mend)
         cores = self._quota.cores()
-        trouble = self._sysfs.troubles.get(self._quota.path)
         if cores is None:
-            trouble = trouble or Trouble(self._quota.path, "garbage")
-            return [*found, _offer("cpu.max", trouble, "delegate the group (systemd: Delegate=cpu)")]
-        return [*found, Offer(what="cpu.max", state="ok", detail=f"{self._quota.path}: {cores:g} cores")]
-
-
-def probe_ecc(edac: Edac) -> Offer:
-    """Return what is known of memory errors."""
-    counts = edac.read()
-    if counts.corrected is None and counts.uncorrected is None:
-        mend = "load the EDAC driver of the memory controller; memory without ECC has none: unknown, not 0"
-        return Offer(what="ECC counters", state="missing", detail="/sys/devices/system/edac/mc", mend=mend)
-    detail = f"corrected {counts.corrected}, uncorrected {counts.uncorrected} since now"
-    return Offer(what="ECC counters", state="ok", detail=detail)
+            trouble = self._sysfs.troubles.get(self._quota.path) or Trouble(self._quota.path, "garbage")
+            return _offer("cpu.max", trouble, "delegate the group (systemd: Delegate=cpu)")
+        return Offer(what="cpu.max", state="ok", detail=f"{self._quota.path}: {cores:g} cores")
 
 
 def _offer(what: str, trouble: Trouble, mend: str) -> Offer:

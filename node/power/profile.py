@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
@@ -11,6 +12,24 @@ from node.power.curve import PowerCurve, Setting
 from node.power.operating_point import OperatingPoint
 from telemetry.errors import PenumbraError
 from telemetry.figures import Calibration
+
+AGAIN: Final = "write it on this board with: penumbra calibrate --json PATH"
+
+
+def load_calibration(path: Path) -> Calibration:
+    """Return what `penumbra calibrate --json` wrote.
+
+    Raises
+    ------
+    PenumbraError
+        The file cannot be read, or is no such file.
+    """
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Calibration)
+    except OSError as error:
+        raise PenumbraError(f"{path}: cannot be read: {error.strerror}", AGAIN) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise PenumbraError(f"{path}: no calibration: {error}", AGAIN) from None
 
 
 def load_profile(path: Path, board: Board) -> PowerCurve:
@@ -24,18 +43,12 @@ def load_profile(path: Path, board: Board) -> PowerCurve:
     PenumbraError
         The file cannot be read, is no calibration, was made on another board, or has no useful point.
     """
-    again = "write it on this board with: penumbra calibrate --json PATH"
-    try:
-        found = msgspec.json.decode(path.read_bytes(), type=Calibration)
-    except OSError as error:
-        raise PenumbraError(f"{path}: cannot be read: {error.strerror}", again) from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise PenumbraError(f"{path}: no calibration: {error}", again) from None
+    found = load_calibration(path)
     if (found.board, found.identity) != (board.name, board.identity):
         raise PenumbraError(
             f"{path}: measured on board {found.board!r} ({found.identity}), this is {board.name!r}"
             f" ({board.identity})",
-            again,
+            AGAIN,
         )
     idle_w, _ = board.range_w()
     settings = []
@@ -52,4 +65,4 @@ def load_profile(path: Path, board: Board) -> PowerCurve:
     try:
         return PowerCurve(measured_idle_w, settings)
     except ValueError as error:
-        raise PenumbraError(f"{path}: {error}", again) from None
+        raise PenumbraError(f"{path}: {error}", AGAIN) from None

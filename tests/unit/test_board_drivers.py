@@ -72,7 +72,7 @@ def test_a_jetson_tells_the_draw_of_the_module_by_its_rule_and_its_junction(
     assert reading.board_c == pytest.approx(die_c)
     assert (reading.ecc_corrected, reading.ecc_uncorrected) == (None, None), "absent is unknown, not 0"
     assert board.gpu.load() == pytest.approx(0.842)
-    assert "mode 25W" in board.identity
+    assert board.power_mode() == "25W"
     assert "\0" not in board.identity
     assert {offer.what for offer in board.probe() if offer.state == "bad"} == set()
 
@@ -278,6 +278,21 @@ def test_the_control_group_is_held_at_the_threads_and_read_back(tmp_path: Path) 
     assert trouble.why == "missing"
     quota.write_text("garbage")
     assert held.cores() is None
+
+
+def test_a_board_without_power_modes_refuses_a_point_that_names_one(tmp_path: Path) -> None:
+    root = write(tmp_path, TREES["intel"])
+    for board in (X86Board(board_settings("x86", root)), open_board(BoardSettings())):
+        assert board.power_mode() is None
+        with pytest.raises(PenumbraError, match=r"'25W': board '.*' has no power modes"):
+            board.operate(OperatingPoint(threads=1, batch=1, duty=1.0, power_mode="25W"))
+
+
+def test_the_clock_is_the_mean_of_the_cores_that_are_online(tmp_path: Path) -> None:
+    root = write(tmp_path, TREES["intel"])
+    assert X86Board(board_settings("x86", root)).read().clock_ghz == pytest.approx(2.4)
+    write(root, {"/sys/devices/system/cpu/cpu2/cpufreq/scaling_cur_freq": 3_400_000})
+    assert X86Board(board_settings("x86", root)).read().clock_ghz == pytest.approx(2.9)
 
 
 def test_probe_on_the_command_line_shows_what_is_missing_and_how_to_get_it(tmp_path: Path) -> None:

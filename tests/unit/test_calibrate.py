@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
+from board_trees import TREES, write
 from typer.testing import CliRunner
 
 from hil import calibrate as c
@@ -63,3 +65,43 @@ def test_the_command_writes_its_points(tiny_images, tmp_path, monkeypatch):
     content = json.loads(path.read_text())
     assert content["board"] == "sim"
     assert content["points"][0]["power_w"] is None
+
+
+NVPMODEL = """\
+#!/bin/sh
+modes='0:15W 1:25W 2:MAXN_SUPER 3:10W'
+if [ "$1" = -m ]; then
+  for m in $modes; do [ "${m%%:*}" = "$2" ] && echo "${m#*:}" > '{state}'; done
+  echo "$2" >> '{state}.asked'
+fi
+echo "NV Power Mode: $(cat '{state}')"
+"""
+
+
+def test_a_board_with_a_meter_is_measured_in_each_power_mode_and_left_in_its_own(
+    tiny_image, tmp_path, monkeypatch
+):
+    root, state = write(tmp_path / "root", TREES["orin-nano-jp6"]), tmp_path / "mode"
+    (root / "sys/class/devfreq/17000000.gpu/max_freq").write_text("612000000")
+    state.write_text("25W\n")
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "nvpmodel").write_text(NVPMODEL.replace("{state}", str(state)))
+    (tools / "nvpmodel").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    board = BoardSettings(kind="jetson", sysfs_root=str(root), other_w=1.0)
+    result = c.calibrate(
+        tiny_image, board=board, threads=1, seconds=0.6, batches=(1,), power_modes=("15W", "MAXN_SUPER")
+    )
+    assert [(p.power_mode, p.duty) for p in result.points] == [
+        ("15W", 1.0), ("MAXN_SUPER", 1.0), ("MAXN_SUPER", 0.5),
+    ]  # fmt: skip
+    assert result.board_measures
+    assert result.idle_w == pytest.approx(5.160 * 1.010 + 1.0)
+    assert all(p.power_w == pytest.approx(result.idle_w) for p in result.points)
+    assert all(p.board_c == pytest.approx(47.0) for p in result.points)
+    assert "Orin Nano" in result.identity
+    asked = (tmp_path / "mode.asked").read_text().split()
+    assert (asked[-1], state.read_text().strip()) == ("1", "25W")
+    with pytest.raises(PenumbraError, match="'30W': unknown"):
+        c.calibrate(tiny_image, board=board, threads=1, seconds=0.6, batches=(1,), power_modes=("30W",))
