@@ -13,6 +13,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -89,11 +90,31 @@ def bench_ceiling(
             board=board,
         )
         asyncio.run(session.hold(_caps(steps, board, seed), progress))
+    held = _judge(session.caps, session.read, board)
     return CeilingBench(
         machine=describe_machine(threads, peers=False, load_before=load_before),
         image_id=image_id(load_manifest(image)),
-        **_judge(session.caps, session.read, board),  # type: ignore[arg-type]
+        steps=steps,
+        samples=held.samples,
+        over_share=held.over / max(held.samples, 1),
+        excess_w=float(np.quantile(held.excess_w, 0.99)),
+        unused_share=spread(held.unused),
+        settled_s=spread(held.settled_s) if held.settled_s else None,
     )
+
+
+@dataclass
+class _Judged:
+    """How the caps were held: of the one-second means from `SETTLED_S` after a step on."""
+
+    samples: int = 0
+    over: int = 0
+    """Means above the cap."""
+    excess_w: list[float] = field(default_factory=list)
+    unused: list[float] = field(default_factory=list)
+    """How far below the cap each was, as a share of it."""
+    settled_s: list[float] = field(default_factory=list)
+    """Time from each step down to the last mean above the new cap."""
 
 
 def _caps(steps: int, board: BoardSettings, seed: int) -> list[float]:
@@ -163,36 +184,35 @@ class _Held(WorkerSession):
 
 def _judge(
     caps: Sequence[tuple[float, float]], read: Sequence[tuple[float, float]], board: BoardSettings
-) -> dict[str, object]:
-    """Return how the caps were held."""
+) -> _Judged:
+    """Return how the caps were held.
+
+    Parameters
+    ----------
+    caps
+        When each was set, s, and the cap, W.
+    read
+        Time, s, and CPU time of the worker until then, s.
+    board
+        What the draw follows from.
+    """
     at, used = np.asarray(read).T
     ends = at[at >= at[0] + OVER_S]
-    means_w = board.idle_w + board.core_w * (np.interp(ends, at, used) - np.interp(ends - OVER_S, at, used))
-    over = held = 0
-    excess: list[float] = []
-    below: list[float] = []
-    settled: list[float] = []
-    before_w = caps[0][1]
-    for number, (since_s, cap_w) in enumerate(caps):
-        until_s = caps[number + 1][0] if number + 1 < len(caps) else ends[-1]
+    share = (np.interp(ends, at, used) - np.interp(ends - OVER_S, at, used)) / OVER_S
+    means_w = board.idle_w + board.core_w * share
+    found = _Judged()
+    until = [since_s for since_s, _ in caps[1:]] + [float(ends[-1])]
+    before_w = 0.0
+    for (since_s, cap_w), until_s in zip(caps, until, strict=True):
         mine = (ends >= since_s) & (ends < until_s)
-        steady = mine & (ends >= since_s + SETTLED_S)
-        over += int(np.sum(means_w[steady] > cap_w))
-        held += int(np.sum(steady))
-        excess += np.maximum(0.0, means_w[steady] - cap_w).tolist()
-        below += (1.0 - means_w[steady] / cap_w).tolist()
-        if number and cap_w < before_w:
-            late = ends[mine & (means_w > cap_w)]
-            first = ends[mine][0] if np.any(mine) else since_s
-            # After the last second that was over the cap, counted in the step's own beginning.
-            begun = late[late - since_s < SETTLED_S * 2]
-            settled.append(float(begun[-1] - since_s) if begun.size else float(first - since_s))
+        steady_w = means_w[mine & (ends >= since_s + SETTLED_S)]
+        found.samples += len(steady_w)
+        found.over += int(np.sum(steady_w > cap_w))
+        found.excess_w += np.maximum(0.0, steady_w - cap_w).tolist()
+        found.unused += (1.0 - steady_w / cap_w).tolist()
+        if cap_w < before_w:
+            # A mean that goes over long after the step is not of the step: it counts as held badly above.
+            late = ends[mine & (means_w > cap_w) & (ends < since_s + 2 * SETTLED_S)]
+            found.settled_s.append(float(late[-1] - since_s) if late.size else 0.0)
         before_w = cap_w
-    return {
-        "steps": len(caps),
-        "samples": held,
-        "over_share": over / max(held, 1),
-        "excess_w": float(np.quantile(excess, 0.99)) if excess else 0.0,
-        "unused_share": spread(below),
-        "settled_s": spread(settled) if settled else None,
-    }
+    return found

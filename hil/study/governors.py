@@ -9,7 +9,8 @@ from typing import Final, Protocol
 from node.power.ceiling import GovernorSettings, Limits, PowerInputs, threshold_share
 from node.power.curve import PowerCurve
 from node.power.forecast import UmbraPass
-from node.power.planner import Backlog, Plan, PlanInputs, Planner, PlannerSettings, Source
+from node.power.plan import Backlog, Plan, PlanInputs, Source
+from node.power.planner import Planner, PlannerSettings
 from telemetry.bus import BusEps
 
 NS_PER_S: Final = 1_000_000_000

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import product
 from typing import Final
 
@@ -15,6 +16,7 @@ from hil.bench.machine import describe_machine, load_average
 from hil.study.cell import BOTH, GOOD, NOISY, POOR, Cell, Errors, measured_curve
 from hil.study.governors import GOVERNORS
 from hil.study.simulate import run, world
+from telemetry.errors import PenumbraError
 from telemetry.figures import GovernorRow, PercentOfBound, PowerStudy, StudyCell
 
 OWN: Final = "planner"
@@ -72,6 +74,11 @@ def study_power(
         Processes.
     progress
         Called with runs done and runs in all.
+
+    Raises
+    ------
+    PenumbraError
+        One of the processes was killed.
     """
     load_before = load_average()
     cells = sweep(seeds, quick)
@@ -87,10 +94,16 @@ def study_power(
             rows.append(one(task))
             progress(len(rows), len(tasks))
     else:
-        with ProcessPoolExecutor(max_workers=workers) as pool:
-            for row in pool.map(one, tasks, chunksize=8):
-                rows.append(row)
-                progress(len(rows), len(tasks))
+        try:
+            with ProcessPoolExecutor(max_workers=workers) as pool:
+                for row in pool.map(one, tasks, chunksize=8):
+                    rows.append(row)
+                    progress(len(rows), len(tasks))
+        except BrokenProcessPool:
+            raise PenumbraError(
+                f"a process of the study was killed after {len(rows)} of {len(tasks)} runs",
+                "run it again, with fewer --workers",
+            ) from None
     whole = [row for row in rows if row.array_loss == 0]
     by_governor = [_summary(name, [row for row in whole if row.governor == name]) for name in names]
     with_loss = _summary(OWN, [row for row in rows if row.array_loss > 0])

@@ -25,7 +25,7 @@ from node.power.battery import BatteryModel, BatterySettings
 from node.power.curve import PowerCurve
 from node.power.forecast import UmbraPass
 from node.power.lp import Demand, Problem, solve
-from node.power.planner import Backlog
+from node.power.plan import Backlog
 from node.power.wear import WearMeter
 from telemetry.bus import BusEps
 
