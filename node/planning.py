@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
 import msgspec
+import numpy as np
 
 from node.boards import Board
 from node.bus_view import BusView, Eclipses
 from node.config import NodeConfig
 from node.power.ceiling import threshold_share
 from node.power.curve import PowerCurve, Setting
+from node.power.ephemeris import PropagationError
+from node.power.forecast import Times
+from node.power.lp import Array
 from node.power.operating_point import OperatingPoint
-from node.power.planner import Backlog, Plan, PlanInputs, Planner, Source
+from node.power.plan import Backlog, Plan, PlanInputs, Source
+from node.power.planner import Planner
 from node.power.profile import load_profile
 from node.power.wear import WearMeter
 from node.scheduler import Task
 from telemetry.bus import BusEps
 from telemetry.commands import DEFAULT_PRIORITY
+
+_log = logging.getLogger(__name__)
 
 REPLAN_S: Final = 1.0
 """Shortest time between two plans, s of physical time (assumed: ten times what one takes, and more)."""
@@ -113,6 +121,7 @@ class Planning:
             eps,
             soc_sigma=DEFAULT_SIGMA if told is None else told.sigma,
             sunlit=self._surely_sunlit(t_ns),
+            incidence=self._incidence_now(t_ns),
             board_c=board_c,
             power_w=self.range_w()[0] if power_w is None else power_w,
         )
@@ -159,15 +168,29 @@ class Planning:
             tuple(sorted(task.job for task in tasks)),
             cap_w,
             self.eclipses.source,
-            None if self._view.contact is None else self._view.contact.next_start_ns,
+            () if self._view.contact is None else tuple(self._view.contact.windows),
             self.curve,
         )
         due = self._planner.due(self.plan, t_ns, eps.battery_soc, basis != self._planned_for)
         if due and now_s - self._planned_s >= REPLAN_S:
             self._planned_for, self._planned_s = basis, now_s
-            self.plan = self._planner.handle(self._inputs(t_ns, eps, least_w, cap_w, tasks))
+            self.plan = self._make(t_ns, eps, least_w, cap_w, tasks)
             self.least_priority = self._least_priority(self.plan)
         return None if self.plan is None else self.plan.watts_at(t_ns)
+
+    def _make(
+        self, t_ns: int, eps: BusEps, least_w: float, cap_w: float | None, tasks: Sequence[Task]
+    ) -> Plan:
+        """Return a plan; of the rules, with the reason, when planning itself is at fault.
+
+        A defect in planning must cost the plan, and neither the loop that holds the ceiling nor the node.
+        """
+        try:
+            return self._planner.handle(self._inputs(t_ns, eps, least_w, cap_w, tasks))
+        except Exception as error:
+            _log.exception("planning failed")
+            note = f"planning failed: {type(error).__name__}: {error}"
+            return Plan(source=Source.RULES, made_ns=t_ns, note=note[:200])
 
     def choose(self, ceiling_w: float, duty: float) -> OperatingPoint:
         """Return the operating point that carries a ceiling out at the duty the governor holds it with."""
@@ -191,9 +214,6 @@ class Planning:
                 key = (task.priority, task.deadline_ns)
                 groups[key] = groups.get(key, 0.0) + task.tokens_left
         contact = self._view.contact
-        window: tuple[tuple[int, int], ...] = ()
-        if contact is not None and contact.next_start_ns is not None and contact.next_end_ns is not None:
-            window = ((contact.next_start_ns, contact.next_end_ns),)
         return PlanInputs(
             t_ns=t_ns,
             eps=eps,
@@ -208,8 +228,24 @@ class Planning:
                 Backlog(tokens=tokens, value=self._value(priority), deadline_ns=deadline_ns)
                 for (priority, deadline_ns), tokens in groups.items()
             ),
-            contacts=window,
+            contacts=() if contact is None else tuple((w.start_ns, w.end_ns) for w in contact.windows),
+            contacts_until_ns=None if contact is None else contact.known_until_ns,
+            incidence=self._incidence(),
         )
+
+    def _incidence(self) -> Callable[[Times], Array] | None:
+        """Return the incidence on the array by time, None where it does not change within an orbit."""
+        forecast = self._view.forecast
+        if self._settings.array.mount != "zenith" or forecast is None or self.eclipses.source != "forecast":
+            return None
+        return forecast.zenith_incidence
+
+    def _incidence_now(self, t_ns: int) -> float:
+        of = self._incidence()
+        try:
+            return 1.0 if of is None else float(of(np.asarray([t_ns], dtype=np.int64))[0])
+        except PropagationError:
+            return 1.0
 
     def _value(self, priority: int) -> float:
         return float(self._settings.value_base ** (priority - DEFAULT_PRIORITY))

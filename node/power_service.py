@@ -17,7 +17,7 @@ from node.power.ceiling import PowerInputs, Reason
 from node.power.forecast import UmbraPass
 from node.power.governor import Governor, Setpoint
 from node.power.operating_point import OperatingPoint
-from node.power.planner import Plan
+from node.power.plan import Plan
 from node.pulse import Pulse
 from node.recorder import Evidence, Recorder
 from node.scheduler import Task

@@ -20,12 +20,14 @@ from hil.plant.orbit import Array, Geometry, geodetic
 from hil.plant.path import UmbraEvent, flight_path
 from hil.plant.thermal import HeatModel, ThermalState
 from hil.scenario import Mount, Scenario
-from telemetry.bus import BusContact, BusEps, BusMessage, BusOrbit, BusThermal, BusTime
+from telemetry.bus import BusContact, BusEps, BusMessage, BusOrbit, BusThermal, BusTime, ContactSpan
 
 __all__ = ["TAIL_S", "Plant", "PlantState", "UmbraEvent"]
 
 NS_PER_S: Final = 1_000_000_000
 ASTRONOMICAL_UNIT_KM: Final = 149_597_870.7
+WINDOWS_AHEAD: Final = 16
+"""Windows that are announced: a day of passes over a few stations."""
 TAIL_S: Final = 1800
 """Time beyond the flight's end the plant still knows: the bench's shutdown, and windows to announce."""
 
@@ -49,6 +51,10 @@ class PlantState(msgspec.Struct, frozen=True, kw_only=True):
     """Station in contact, the one that sees it highest in its pass; empty without contact."""
     next_contact: ContactWindow | None
     """First window to begin after this moment."""
+    windows: tuple[ContactWindow, ...]
+    """Windows under way and ahead."""
+    windows_until_ns: int
+    """UTC up to which those are all."""
     array_sun_w: float
     battery_wh: float
     soc_floor: float
@@ -84,6 +90,8 @@ class PlantState(msgspec.Struct, frozen=True, kw_only=True):
                 station=self.station,
                 next_start_ns=following.start_ns if following else None,
                 next_end_ns=following.end_ns if following else None,
+                windows=[ContactSpan(start_ns=w.start_ns, end_ns=w.end_ns) for w in self.windows],
+                known_until_ns=self.windows_until_ns,
             ),
         }
 
@@ -121,6 +129,7 @@ class Plant:
         self._position = path.geometry.satellite
         self._windows = contact_windows(scenario.stations, path.t_ns, path.geometry.satellite)
         self._starts = [w.start_ns for w in self._windows]
+        self._last_ns = self._start_ns + (len(self._sunlit) - 1) * NS_PER_S
         self._eps = PowerSystem(craft.array, craft.battery, craft.platform_w)
         self._heat = HeatModel(craft.thermal)
         self._platform_w = craft.platform_w
@@ -162,7 +171,7 @@ class Plant:
         """
         if not (math.isfinite(load_w) and load_w >= 0):
             raise ValueError(f"load {load_w} W: finite and not negative is allowed")
-        last_ns = self._start_ns + (len(self._sunlit) - 1) * NS_PER_S
+        last_ns = self._last_ns
         if not self._t_ns <= t_ns <= last_ns:
             raise ValueError(f"t_ns {t_ns}: {self._t_ns} to {last_ns} is allowed")
         while self._t_ns < t_ns:
@@ -196,6 +205,7 @@ class Plant:
         latitude, longitude, height = geodetic(position[np.newaxis])
         current = [w for w in self._windows if w.start_ns <= t_ns < w.end_ns]
         nxt = bisect_right(self._starts, t_ns)
+        ahead = self._windows[nxt : nxt + WINDOWS_AHEAD]
         return PlantState(
             t_ns=t_ns,
             sunlit=self._sunlit[index] * (1 - share) + self._sunlit[following] * share,
@@ -210,6 +220,8 @@ class Plant:
             in_contact=bool(current),
             station=max(current, key=lambda w: w.max_elevation_deg).station if current else "",
             next_contact=self._windows[nxt] if nxt < len(self._windows) else None,
+            windows=(*current, *ahead),
+            windows_until_ns=ahead[-1].end_ns if len(ahead) == WINDOWS_AHEAD else self._last_ns,
             array_sun_w=self._array_sun_w,
             battery_wh=self._battery_wh,
             soc_floor=self._soc_floor,

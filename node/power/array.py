@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 import msgspec
 import numpy as np
@@ -15,6 +15,8 @@ Array = NDArray[np.float64]
 FULL_SOC: Final = 0.985
 """Above this state of charge the battery may take less than the array could give."""
 SUNLIT: Final = 0.999
+LEAST_INCIDENCE: Final = 0.3
+"""Below this share of the mean incidence small errors of attitude count for much: nothing is learnt."""
 
 
 class ArraySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -29,6 +31,9 @@ class ArraySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     lag_s: Annotated[float, Meta(gt=0, le=10_000)] = 400.0
     temperature_coefficient_per_k: Annotated[float, Meta(ge=-0.02, le=0)] = -0.0025
     """Change of power by its value at 28 degC."""
+    mount: Literal["sun_tracking", "single_axis", "zenith"] = "single_axis"
+    """How it is carried. Incidence changes within an orbit only where it looks away from Earth (`zenith`):
+    the other mounts give all along what the power unit tells for full sunlight."""
     learn_s: Annotated[float, Meta(gt=0, le=1e6)] = 300.0
     """Mission time over which the measured share of the expected power is averaged."""
     gain_low: Annotated[float, Meta(gt=0, le=1)] = 0.3
@@ -56,7 +61,15 @@ class ArrayModel:
         """Measured power by expected power; what an array has lost since it was described."""
 
     def observe(
-        self, t_s: float, *, sunlit: float, array_w: float, array_sun_w: float, soc: float, taking_all: bool
+        self,
+        t_s: float,
+        *,
+        sunlit: float,
+        array_w: float,
+        array_sun_w: float,
+        soc: float,
+        taking_all: bool,
+        incidence: float = 1.0,
     ) -> None:
         """Follow the array's temperature, and learn from its power.
 
@@ -72,6 +85,8 @@ class ArrayModel:
             State of charge, 0 to 1.
         taking_all
             False when the battery is at its charging limit: then the array may give less than it could.
+        incidence
+            Cosine of the Sun's incidence by its mean over the sunlit part of an orbit.
         """
         s = self.settings
         dt_s = 0.0 if self._t_s is None else t_s - self._t_s
@@ -79,8 +94,8 @@ class ArrayModel:
         if not 0.0 <= dt_s < 10 * s.lag_s:
             return
         self._array_c = self._next_c(self._array_c, sunlit, dt_s)
-        expected_w = array_sun_w * sunlit * self._warm(self._array_c) / self._at_hot
-        if sunlit < SUNLIT or expected_w <= 0 or not math.isfinite(array_w):
+        expected_w = array_sun_w * sunlit * incidence * self._warm(self._array_c) / self._at_hot
+        if sunlit < SUNLIT or incidence < LEAST_INCIDENCE or expected_w <= 0 or not math.isfinite(array_w):
             return
         measured = array_w / expected_w
         held_back = soc > FULL_SOC or not taking_all
@@ -89,15 +104,26 @@ class ArrayModel:
         weight = 1.0 - math.exp(-dt_s / s.learn_s)
         self.gain = min(max(self.gain + weight * (measured - self.gain), s.gain_low), s.gain_high)
 
-    def expect_w(self, dt_s: Array, sunlit: Array, array_sun_w: float) -> Array:
-        """Return the power expected in each segment from now on, W, what was learnt included."""
+    def expect_w(
+        self, dt_s: Array, sunlit: Array, array_sun_w: float, incidence: Array | None = None
+    ) -> Array:
+        """Return the power expected in each segment from now on, W, what was learnt included.
+
+        Parameters
+        ----------
+        dt_s, sunlit, incidence
+            Length, share of the Sun's disc, and incidence by its mean of each segment, shape (segments,).
+        array_sun_w
+            Told for full sunlight, W.
+        """
         temperature = self._array_c
         factor = np.empty(len(dt_s))
         for k, (step_s, light) in enumerate(zip(dt_s.tolist(), sunlit.tolist(), strict=True)):
             middle = self._next_c(temperature, light, step_s / 2)
             factor[k] = self._warm(middle) / self._at_hot
             temperature = self._next_c(temperature, light, step_s)
-        return np.asarray(array_sun_w * self.gain * sunlit * factor)
+        share = 1.0 if incidence is None else incidence
+        return np.asarray(array_sun_w * self.gain * sunlit * share * factor)
 
     def _warm(self, array_c: float) -> float:
         return max(0.0, 1.0 + self.settings.temperature_coefficient_per_k * (array_c - 28.0))

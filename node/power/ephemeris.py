@@ -279,6 +279,18 @@ class Ephemeris:
         )
         return np.asarray(np.degrees(np.arcsin(sine)), dtype=np.float64)
 
+    def zenith_cosine(self, t_ns: ArrayLike) -> Array:
+        """Return the cosine of the Sun's angle from straight up at the satellite, the shape of `t_ns`.
+
+        Raises
+        ------
+        PropagationError
+            SGP4 has no position for one of the times.
+        """
+        position, sun = self.satellite_teme_km(t_ns), sun_of_date_km(t_ns)
+        along = np.sum(position * sun, axis=-1)
+        return np.asarray(along / (np.linalg.norm(position, axis=-1) * np.linalg.norm(sun, axis=-1)))
+
     def _state(self, t_ns: ArrayLike) -> tuple[Array, Array]:
         """Return position, km, and velocity, km/s, in TEME."""
         t = np.asarray(t_ns, dtype=np.int64)

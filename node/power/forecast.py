@@ -87,6 +87,24 @@ class EclipseForecast:
         """
         return float(self._ephemeris.beta_deg(t_ns))
 
+    def zenith_incidence(self, t_ns: Times) -> Array:
+        """Return the incidence on an array that looks away from Earth, by its mean over the sunlit orbit.
+
+        Parameters
+        ----------
+        t_ns
+            Mission times, UTC, shape (n,).
+
+        Raises
+        ------
+        PropagationError
+            SGP4 has no position in that time.
+        """
+        orbit = t_ns[0] + np.linspace(0, self.period_s * NS_PER_S, 181).astype(np.int64)[:-1]
+        lit = self._ephemeris.sunlit_fraction(orbit) > 0.5
+        mean = float(np.maximum(0.0, self._ephemeris.zenith_cosine(orbit)[lit]).mean())
+        return np.maximum(0.0, self._ephemeris.zenith_cosine(t_ns)) / max(mean, 1e-6)
+
     def between(self, begin_ns: int, end_ns: int) -> list[UmbraPass]:
         """Return the whole umbra passes of a stretch of time, of days if need be.
 

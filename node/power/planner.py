@@ -12,11 +12,8 @@ rules (`node.power.governor`), and says so.
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
-from enum import StrEnum
-from itertools import pairwise
 from typing import Annotated, Final, Literal
 
 import msgspec
@@ -25,9 +22,9 @@ from msgspec import Meta
 
 from node.power.array import ArrayModel, ArraySettings
 from node.power.battery import BatteryModel, BatterySettings
-from node.power.curve import PowerCurve
-from node.power.forecast import UmbraPass
+from node.power.horizon import dark_after, groups, incidence_at, last_segment, segments
 from node.power.lp import Array, Demand, Problem, Solution, SolverFailed, solve
+from node.power.plan import Backlog, Binding, Plan, PlanInputs, Source
 from node.power.soc_filter import FilterSettings, SocFilter
 from node.power.thermal import HeatObserver, ThermalSettings
 from telemetry.bus import BusEps
@@ -43,28 +40,6 @@ FILTER_REACH: Final = 3.0
 """Errors of its sensor that the filtered state of charge may lie from it."""
 NEAR: Final = 1e-3
 """Relative difference under which two draws are one."""
-MAX_DEMANDS: Final = 12
-"""Groups of jobs a plan tells apart; of more, those of least value share one."""
-
-
-class Source(StrEnum):
-    """Where a ceiling comes from (`telemetry.packets.PowerPlan.source`)."""
-
-    PLANNER = "planner"
-    RULES = "rules"
-
-
-class Binding(StrEnum):
-    """What keeps the plan from more watts now (`telemetry.packets.PowerPlan.binding`)."""
-
-    BOARD = "board"
-    CAP = "cap"
-    DEMAND = "demand"
-    BATTERY_FLOOR = "battery_floor"
-    NEXT_ECLIPSE = "next_eclipse"
-    THERMAL = "thermal"
-    WORTH = "worth"
-    NONE = "none"
 
 
 class PlannerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -105,92 +80,6 @@ class PlannerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     thermal: ThermalSettings = ThermalSettings()
 
 
-class Backlog(msgspec.Struct, frozen=True, kw_only=True):
-    """Open jobs that are worth the same and due together."""
-
-    tokens: float
-    """Still to be decoded."""
-    value: float
-    """Of a token."""
-    deadline_ns: int | None = None
-    """Mission time after which they are worth nothing."""
-
-
-class PlanInputs(msgspec.Struct, frozen=True, kw_only=True):
-    """What the planner knows at one moment."""
-
-    t_ns: int
-    """Mission time, UTC."""
-    eps: BusEps
-    soc_sigma: float
-    """Error of the state of charge, 0 to 1."""
-    passes: tuple[UmbraPass, ...]
-    """Umbra passes under way or ahead, as far as they are known."""
-    period_s: float
-    """Of the orbit."""
-    edge_margin_s: float = 0.0
-    """Error of the forecast edges."""
-    curve: PowerCurve
-    least_w: float
-    """Draw at the least duty."""
-    cap_w: float | None = None
-    """Commanded cap."""
-    jobs: tuple[Backlog, ...] | None = None
-    """Open jobs; None: work without end, all worth the same."""
-    contacts: tuple[tuple[int, int], ...] = ()
-    """Contact windows ahead, (start, end): what is due between two must be done by the first."""
-
-
-class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """Watts over the horizon."""
-
-    source: Source
-    made_ns: int
-    start_soc: float = 0.0
-    edges_ns: tuple[int, ...] = ()
-    """Bounds of the segments, one more than there are; none of a plan of the rules."""
-    watts: tuple[float, ...] = ()
-    soc: tuple[float, ...] = ()
-    """Expected at the end of each segment."""
-    shares: tuple[tuple[float, ...], ...] = ()
-    """Tokens of each group of `PlanInputs.jobs` in each segment."""
-    binding: Binding = Binding.NONE
-    binds_at_ns: int | None = None
-    """When the bound is reached that binds now."""
-    tokens: float = 0.0
-    """Planned to the end of the horizon."""
-    value: float = 0.0
-    least_value: float = 0.0
-    """Jobs worth less a token are not to run now: there is no energy for them."""
-    backlog_tokens: float = 0.0
-    backlog_clear_ns: int | None = None
-    """When the open jobs will be done; None when not within the horizon."""
-    array_gain: float = 1.0
-    """Measured array power by expected power."""
-    note: str = ""
-    """Why the rules decide."""
-
-    def index_at(self, t_ns: int) -> int | None:
-        """Return the segment of a moment, None outside of the plan."""
-        if not self.edges_ns or not self.edges_ns[0] <= t_ns < self.edges_ns[-1]:
-            return None
-        return bisect_right(self.edges_ns, t_ns) - 1
-
-    def watts_at(self, t_ns: int) -> float | None:
-        """Return the planned draw, W; None outside of the plan, and of a plan of the rules."""
-        index = self.index_at(t_ns)
-        return None if index is None else self.watts[index]
-
-    def soc_at(self, t_ns: int) -> float | None:
-        """Return the state of charge expected at a moment, None outside of the plan."""
-        index = self.index_at(t_ns)
-        if index is None:
-            return None
-        low, high = self.edges_ns[index], self.edges_ns[index + 1]
-        before = self.start_soc if index == 0 else self.soc[index - 1]
-        return before + (self.soc[index] - before) * (t_ns - low) / (high - low)
-
-
 class Planner:
     """Keeps the models, and makes plans from them.
 
@@ -214,6 +103,7 @@ class Planner:
         *,
         soc_sigma: float,
         sunlit: float | None,
+        incidence: float = 1.0,
         board_c: float | None,
         power_w: float,
     ) -> BusEps:
@@ -229,6 +119,8 @@ class Planner:
             Error of the state of charge it tells, 0 to 1.
         sunlit
             Expected share of the Sun's disc, None when unknown.
+        incidence
+            Cosine of the Sun's incidence on the array by its mean over the sunlit part of an orbit.
         board_c
             Temperature of the board, degC, None when unknown.
         power_w
@@ -254,6 +146,7 @@ class Planner:
             self.array.observe(
                 t_s,
                 sunlit=sunlit,
+                incidence=incidence,
                 array_w=eps.array_w,
                 array_sun_w=eps.array_sun_w,
                 soc=soc,
@@ -263,18 +156,18 @@ class Planner:
 
     def handle(self, inputs: PlanInputs) -> Plan:
         """Return a plan from now on; of the rules when none can be made."""
-        edges_ns, sunlit = segments(inputs, self.settings)
+        edges_ns, sunlit = segments(inputs, orbits=self.settings.orbits, segment_s=self.settings.segment_s)
         dt_s = np.diff(np.asarray(edges_ns, dtype=np.float64) / NS_PER_S)
-        groups = _groups(inputs)
+        wanted = groups(inputs)
         try:
-            problem = self._problem(inputs, edges_ns, dt_s, sunlit, groups)
+            problem = self._problem(inputs, edges_ns, dt_s, sunlit, wanted)
             solution = solve(problem, time_limit_s=self.settings.time_limit_s)
         except SolverFailed as error:
             return self._rules(inputs, error.what)
         wrong = _nonsense(problem, solution)
         if wrong:
             return self._rules(inputs, wrong)
-        return self._explain(inputs, edges_ns, problem, solution, groups)
+        return self._explain(inputs, edges_ns, problem, solution, wanted)
 
     def due(self, plan: Plan | None, t_ns: int, soc: float, changed: bool) -> bool:
         """Tell whether a plan is to be made anew.
@@ -311,11 +204,13 @@ class Planner:
         edges_ns: Sequence[int],
         dt_s: Array,
         sunlit: Array,
-        groups: Sequence[Backlog],
+        wanted: Sequence[Backlog],
     ) -> Problem:
         s, eps = self.settings, inputs.eps
         n = len(dt_s)
-        array_w = s.array_margin * self.array.expect_w(dt_s, sunlit, eps.array_sun_w)
+        array_w = s.array_margin * self.array.expect_w(
+            dt_s, sunlit, eps.array_sun_w, incidence_at(inputs, edges_ns)
+        )
         platform_w = eps.platform_w + s.eclipse_extra_w * (1.0 - sunlit)
         least_w = inputs.least_w
         most_w = inputs.curve.most_w if inputs.cap_w is None else min(inputs.curve.most_w, inputs.cap_w)
@@ -328,10 +223,10 @@ class Planner:
         keep = min(eps.soc_floor + s.soc_margin + s.soc_sigmas * inputs.soc_sigma, 1.0)
         floor_j = np.full(n, self.battery.energy_j(keep, eps.battery_wh))
         charge_w = self.battery.charge_w(eps.battery_soc, eps.battery_wh)
-        after_s = _dark_after(inputs, edges_ns[-1])
+        after_s = dark_after(inputs, edges_ns[-1])
         end_j = floor_j[-1] + (eps.platform_w + s.eclipse_extra_w + least_w) * after_s / eta_d
         demands = [
-            Demand(each.tokens, each.value, last=_last_segment(inputs, each, edges_ns)) for each in groups
+            Demand(each.tokens, each.value, last=last_segment(inputs, each, edges_ns)) for each in wanted
         ]
         worth = max((each.value for each in demands), default=1.0)
         top = inputs.curve.hull[-1]
@@ -367,7 +262,7 @@ class Planner:
         edges_ns: Sequence[int],
         problem: Problem,
         solution: Solution,
-        groups: Sequence[Backlog],
+        wanted: Sequence[Backlog],
     ) -> Plan:
         wh = inputs.eps.battery_wh
         soc = tuple(self.battery.soc(float(each), wh) for each in solution.energy_j)
@@ -390,7 +285,7 @@ class Planner:
             binds_at_ns=None if at is None else edges_ns[at + 1],
             tokens=float(tokens.sum()),
             value=solution.value,
-            least_value=_least_value(groups, solution, edges_ns, inputs),
+            least_value=_least_value(wanted, solution, inputs),
             backlog_tokens=backlog,
             backlog_clear_ns=clear,
             array_gain=self.array.gain,
@@ -424,46 +319,6 @@ class Planner:
         return Binding.WORTH, None
 
 
-def segments(inputs: PlanInputs, settings: PlannerSettings) -> tuple[list[int], Array]:
-    """Return the bounds of the segments, ns, and the share of each that is sunlit.
-
-    Eclipses are taken longer by the error of their edges on both sides. The horizon ends at the last umbra
-    entry within one orbit after its least length, or there when none comes.
-    """
-    start = inputs.t_ns
-    least_ns = round(settings.orbits * inputs.period_s * NS_PER_S)
-    margin = round(inputs.edge_margin_s * NS_PER_S)
-    dark = [(each.entry_ns - margin, each.exit_ns + margin) for each in inputs.passes]
-    dark = [(entry, leave) for entry, leave in dark if leave > start]
-    latest = start + least_ns + round(inputs.period_s * NS_PER_S)
-    entries = [entry for entry, _ in dark if start + least_ns <= entry <= latest]
-    end = entries[0] if entries else start + least_ns
-    marks = sorted({start, end, *(m for pair in dark for m in pair if start < m < end)})
-    edges: list[int] = []
-    for low, high in pairwise(marks):
-        parts = max(1, math.ceil((high - low) / NS_PER_S / settings.segment_s))
-        edges += [low + (high - low) * k // parts for k in range(parts)]
-    edges.append(end)
-    middle = [(low + high) // 2 for low, high in pairwise(edges)]
-    lit = [0.0 if any(entry <= m < leave for entry, leave in dark) else 1.0 for m in middle]
-    return edges, np.asarray(lit)
-
-
-def _groups(inputs: PlanInputs) -> list[Backlog]:
-    """Return what is wanted, in at most `MAX_DEMANDS` groups."""
-    if inputs.jobs is None:
-        return [Backlog(tokens=math.inf, value=1.0)]
-    jobs = sorted(inputs.jobs, key=lambda each: -each.value)
-    if len(jobs) <= MAX_DEMANDS:
-        return jobs
-    rest = jobs[MAX_DEMANDS - 1 :]
-    tokens = sum(each.tokens for each in rest)
-    value = sum(each.tokens * each.value for each in rest) / max(tokens, 1e-9)
-    due = [each.deadline_ns for each in rest]
-    latest = None if None in due else max(each for each in due if each is not None)
-    return [*jobs[: MAX_DEMANDS - 1], Backlog(tokens=tokens, value=value, deadline_ns=latest)]
-
-
 def _backlog(inputs: PlanInputs) -> float:
     """Return the tokens of open jobs that have an end."""
     return sum(each.tokens for each in inputs.jobs or () if math.isfinite(each.tokens))
@@ -472,17 +327,6 @@ def _backlog(inputs: PlanInputs) -> float:
 def _ordinary(demands: Sequence[Demand]) -> float:
     """Return what a token is worth that is always wanted: the least of those that are open."""
     return min((each.value for each in demands), default=1.0)
-
-
-def _last_segment(inputs: PlanInputs, each: Backlog, edges_ns: Sequence[int]) -> int | None:
-    """Return the last segment in which tokens are still in time, None when all are."""
-    due = each.deadline_ns
-    if due is None:
-        return None
-    ends = [end for start, end in inputs.contacts if start < due]
-    if ends:
-        due = min(due, max(ends))
-    return int(np.searchsorted(np.asarray(edges_ns), due, side="right")) - 2
 
 
 def _ride(problem: Problem, payload_w: Array) -> Array:
@@ -495,15 +339,6 @@ def _ride(problem: Problem, payload_w: Array) -> Array:
         held = min(max(held + step, 0.0), problem.full_j)
         energy[k] = held
     return energy
-
-
-def _dark_after(inputs: PlanInputs, end_ns: int) -> float:
-    """Return how long the eclipse at the end of the horizon lasts, s; 0 without one."""
-    margin_s = inputs.edge_margin_s
-    for each in inputs.passes:
-        if abs(each.entry_ns - end_ns) <= (margin_s + 1.0) * NS_PER_S:
-            return each.duration_s + 2 * margin_s
-    return 0.0
 
 
 def _nonsense(problem: Problem, solution: Solution) -> str:
@@ -522,19 +357,17 @@ def _nonsense(problem: Problem, solution: Solution) -> str:
     return ""
 
 
-def _least_value(
-    groups: Sequence[Backlog], solution: Solution, edges_ns: Sequence[int], inputs: PlanInputs
-) -> float:
+def _least_value(wanted: Sequence[Backlog], solution: Solution, inputs: PlanInputs) -> float:
     """Return the value under which jobs are shed now.
 
     Jobs are shed when some of them will not be served in time while others of more value are: then those
     not served at all within the horizon, and worth less than all that is served now, wait.
     """
-    if inputs.jobs is None or len(groups) < 2:
+    if inputs.jobs is None or len(wanted) < 2:
         return 0.0
     served = solution.served.sum(axis=1)
-    starved = [g.value for g, got in zip(groups, served, strict=True) if got < NEAR * max(g.tokens, 1.0)]
-    running = [g.value for g, got in zip(groups, served, strict=True) if got >= NEAR * max(g.tokens, 1.0)]
+    starved = [g.value for g, got in zip(wanted, served, strict=True) if got < NEAR * max(g.tokens, 1.0)]
+    running = [g.value for g, got in zip(wanted, served, strict=True) if got >= NEAR * max(g.tokens, 1.0)]
     if not starved or not running or min(running) <= max(starved):
         return 0.0
     return min(running)

@@ -132,3 +132,16 @@ def test_margins_of_the_edges_grow_with_age_until_it_is_no_forecast_any_more() -
     assert usable == sorted(usable, reverse=True)
     assert usable[14]
     assert not usable[30]
+
+
+def test_the_incidence_on_an_array_that_looks_away_from_earth_is_that_of_the_plant() -> None:
+    times = JUNE_NS + np.arange(0, 5_500, 60) * NS
+    truth = TrueOrbit(*LINES).geometry(times)
+    sun = truth.sun / np.linalg.norm(truth.sun, axis=1, keepdims=True)
+    up = truth.satellite / np.linalg.norm(truth.satellite, axis=1, keepdims=True)
+    expected = np.maximum(0.0, np.sum(sun * up, axis=1))
+    found = EclipseForecast.from_tle(*LINES).zenith_incidence(times)
+    ratio = found[expected > 0.1] / expected[expected > 0.1]
+    assert ratio.max() / ratio.min() < 1.01
+    lit = Ephemeris(*LINES).sunlit_fraction(times) > 0.5
+    assert found[lit].mean() == pytest.approx(1.0, abs=0.03)

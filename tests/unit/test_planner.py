@@ -15,19 +15,11 @@ from hypothesis import strategies as st
 from node.power import planner as module
 from node.power.curve import PowerCurve, Setting
 from node.power.forecast import UmbraPass
+from node.power.horizon import segments
 from node.power.lp import Demand, Heat, Problem, SolverFailed, solve
 from node.power.operating_point import OperatingPoint
-from node.power.planner import (
-    EMPTY,
-    Backlog,
-    Binding,
-    Plan,
-    PlanInputs,
-    Planner,
-    PlannerSettings,
-    Source,
-    segments,
-)
+from node.power.plan import Backlog, Binding, Plan, PlanInputs, Source
+from node.power.planner import EMPTY, Planner
 from telemetry.bus import BusEps
 
 NS = 1_000_000_000
@@ -174,7 +166,7 @@ def test_what_cannot_be_is_an_error_and_a_solver_without_time_too() -> None:
 
 
 def test_segments_meet_the_edges_with_their_margin_and_end_at_an_umbra_entry() -> None:
-    edges, lit = segments(inputs(edge_margin_s=10.0), PlannerSettings())
+    edges, lit = segments(inputs(edge_margin_s=10.0), orbits=2.0, segment_s=300.0)
     assert len(lit) == len(edges) - 1
     assert edges[-1] == (SUN_S + 2 * PERIOD_S - 10) * NS
     for each in passes(2):
@@ -183,7 +175,7 @@ def test_segments_meet_the_edges_with_their_margin_and_end_at_an_umbra_entry() -
     dark_s = sum((b - a) / NS for a, b, light in zip(edges[:-1], edges[1:], lit, strict=True) if light == 0)
     assert dark_s == pytest.approx(2 * (PERIOD_S - SUN_S + 20))
     assert max(b - a for a, b in itertools.pairwise(edges)) <= 300 * NS
-    none, lit = segments(inputs(passes=()), PlannerSettings())
+    none, lit = segments(inputs(passes=()), orbits=2.0, segment_s=300.0)
     assert none[-1] == 2 * PERIOD_S * NS
     assert np.all(lit == 1.0)
 
@@ -226,11 +218,15 @@ def test_valuable_jobs_go_first_and_those_there_is_no_energy_for_are_shed() -> N
 def test_what_is_due_between_two_contacts_must_be_done_by_the_first() -> None:
     jobs = (Backlog(tokens=30_000.0, value=1.0, deadline_ns=5_000 * NS),)
     free = made(jobs=jobs)
-    bound = made(jobs=jobs, contacts=((900 * NS, 1_000 * NS), (9_000 * NS, 9_500 * NS)))
+    windows = ((900 * NS, 1_000 * NS), (9_000 * NS, 9_500 * NS))
+    bound = made(jobs=jobs, contacts=windows, contacts_until_ns=9_500 * NS)
     after = [end_ns > 1_000 * NS for end_ns in bound.edges_ns[1:]]
     late = [share for share, is_late in zip(bound.shares[0], after, strict=True) if is_late]
     assert sum(late) == 0
     assert sum(free.shares[0]) == pytest.approx(30_000.0)
+    # Where it is not said that these are all, another one may come in time.
+    assert made(jobs=jobs, contacts=windows).shares == free.shares
+    assert made(jobs=jobs, contacts=windows, contacts_until_ns=4_000 * NS).shares == free.shares
 
 
 def test_the_recovery_of_a_backlog_is_predicted_and_comes_later_under_a_cap() -> None:

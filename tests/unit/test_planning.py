@@ -15,10 +15,10 @@ from node.boards import BoardSettings, open_board
 from node.bus_view import BusView
 from node.config import NodeConfig
 from node.planning import REPLAN_S, Planning
-from node.power.planner import Binding, Source
+from node.power.plan import Binding, Source
 from node.power.profile import load_profile
 from node.scheduler import Park, Start, Task, plan
-from telemetry.bus import BusContact, BusEps, BusOrbit
+from telemetry.bus import BusContact, BusEps, BusOrbit, ContactSpan
 from telemetry.errors import PenumbraError
 from telemetry.figures import Calibration, OperatingPoint
 
@@ -93,11 +93,43 @@ def test_a_change_of_jobs_cap_or_contact_makes_a_new_plan_but_not_at_once() -> N
     assert third is not None
     assert max(third.watts) <= 6.0 + 1e-6
     contact = BusContact(
-        t_ns=JUNE_NS, in_contact=False, next_start_ns=JUNE_NS + NS, next_end_ns=JUNE_NS + 2 * NS
+        t_ns=JUNE_NS,
+        in_contact=False,
+        windows=[ContactSpan(start_ns=JUNE_NS + NS, end_ns=JUNE_NS + 2 * NS)],
     )
     rig.view.handle(contact, 0.0)
     rig.watts(4.0, cap_w=6.0)
     assert rig.planning.plan is not third
+
+
+def test_planning_that_fails_costs_the_plan_and_not_the_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig()
+    rig.tasks = [task("a", 100_000)]
+
+    def defect(inputs: object) -> object:
+        raise ZeroDivisionError("of the test")
+
+    monkeypatch.setattr(rig.planning._planner, "handle", defect)
+    assert rig.watts() is None
+    assert rig.planning.plan is not None
+    assert rig.planning.plan.source is Source.RULES
+    assert rig.planning.plan.note == "planning failed: ZeroDivisionError: of the test"
+    monkeypatch.undo()
+    rig.tasks.append(task("bb", 10))
+    assert rig.watts(1.0) is not None
+
+
+def test_an_array_that_looks_away_from_earth_is_planned_by_its_incidence() -> None:
+    config = NodeConfig.load(EXAMPLE)
+    array = msgspec.structs.replace(config.planner.array, mount="zenith")
+    tilted, turned = Rig(array=array), Rig()
+    for rig in (tilted, turned):
+        rig.tasks = [task("a", 10_000_000)]
+        rig.watts()
+    assert tilted.planning.plan is not None
+    assert turned.planning.plan is not None
+    assert tilted.planning.plan.soc != turned.planning.plan.soc
+    assert turned.planning._incidence() is None
 
 
 def test_an_accelerated_clock_and_the_rate_of_the_worker_are_reckoned_with() -> None:
