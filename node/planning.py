@@ -94,10 +94,15 @@ class Planning:
         self._planner = Planner(config.planner)
         self._configured_w = board.range_w()
         profile = config.planner.profile
-        self.profile: PowerCurve | None = load_profile(Path(profile), board) if profile else None
+        self.profile: PowerCurve | None = (
+            load_profile(Path(profile), board, threads=config.model.threads, batch=config.worker.batch)
+            if profile
+            else None
+        )
         self._measured = (ASSUMED_TOKENS_S, 1.0)
         self.curve = self._drawn()
         """Tokens a second of mission time by watts."""
+        self._chosen: OperatingPoint | None = None
         self._planned_for: object = None
         self._planned_s = -math.inf
 
@@ -194,12 +199,11 @@ class Planning:
 
     def choose(self, ceiling_w: float, duty: float) -> OperatingPoint:
         """Return the operating point that carries a ceiling out at the duty the governor holds it with."""
-        threads, batch = self._config.model.threads, self._config.worker.batch
-        whole = OperatingPoint(threads=threads, batch=batch, duty=duty)
-        if self.profile is None:
-            return whole
         least = self._config.power.min_duty
-        chosen = self.profile.choose(ceiling_w, threads=threads, batch=batch, min_duty=least)
+        if self.profile is None:
+            model, worker = self._config.model, self._config.worker
+            return OperatingPoint(threads=model.threads, batch=worker.batch, duty=duty)
+        chosen = self._chosen = self.profile.choose(ceiling_w, min_duty=least, held=self._chosen)
         idle_w, most_w = self.range_w()
         # What the governor's loop adds to its own model of the duty is added to that of the point as well.
         correction = duty - (ceiling_w - idle_w) / max(most_w - idle_w, 1e-9)

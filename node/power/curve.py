@@ -9,8 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Final
+
+from msgspec import structs
 
 from node.power.operating_point import OperatingPoint
+
+WITHIN_W: Final = 1e-6
+KEEP: Final = 0.95
+"""Share of the best rate with which a setting is kept (assumed)."""
 
 
 @dataclass(frozen=True)
@@ -111,31 +118,39 @@ class PowerCurve:
         """Return tokens/s at a draw, W; 0 at idle and below."""
         return max(0.0, min(slope * power_w + offset for slope, offset in self.lines()))
 
-    def choose(self, power_w: float, *, threads: int, batch: int, min_duty: float) -> OperatingPoint:
+    def choose(
+        self, power_w: float, *, min_duty: float, held: OperatingPoint | None = None
+    ) -> OperatingPoint:
         """Return the operating point that gives the most tokens within a draw.
 
-        That is the efficient setting at or above the draw, paced down to it: pacing acts at once, and costs
-        nothing against the line between idle and the setting. Threads and batch come down only where a
-        smaller setting is the more efficient one at this draw.
+        That is an efficient setting, paced down to the draw: pacing acts at once, and costs nothing against
+        the line between idle and the setting. Threads, batch and power mode come down only where a smaller
+        setting is the more efficient one at this draw.
 
         Parameters
         ----------
         power_w
-            Draw allowed.
-        threads, batch
-            Most there may be.
+            Draw allowed. Below what the least duty takes, the setting that takes the least is returned.
         min_duty
-            Share of time that service never goes below.
+            Share of time that service never goes below, above 0.
+        held
+            The point until now: its setting is kept while another would give hardly more, for a change of
+            batch parks jobs, and one of power mode takes time.
         """
-        best: tuple[float, OperatingPoint] | None = None
-        for each in self.hull:
-            if each.point.threads > threads or each.point.batch > batch:
-                continue
+
+        def paced(each: Setting) -> tuple[float, float, OperatingPoint]:
             span_w = each.power_w - self.idle_w
             duty = min(max((power_w - self.idle_w) / span_w, min_duty), 1.0)
-            rate = duty * each.tokens_s
-            if self.idle_w + duty * span_w <= power_w + 1e-6 and (best is None or rate > best[0]):
-                best = (rate, OperatingPoint(threads=each.point.threads, batch=each.point.batch, duty=duty))
-        if best is None:
-            return OperatingPoint(threads=threads, batch=batch, duty=min_duty)
-        return best[1]
+            point = structs.replace(each.point, duty=duty)
+            return duty * each.tokens_s, self.idle_w + duty * span_w, point
+
+        found = [paced(each) for each in self.hull]
+        within = [each for each in found if each[1] <= power_w + WITHIN_W]
+        if not within:
+            return min(found, key=lambda each: each[1])[2]
+        best = max(within, key=lambda each: each[0])
+        for rate, _, point in within:
+            same = held is not None and structs.replace(point, duty=held.duty) == held
+            if same and rate >= KEEP * best[0]:
+                return point
+        return best[2]

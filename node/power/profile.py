@@ -32,8 +32,10 @@ def load_calibration(path: Path) -> Calibration:
         raise PenumbraError(f"{path}: no calibration: {error}", AGAIN) from None
 
 
-def load_profile(path: Path, board: Board) -> PowerCurve:
+def load_profile(path: Path, board: Board, *, threads: int, batch: int) -> PowerCurve:
     """Return tokens/s by watts from what `penumbra calibrate --json` wrote.
+
+    Points beyond the threads and the batch of this node are left out: it cannot go there.
 
     On a board that measures its draw the watts are those measured. On one that computes it from CPU time they
     follow from the CPU time measured, by the same formula.
@@ -41,7 +43,7 @@ def load_profile(path: Path, board: Board) -> PowerCurve:
     Raises
     ------
     PenumbraError
-        The file cannot be read, is no calibration, was made on another board, or has no useful point.
+        The file cannot be read, is no calibration, was made on another board, or has no point of use here.
     """
     found = load_calibration(path)
     if (found.board, found.identity) != (board.name, board.identity):
@@ -53,7 +55,7 @@ def load_profile(path: Path, board: Board) -> PowerCurve:
     idle_w, _ = board.range_w()
     settings = []
     for each in found.points:
-        if each.duty < 1.0:
+        if each.duty < 1.0 or each.threads > threads or each.batch > batch:
             continue
         power_w = each.power_w if board.measures else board.draw_w(each.cpu_share)
         if power_w is not None:
@@ -65,4 +67,6 @@ def load_profile(path: Path, board: Board) -> PowerCurve:
     try:
         return PowerCurve(measured_idle_w, settings)
     except ValueError as error:
-        raise PenumbraError(f"{path}: {error}", AGAIN) from None
+        raise PenumbraError(
+            f"{path}: of up to {threads} threads and {batch} jobs together, {error}", AGAIN
+        ) from None

@@ -80,11 +80,15 @@ def test_the_curve_is_the_upper_hull_and_chooses_within_the_draw() -> None:
     assert curve.rate(6.0) == pytest.approx(50.0)
     assert curve.rate(10.0) == pytest.approx(130.0)
     assert curve.rate(99.0) == 160.0
-    half = curve.choose(6.0, threads=2, batch=8, min_duty=0.05)
+    half = curve.choose(6.0, min_duty=0.05)
     assert (half.threads, half.batch, half.duty) == (1, 8, pytest.approx(0.5))
-    assert curve.choose(11.9, threads=2, batch=8, min_duty=0.05).threads == 2
-    assert curve.choose(1.0, threads=2, batch=8, min_duty=0.05).duty == 0.05
-    assert curve.choose(12.0, threads=1, batch=8, min_duty=0.05) == msgspec.structs.replace(point(1, 8))
+    assert curve.choose(11.9, min_duty=0.05).threads == 2
+    assert curve.choose(1.0, min_duty=0.05) == msgspec.structs.replace(point(1, 8), duty=0.05)
+    # Near where two settings give the same, the one that is held is kept.
+    near_w = 10.0
+    one, two = (curve.choose(near_w, min_duty=0.05, held=point(t, 8)) for t in (1, 2))
+    assert curve.choose(near_w, min_duty=0.05, held=two).threads == 2
+    assert (one.threads, curve.choose(6.0, min_duty=0.05, held=two).threads) == (2, 1)
     with pytest.raises(ValueError, match="no operating point"):
         PowerCurve(4.0, [Setting(point(), 4.0, 10.0)])
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from test_ephemeris import JUNE_NS, LINES
 from test_node_power_service import EXAMPLE, FixedBoard
 
@@ -15,6 +17,8 @@ from node.boards import BoardSettings, open_board
 from node.bus_view import BusView
 from node.config import NodeConfig
 from node.planning import REPLAN_S, Planning
+from node.power.curve import PowerCurve, Setting
+from node.power.operating_point import OperatingPoint as PowerPoint
 from node.power.plan import Binding, Source
 from node.power.profile import load_profile
 from node.scheduler import Park, Start, Task, plan
@@ -204,32 +208,56 @@ def calibration(**changes: Any) -> Calibration:
     return Calibration(**(fields | changes))
 
 
+ALL = {"threads": 2, "batch": 8}
+
+
 def written(path: Path, found: Calibration) -> Path:
     path.write_bytes(msgspec.json.encode(found))
     return path
 
 
 def test_a_profile_gives_watts_by_the_boards_own_formula_where_nothing_is_measured(tmp_path: Path) -> None:
-    curve = load_profile(written(tmp_path / "c.json", calibration()), open_board(BoardSettings()))
+    curve = load_profile(written(tmp_path / "c.json", calibration()), open_board(BoardSettings()), **ALL)
     assert [s.power_w for s in curve.hull] == pytest.approx([8.0, 11.6])
     assert [s.tokens_s for s in curve.hull] == [90.0, 160.0]
+
+
+def test_points_beyond_the_threads_and_batch_of_the_node_are_left_out(tmp_path: Path) -> None:
+    board = open_board(BoardSettings())
+    path = written(tmp_path / "c.json", calibration())
+    assert [s.point.threads for s in load_profile(path, board, threads=1, batch=8).hull] == [1]
+    with pytest.raises(PenumbraError, match="of up to 2 threads and 4 jobs together, no operating point"):
+        load_profile(path, board, threads=2, batch=4)
+
+
+@given(st.floats(0, 20), st.floats(0.01, 0.2))
+def test_a_point_chosen_is_within_the_draw_and_no_other_gives_more(power_w: float, least: float) -> None:
+    rows = [(1, 1, 6.0, 35.0), (1, 8, 8.0, 100.0), (2, 4, 10.0, 130.0), (2, 8, 12.0, 160.0)]
+    settings_ = [Setting(PowerPoint(threads=t, batch=b, duty=1.0), watts, rate) for t, b, watts, rate in rows]
+    curve = PowerCurve(4.0, settings_)
+    found = curve.choose(power_w, min_duty=least)
+    chosen = next(s for s in curve.hull if (s.point.threads, s.point.batch) == (found.threads, found.batch))
+    drawn_w = 4.0 + found.duty * (chosen.power_w - 4.0)
+    assert drawn_w <= max(power_w, 4.0 + least * 8.0) + 1e-6
+    if power_w >= 4.0 + least * 8.0:
+        assert found.duty * chosen.tokens_s >= 0.75 * curve.rate(power_w)
 
 
 def test_a_profile_of_another_board_or_no_profile_is_refused(tmp_path: Path) -> None:
     board = open_board(BoardSettings())
     other = written(tmp_path / "o.json", calibration(identity="another, 64 threads"))
     with pytest.raises(PenumbraError, match=r"measured on board 'sim' .another, 64 threads"):
-        load_profile(other, board)
+        load_profile(other, board, **ALL)
     warmer = open_board(BoardSettings(core_w=9.0))
     with pytest.raises(PenumbraError, match="9 W a core"):
-        load_profile(written(tmp_path / "w.json", calibration()), warmer)
+        load_profile(written(tmp_path / "w.json", calibration()), warmer, **ALL)
     with pytest.raises(PenumbraError, match="cannot be read"):
-        load_profile(tmp_path / "none.json", board)
+        load_profile(tmp_path / "none.json", board, **ALL)
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(PenumbraError, match="no calibration"):
-        load_profile(tmp_path / "bad.json", board)
+        load_profile(tmp_path / "bad.json", board, **ALL)
     with pytest.raises(PenumbraError, match="no operating point"):
-        load_profile(written(tmp_path / "e.json", calibration(points=[])), board)
+        load_profile(written(tmp_path / "e.json", calibration(points=[])), board, **ALL)
 
 
 def test_a_profile_chooses_threads_and_duty_and_the_loop_corrects_them(tmp_path: Path) -> None:
