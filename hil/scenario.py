@@ -382,7 +382,16 @@ def load_scenario(path_or_name: str | Path) -> Scenario:
             )
         with resources.as_file(PACKAGED / f"{path.name}.toml") as packaged:
             return _checked(load_toml(packaged, Scenario), packaged)
-    return _checked(load_toml(path, Scenario), path)
+    return _with_profile(_checked(load_toml(path, Scenario), path), path.absolute().parent)
+
+
+def _with_profile(scenario: Scenario, directory: Path) -> Scenario:
+    """Return the scenario with the path of its profile taken from the directory of its own file."""
+    planner = scenario.node.planner
+    if not planner.profile:
+        return scenario
+    planner = msgspec.structs.replace(planner, profile=str(directory / planner.profile))
+    return msgspec.structs.replace(scenario, node=msgspec.structs.replace(scenario.node, planner=planner))
 
 
 def _checked(scenario: Scenario, path: Path) -> Scenario:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from hil.scenario import Scenario, load_scenario, packaged_scenarios
+from hil.scenario import PACKAGED, Scenario, load_scenario, packaged_scenarios
 from hil.tle import altitude_km, mean_motion_rad_min
 from node.power.ephemeris import Ephemeris
 from telemetry.commands import Infer
@@ -240,3 +240,12 @@ def test_the_default_flight_needs_its_governor() -> None:
     eclipse_h = 2056 / 3600
     usable_wh = (1.0 - battery.soc_floor) * battery.capacity_wh
     assert least_w * eclipse_h < usable_wh < most_w * eclipse_h
+
+
+def test_the_profile_of_a_scenario_lies_beside_it(tmp_path: Path) -> None:
+    text = (PACKAGED / "default-short.toml").read_text()
+    path = tmp_path / "mine.toml"
+    path.write_text(text + '\n[node.planner]\nprofile = "board.json"\n')
+    assert load_scenario(path).node.planner.profile == str(tmp_path / "board.json")
+    path.write_text(text)
+    assert load_scenario(path).node.planner.profile == ""
