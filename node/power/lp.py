@@ -86,8 +86,8 @@ class Problem:
     discharge_efficiency: float
     charge_w: float
     """Most the battery takes, at the bus."""
-    curve: Sequence[tuple[float, float]]
-    """Lines (tokens/s a watt, tokens/s at 0 W) whose minimum is the rate."""
+    curve: Sequence[tuple[Array | float, Array | float]]
+    """Lines (tokens/s a watt, tokens/s at 0 W) whose minimum is the rate; of all segments, or one of each."""
     demands: Sequence[Demand]
     end_j: float = 0.0
     """Energy there must be at the end."""

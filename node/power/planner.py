@@ -22,6 +22,7 @@ from msgspec import Meta
 
 from node.power.array import ArrayModel, ArraySettings
 from node.power.battery import BatteryModel, BatterySettings
+from node.power.curve import PowerCurve
 from node.power.horizon import dark_after, groups, incidence_at, last_segment, segments
 from node.power.lp import Array, Demand, Problem, Solution, SolverFailed, solve
 from node.power.plan import Backlog, Binding, Plan, PlanInputs, Source
@@ -34,7 +35,8 @@ TOUCHING: Final = 0.004
 """A state of charge this close to a bound rests on it."""
 BEND: Final = 0.02
 PIECES: Final = 4
-"""How much an even draw is preferred (`PowerCurve.smooth_lines`): less than any loss it could cost."""
+"""How much an even draw is preferred in eclipse (`PowerCurve.smooth_lines`), where a high one costs the
+battery its resistance: by less than any other loss. In sunlight work is done as it comes."""
 EMPTY: Final = "bare service alone empties the battery within the horizon"
 FILTER_REACH: Final = 3.0
 """Errors of its sensor that the filtered state of charge may lie from it."""
@@ -243,7 +245,7 @@ class Planner:
             charge_efficiency=eta_c,
             discharge_efficiency=eta_d,
             charge_w=charge_w,
-            curve=inputs.curve.smooth_lines(BEND, PIECES),
+            curve=_curve(inputs.curve, sunlit),
             demands=demands,
             end_j=end_j,
             end_value=s.end_share * eta_d * per_joule * min(worth, _ordinary(demands)),
@@ -267,7 +269,10 @@ class Planner:
         wh = inputs.eps.battery_wh
         soc = tuple(self.battery.soc(float(each), wh) for each in solution.energy_j)
         binding, at = self._binding(inputs, problem, solution, soc)
-        tokens = solution.served.sum(axis=0)
+        tokens, watts = solution.served.sum(axis=0), solution.payload_w.copy()
+        if binding is Binding.DEMAND and float(tokens[0]) >= float(tokens.sum()) * (1 - NEAR):
+            # All there is to do fits into the first segment: done sooner it takes no more energy.
+            watts[0] = problem.most_w[0]
         backlog = _backlog(inputs)
         clear = None
         if inputs.jobs is not None and float(tokens.sum()) >= backlog * (1 - NEAR):
@@ -278,7 +283,7 @@ class Planner:
             made_ns=inputs.t_ns,
             start_soc=inputs.eps.battery_soc,
             edges_ns=tuple(edges_ns),
-            watts=tuple(solution.payload_w.tolist()),
+            watts=tuple(watts.tolist()),
             soc=soc,
             shares=tuple(tuple(row) for row in solution.served.tolist()),
             binding=binding,
@@ -317,6 +322,18 @@ class Planner:
         if float(solution.energy_j[-1]) <= problem.end_j + room:
             return Binding.NEXT_ECLIPSE, len(soc) - 1
         return Binding.WORTH, None
+
+
+def _curve(curve: PowerCurve, sunlit: Array) -> list[tuple[Array, Array]]:
+    """Return the lines of the rate in each segment, bent in eclipse."""
+    bent = curve.smooth_lines(BEND, PIECES)
+    straight = curve.lines()
+    straight += [straight[-1]] * (len(bent) - len(straight))
+    lit = sunlit > 0
+    return [
+        (np.where(lit, one[0], other[0]), np.where(lit, one[1], other[1]))
+        for one, other in zip(straight, bent, strict=True)
+    ]
 
 
 def _backlog(inputs: PlanInputs) -> float:

@@ -200,6 +200,17 @@ def test_a_small_battery_binds_in_eclipse_and_the_floor_is_kept() -> None:
     assert max(dark) - min(dark) < 2.1, "an even draw is preferred"
 
 
+def test_in_sunlight_work_is_done_as_it_comes() -> None:
+    rich = with_eps(battery_soc=0.9)
+    few = made(eps=rich, jobs=(Backlog(tokens=9_000.0, value=1.0),))
+    assert few.binding in {Binding.DEMAND, Binding.BOARD}
+    assert few.watts[0] == pytest.approx(12.0)
+    more = made(eps=rich, jobs=(Backlog(tokens=100_000.0, value=1.0),))
+    assert more.watts[:2] == pytest.approx((12.0, 12.0))
+    assert more.backlog_clear_ns is not None
+    assert more.backlog_clear_ns <= 900 * NS
+
+
 def test_a_commanded_cap_is_planned_with() -> None:
     plan = made(cap_w=6.0)
     assert max(plan.watts) <= 6.0 + 1e-6
