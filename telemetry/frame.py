@@ -9,6 +9,7 @@ every byte before it and is checked before anything is decoded, so damage is nev
 from __future__ import annotations
 
 import struct
+from functools import lru_cache
 from typing import Annotated, Any
 
 import crc32c
@@ -24,10 +25,14 @@ MAX_FRAME_BYTES = 1 << 20
 CRC_BYTES = 4
 _CRC = struct.Struct(">I")
 
-Boot = Annotated[int, Meta(ge=0, le=(1 << 32) - 1)]
-Sequence = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
-MissionTime = Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
-Priority = Annotated[int, Meta(ge=0, le=7)]
+MAX_BOOT = (1 << 32) - 1
+MAX_INT = (1 << 63) - 1
+MAX_PRIORITY = 7
+
+Boot = Annotated[int, Meta(ge=0, le=MAX_BOOT)]
+Sequence = Annotated[int, Meta(ge=0, le=MAX_INT)]
+MissionTime = Annotated[int, Meta(ge=-MAX_INT - 1, le=MAX_INT)]
+Priority = Annotated[int, Meta(ge=0, le=MAX_PRIORITY)]
 
 
 class FrameError(ValueError):
@@ -125,24 +130,37 @@ def encode_frame(
     FrameError
         A value out of its range, or a frame over `MAX_FRAME_BYTES`.
     """
+    stream = packet.stream
+    if priority is None:
+        priority = PRIORITY[stream]
+    _check_header(node, boot, seq, t_ns, priority)
     body = _encoder.encode(packet)
     _decode_body(type(packet), body)
     array = _encoder.encode(
-        _Wire(
-            version=FRAME_VERSION,
-            node=node,
-            boot=boot,
-            stream=packet.stream,
-            seq=seq,
-            t_ns=t_ns,
-            priority=PRIORITY[packet.stream] if priority is None else priority,
-            type=packet.type_name,
-            body=msgspec.Raw(body),
-        )
+        (FRAME_VERSION, node, boot, stream, seq, t_ns, priority, packet.type_name, msgspec.Raw(body))
     )
-    frame = array + _CRC.pack(crc32c.crc32c(array))
-    decode_frame(frame)
-    return frame
+    if len(array) > MAX_FRAME_BYTES - CRC_BYTES:
+        raise FrameError(f"{len(array) + CRC_BYTES} bytes, at most {MAX_FRAME_BYTES} allowed")
+    return array + _CRC.pack(crc32c.crc32c(array))
+
+
+def _check_header(node: str, boot: int, seq: int, t_ns: int, priority: int) -> None:
+    """Raise `FrameError` for what `decode_frame` would refuse."""
+    for name, value, low, high in (
+        ("boot", boot, 0, MAX_BOOT),
+        ("seq", seq, 0, MAX_INT),
+        ("t_ns", t_ns, -MAX_INT - 1, MAX_INT),
+        ("priority", priority, 0, MAX_PRIORITY),
+    ):
+        if not (isinstance(value, int) and low <= value <= high):
+            raise FrameError(f"{name} {value!r}, {low} to {high} allowed")
+    if not _is_node_name(node):
+        raise FrameError(f"node name {node!r} is not allowed")
+
+
+@lru_cache(maxsize=64)
+def _is_node_name(node: str) -> bool:
+    return NODE_NAME.fullmatch(node) is not None
 
 
 def decode_frame(data: bytes) -> Frame:
@@ -165,7 +183,7 @@ def decode_frame(data: bytes) -> Frame:
         raise FrameError(f"not a frame: {error}") from error
     if wire.version != FRAME_VERSION:
         raise FrameError(f"frame version {wire.version}, {FRAME_VERSION} expected")
-    if not NODE_NAME.fullmatch(wire.node):
+    if not _is_node_name(wire.node):
         raise FrameError(f"node name {wire.node!r} is not allowed")
     return Frame(
         version=wire.version,
