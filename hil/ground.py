@@ -17,7 +17,9 @@ from hil.uplink import Uplink
 from telemetry import topics
 from telemetry.ack import encode_ack
 from telemetry.archive import Archive
+from telemetry.block import BlockError, decode_block
 from telemetry.database import StoreFull
+from telemetry.flow import Flow, encode_flow
 from telemetry.frame import Frame, FrameError, decode_frame
 from telemetry.keys import KeyRing
 from telemetry.link import LinkDown, MqttLink
@@ -30,6 +32,12 @@ REACK_S = 2.0
 UPLINK_TICK_S = 0.05
 BATCH = 512
 """Most frames of one archive transaction."""
+MAX_BACKLOG = 8192
+"""Frames that may wait for the archive; the node is told to hold when they near it (assumed)."""
+FLOW_S = 0.5
+"""Interval of looking at the backlog, s."""
+FLOW_VALID_S = 3.0
+"""How long a word on flow holds, s: several intervals (assumed)."""
 
 
 @dataclass
@@ -84,6 +92,7 @@ class GroundStation:
         self._key = ring.signing_key()
         self._now_ns = now_ns
         self._on_packet = on_packet
+        self._archive_full = False
         self._frames: asyncio.Queue[bytes] = asyncio.Queue()
         self._link = MqttLink(url, f"ground-{node}", [topics.tm(node, "#")], self._on_message)
 
@@ -104,11 +113,26 @@ class GroundStation:
             group.create_task(self._archive_frames(), name="hil.ground.archive")
             group.create_task(self._send_commands(), name="hil.ground.uplink")
             group.create_task(self._acknowledge_again(), name="hil.ground.reack")
+            group.create_task(self._control_flow(), name="hil.ground.flow")
 
     def _on_message(self, topic: str, payload: bytes) -> None:
+        if topic != topics.tm_block(self._node):
+            self._on_frame(topic, payload)
+            return
+        try:
+            frames = decode_block(payload)
+        except BlockError as error:
+            self.counts.garbage += 1
+            _log.info("garbage on %s: %s", topic, error)
+            return
+        for each in frames:
+            self._on_frame(topic, each)
+
+    def _on_frame(self, topic: str, payload: bytes) -> None:
         try:
             frame = decode_frame(payload)
-            if topic != topics.tm(frame.node, frame.stream) or frame.node != self._node:
+            allowed = (topics.tm(frame.node, frame.stream), topics.tm_block(frame.node))
+            if topic not in allowed or frame.node != self._node:
                 raise FrameError(f"frame of {frame.node} {frame.stream.value} on {topic}")
         except FrameError as error:
             self.counts.garbage += 1
@@ -133,8 +157,10 @@ class GroundStation:
                 done = await asyncio.to_thread(self._archive.ingest, batch)
             except StoreFull as error:
                 self.counts.not_archived += len(batch)
+                self._archive_full = True
                 _log.error("not archived, not acknowledged: %s", error)
                 continue
+            self._archive_full = False
             self.counts.archived += done.new
             self.counts.duplicates += done.duplicate
             touched = [(boot, stream) for _, boot, stream in done.touched]
@@ -147,6 +173,17 @@ class GroundStation:
             if self.in_contact:
                 for ack in await asyncio.to_thread(self._archive.acks, self._node):
                     await self._publish(topics.ack(self._node), encode_ack(ack, self._key))
+
+    async def _control_flow(self) -> None:
+        """Tell the node how much we can take, while that is less than it may send by itself."""
+        bounded = False
+        while True:
+            grant = 0 if self._archive_full else max(0, MAX_BACKLOG - self.backlog)
+            was, bounded = bounded, grant < MAX_BACKLOG // 2
+            if self.in_contact and (bounded or was):
+                flow = Flow(node=self._node, t_ns=self._now_ns(), records=grant, valid_s=FLOW_VALID_S)
+                await self._publish(topics.flow(self._node), encode_flow(flow, self._key))
+            await asyncio.sleep(FLOW_S)
 
     async def _send_commands(self) -> None:
         while True:

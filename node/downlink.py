@@ -1,9 +1,10 @@
 """Downlink: the spool's records to the ground, in priority order, until the archive acknowledges them.
 
 The link is opportunistic: records flow whenever the space link is connected, and nothing is published
-while it is not. `DownlinkWindow` decides how much may be under way and what has to be sent again;
-`Downlink` carries it out. Only an authenticated acknowledgement of the archive deletes a record:
-what a broker confirms is no proof of anything (reference/fsw.md 4.3).
+while it is not. `DownlinkWindow` decides how much may be under way and what has to be sent again; `Turns`
+keeps the bulk moving beside what is urgent; `Downlink` carries it out. A backlog goes down in compressed
+blocks (`telemetry.block`). Only an authenticated acknowledgement of the archive deletes a record: what a
+broker confirms is no proof of anything (reference/fsw.md 4.3).
 """
 
 from __future__ import annotations
@@ -12,14 +13,18 @@ import asyncio
 import logging
 import sqlite3
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 from node.pulse import Pulse
 from telemetry import topics
 from telemetry.ack import Ack
+from telemetry.block import encode_block
 from telemetry.database import Database, StoreFull
+from telemetry.flow import Flow
 from telemetry.link import Link, LinkDown
+from telemetry.packets import PRIORITY, Stream
 from telemetry.spool import Spool, SpoolRecord
 
 _log = logging.getLogger(__name__)
@@ -28,8 +33,17 @@ POLL_S = 0.1
 """How often new records are looked for, s (assumed: small beside a contact, cheap for SQLite)."""
 
 
-BATCH = 32
-"""Records taken from the spool at once (assumed: two rounds of the link's publishes)."""
+BATCH = 256
+"""Most records taken from the spool at once (assumed)."""
+BATCH_BYTES = 64 * 1024
+"""Most bytes of frames taken at once: half a second at 1 Mbit/s, so that what is urgent waits no longer than
+the `PIPELINE` of them (assumed)."""
+PIPELINE = 4
+"""Batches handed to the link at the same time: it is not to idle for a round trip after each (assumed)."""
+BLOCK_FROM = 8
+"""So many records of low priority in a batch are a backlog, and go as a block (assumed)."""
+SINGLE_PRIORITY = 1
+"""Records up to this priority always go alone, on the topic of their stream: they are few, and urgent."""
 
 
 MAX_BACKOFF = 64
@@ -73,15 +87,32 @@ class DownlinkWindow:
         self.limit = limit
         self.retransmit_s = retransmit_s
         self._sent: dict[int, InFlight] = {}
+        self._flow: tuple[Flow, float] | None = None
+        self._swept_s = 0.0
 
     def room(self, now_s: float) -> int:
         """Return how many records may be sent now."""
         recent = sum(1 for r in self._sent.values() if now_s - r.sent_s < self.retransmit_s)
-        return max(0, self.limit - recent)
+        return max(0, self.granted(now_s) - recent)
+
+    def granted(self, now_s: float) -> int:
+        """Return how many records may be under way: what the ground grants, while its word is fresh."""
+        if self._flow is not None:
+            flow, heard_s = self._flow
+            if now_s - heard_s < flow.valid_s:
+                return min(self.limit, flow.records)
+        return self.limit
 
     def waiting(self, now_s: float) -> set[int]:
         """Return the row ids that are under way and not to be sent now."""
         return {row for row, r in self._sent.items() if now_s - r.sent_s < r.wait_s}
+
+    def on_flow(self, flow: Flow, now_s: float) -> bool:
+        """Take the ground's word on how much it can take; return whether it is newer than the last."""
+        if self._flow is not None and flow.t_ns <= self._flow[0].t_ns:
+            return False
+        self._flow = (flow, now_s)
+        return True
 
     def on_sent(self, record: SpoolRecord, now_s: float) -> None:
         """Note that a record was handed to the link."""
@@ -89,8 +120,16 @@ class DownlinkWindow:
         most_s = self.retransmit_s * MAX_BACKOFF
         wait_s = self.retransmit_s if before is None else min(2 * before.wait_s, most_s)
         self._sent[record.rowid] = InFlight(record.stream, record.boot, record.seq, now_s, wait_s)
-        # What the spool dropped meanwhile is never sent again, and forgotten here.
-        self._sent = {row: r for row, r in self._sent.items() if now_s - r.sent_s <= 2 * most_s}
+        if now_s - self._swept_s >= self.retransmit_s:
+            # What the spool dropped meanwhile is never sent again, and forgotten here.
+            self._swept_s = now_s
+            self._sent = {row: r for row, r in self._sent.items() if now_s - r.sent_s <= 2 * most_s}
+
+    def on_confirmed(self, record: SpoolRecord, now_s: float) -> None:
+        """Note that the link has taken a record: on a slow link its wait begins now."""
+        sent = self._sent.get(record.rowid)
+        if sent is not None:
+            self._sent[record.rowid] = replace(sent, sent_s=now_s)
 
     def on_failed(self, record: SpoolRecord) -> None:
         """Note that the link did not take a record after all."""
@@ -106,6 +145,45 @@ class DownlinkWindow:
     def on_disconnected(self) -> None:
         """Forget what was under way: it may have died with the connection."""
         self._sent.clear()
+
+
+class Turns:
+    """Whose record goes first in a batch: mostly the most urgent, and in turn one of each bulk stream.
+
+    So each bulk stream gets at least one record of every `len(BULK)` batches, however much that is urgent
+    waits, and what is urgent loses one record a batch.
+    """
+
+    BULK = (Stream.PRODUCT, Stream.HOUSEKEEPING, Stream.PLAN, Stream.RESULT)
+
+    def __init__(self) -> None:
+        self._turn = 0
+
+    def next(self) -> Stream:
+        """Return the bulk stream whose turn it is."""
+        stream = self.BULK[self._turn]
+        self._turn = (self._turn + 1) % len(self.BULK)
+        return stream
+
+
+@dataclass(frozen=True)
+class Message:
+    """What is published at once, and the records it carries."""
+
+    topic: str
+    payload: bytes
+    records: tuple[SpoolRecord, ...]
+
+
+def messages(node: str, records: Sequence[SpoolRecord]) -> list[Message]:
+    """Return what to publish for some records, in their order: a backlog of low priority as one block."""
+    low = [record for record in records if PRIORITY[record.stream] > SINGLE_PRIORITY]
+    block = encode_block([record.frame for record in low]) if len(low) >= BLOCK_FROM else None
+    single = records if block is None else [r for r in records if PRIORITY[r.stream] <= SINGLE_PRIORITY]
+    made = [Message(topics.tm(node, r.stream), r.frame, (r,)) for r in single]
+    if block is not None:
+        made.append(Message(topics.tm_block(node), block, tuple(low)))
+    return made
 
 
 def covers(ack: Ack, stream: str, boot: int, seq: int) -> bool:
@@ -138,6 +216,8 @@ class Downlink:
         self._spool = spool
         self._link = link
         self._window = window
+        self._turns = Turns()
+        self._pipeline = asyncio.Semaphore(PIPELINE)
         self._acks: asyncio.Queue[Ack] = asyncio.Queue()
         self.pulse = Pulse("downlink")
         """Health of the sending task, which turns by itself."""
@@ -147,13 +227,17 @@ class Downlink:
         self._window.on_ack(ack)
         self._acks.put_nowait(ack)
 
+    def on_flow(self, flow: Flow) -> None:
+        """Take an authenticated word of the ground on how much it can take."""
+        self._window.on_flow(flow, time.monotonic())
+
     async def run(self) -> None:
         """Send and delete until cancelled."""
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._send(), name="node.downlink.send")
+            group.create_task(self._send(group), name="node.downlink.send")
             group.create_task(self._delete(), name="node.downlink.delete")
 
-    async def _send(self) -> None:
+    async def _send(self, group: asyncio.TaskGroup) -> None:
         while True:
             self.pulse.beat()
             if not self._link.connected.is_set():
@@ -162,32 +246,58 @@ class Downlink:
                 continue
             limit = min(self._window.room(time.monotonic()), BATCH)
             records = await self._take(limit) if limit > 0 else []
-            if records:
-                await asyncio.gather(*(self._publish(record) for record in records))
-            else:
+            if not records:
                 await asyncio.sleep(POLL_S)
+                continue
+            now_s = time.monotonic()
+            for record in records:
+                # Before the broker confirms it: the ground's acknowledgement may be here first.
+                self._window.on_sent(record, now_s)
+            await self._pipeline.acquire()
+            batch = messages(self._node, records)
+            group.create_task(self._publish(batch), name="node.downlink.publish")
 
     async def _take(self, limit: int) -> list[SpoolRecord]:
         exclude = self._window.waiting(time.monotonic())
+        first = self._turns.next()
         try:
-            return await self._database.run(lambda c: self._spool.batch(c, limit, exclude))
+            return await self._database.run(
+                lambda c: self._spool.batch(c, limit, exclude, max_bytes=BATCH_BYTES, first=first)
+            )
         except (StoreFull, sqlite3.Error) as error:
             _log.error("the spool cannot be read: %s", error)
             return []
 
-    async def _publish(self, record: SpoolRecord) -> None:
-        # Before the broker confirms it: the ground's acknowledgement may be here first.
-        self._window.on_sent(record, time.monotonic())
+    async def _publish(self, batch: Sequence[Message]) -> None:
         try:
-            await self._link.publish(topics.tm(self._node, record.stream), record.frame)
+            await asyncio.gather(*(self._publish_one(message) for message in batch))
+        finally:
+            self._pipeline.release()
+
+    async def _publish_one(self, message: Message) -> None:
+        try:
+            await self._link.publish(message.topic, message.payload)
         except LinkDown:
-            self._window.on_failed(record)
+            for record in message.records:
+                self._window.on_failed(record)
+            return
+        now_s = time.monotonic()
+        for record in message.records:
+            self._window.on_confirmed(record, now_s)
 
     async def _delete(self) -> None:
         while True:
-            ack = await self._acks.get()
+            acks = [await self._acks.get()]
+            while not self._acks.empty():
+                acks.append(self._acks.get_nowait())
+            # The newest of each stream says all that the older ones say.
+            newest = {(ack.node, ack.boot, ack.stream): ack for ack in acks}
             try:
-                await self._database.run(partial(self._spool.acknowledge, ack=ack))
+                await self._database.run(partial(self._acknowledge, acks=newest.values()))
             except (StoreFull, sqlite3.Error) as error:
                 # The record is sent again, and the archive acknowledges it again.
                 _log.error("acknowledged records were not deleted: %s", error)
+
+    def _acknowledge(self, connection: sqlite3.Connection, acks: Iterable[Ack]) -> None:
+        for ack in acks:
+            self._spool.acknowledge(connection, ack)

@@ -13,13 +13,17 @@ from telemetry import topics
 from telemetry.ack import Ack, AckError, decode_ack
 from telemetry.bus import CHANNELS, FROM_NODE, BusMessage, decode, decode_eps
 from telemetry.errors import PenumbraError
+from telemetry.flow import Flow, decode_flow
 from telemetry.keys import KeyRing
 from telemetry.packets import Severity
+from telemetry.signed import SignedError
 
 BUS_CHANNELS = tuple(c for c in CHANNELS if c not in FROM_NODE)
 """Channels the node listens to."""
 REPORT_PERIOD_S = 10.0
 """Time between two events about garbage, s (assumed)."""
+FLOW_FRESH_NS = 600 * 1_000_000_000
+"""A word on flow further from mission time than this is an old one played again, ns (assumed)."""
 
 
 class Intake:
@@ -37,6 +41,8 @@ class Intake:
         Takes the bytes of a telecommand.
     on_ack
         Takes an authenticated acknowledgement.
+    on_flow
+        Takes an authenticated and fresh word on flow.
     on_bus
         Takes a message of the bus; raises ValueError or PenumbraError when its content is impossible.
     """
@@ -49,6 +55,7 @@ class Intake:
         *,
         on_command: Callable[[bytes], None],
         on_ack: Callable[[Ack], None],
+        on_flow: Callable[[Flow], None],
         on_bus: Callable[[BusMessage], None],
     ) -> None:
         self.garbage = 0
@@ -57,17 +64,20 @@ class Intake:
         self._recorder = recorder
         self._on_command = on_command
         self._on_ack = on_ack
+        self._on_flow = on_flow
         self._on_bus = on_bus
+        self._node = node
         self._open = True
         self._tc = topics.tc(node)
         self._ack = topics.ack(node)
+        self._flow = topics.flow(node)
         self._bus = {topics.bus(node, channel): channel for channel in BUS_CHANNELS}
         self._throttles: dict[str, Throttle] = {}
 
     @property
     def link_topics(self) -> list[str]:
         """Topics to subscribe to on the space link."""
-        return [self._tc, self._ack]
+        return [self._tc, self._ack, self._flow]
 
     @property
     def bus_topics(self) -> list[str]:
@@ -87,23 +97,30 @@ class Intake:
                 self._on_command(payload)
             elif topic == self._ack:
                 self._on_ack(decode_ack(payload, self._ring))
+            elif topic == self._flow:
+                self._take_flow(decode_flow(payload, self._ring))
             elif topic in self._bus:
                 channel = self._bus[topic]
                 # A sensor that gives nonsense costs its value, not the message.
                 self._on_bus(decode_eps(payload) if channel == "eps" else decode(channel, payload))
             else:
                 raise ValueError("nothing is expected on this topic")
-        except AckError as error:
-            self._report(topic, f"acknowledgement refused: {error}")
+        except (AckError, SignedError) as error:
+            self._report(topic, f"refused: {error}")
         except (ValueError, RecursionError) as error:
             self._report(topic, str(error))
         except PenumbraError as error:
             self._report(topic, error.what)
 
+    def _take_flow(self, flow: Flow) -> None:
+        if flow.node != self._node or abs(self._recorder.now_ns() - flow.t_ns) > FLOW_FRESH_NS:
+            raise SignedError("for another node, or old")
+        self._on_flow(flow)
+
     def _report(self, topic: str, why: str) -> None:
         self.garbage += 1
         # A topic nobody expects is named by its sender: all such share one throttle.
-        known = topic == self._ack or topic in self._bus
+        known = topic in (self._ack, self._flow) or topic in self._bus
         throttle = self._throttles.setdefault(topic if known else "", Throttle(REPORT_PERIOD_S))
         count = throttle.admit(time.monotonic())
         if count is not None:

@@ -152,6 +152,7 @@ class Node:
             self.recorder,
             on_command=self._commanding.offer,
             on_ack=self._on_ack,
+            on_flow=lambda flow: self._downlink.on_flow(flow),  # noqa: PLW0108 - made later
             on_bus=self._on_bus,
         )
         take = self._intake.on_message

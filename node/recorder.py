@@ -10,7 +10,7 @@ import asyncio
 import logging
 import sqlite3
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from node.pulse import Pulse
@@ -108,15 +108,22 @@ class Recorder:
             await self._wake.wait()
             self._wake.clear()
             self.pulse.beat()
-            # Submitted together, so that the database can commit them together.
             while self._waiting:
                 packets = [self._waiting.popleft() for _ in range(len(self._waiting))]
-                await asyncio.gather(*(self._store(p, t_ns) for p, t_ns in packets))
+                await self._store_all(packets)
             self._idle.set()
 
     async def flush(self) -> None:
         """Return when everything posted so far is stored or refused. Needs `run` to be running."""
         await self._idle.wait()
+
+    async def _store_all(self, packets: Sequence[tuple[Packet, int]]) -> None:
+        try:
+            await self._database.run(lambda c: self._spool.append_many(c, packets))
+        except (StoreFull, SpoolRefused, FrameError, sqlite3.Error):
+            # One of them does not fit: the others are not to pay for it.
+            for packet, t_ns in packets:
+                await self._store(packet, t_ns)
 
     async def _store(self, packet: Packet, t_ns: int) -> None:
         def append(connection: sqlite3.Connection) -> int:

@@ -13,8 +13,9 @@ from collections.abc import Iterator
 import msgspec
 
 from telemetry.frame import Boot, Sequence
-from telemetry.keys import MAC_BYTES, Domain, Key, KeyRing, KeyState
+from telemetry.keys import Domain, Key, KeyRing
 from telemetry.packets import Stream
+from telemetry.signed import SignedError, open_signed, sign
 
 ACK_VERSION = 1
 MAX_GAPS = 1000
@@ -57,7 +58,6 @@ class _Wire(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     gaps: list[tuple[Sequence, Sequence]]
 
 
-_encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(_Wire)
 
 
@@ -80,8 +80,8 @@ def encode_ack(ack: Ack, key: Key) -> bytes:
         Gaps out of order, touching, not below `upto`, or more than `MAX_GAPS`.
     """
     _check(ack.upto, ack.gaps)
-    body = _encoder.encode(_Wire(ACK_VERSION, key.id, ack.node, ack.boot, ack.stream, ack.upto, ack.gaps))
-    return body + key.mac(Domain.ACK, body)
+    wire = _Wire(ACK_VERSION, key.id, ack.node, ack.boot, ack.stream, ack.upto, ack.gaps)
+    return sign(wire, key, Domain.ACK)
 
 
 def decode_ack(data: bytes, ring: KeyRing) -> Ack:
@@ -92,17 +92,9 @@ def decode_ack(data: bytes, ring: KeyRing) -> Ack:
     AckError
         No such shape, unknown or retired key, wrong MAC, or inconsistent ranges.
     """
-    body, mac = data[:-MAC_BYTES], data[-MAC_BYTES:]
     try:
-        wire = _decoder.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise AckError(f"not an acknowledgement: {error}") from None
-    if wire.version != ACK_VERSION:
-        raise AckError(f"acknowledgement version {wire.version}, {ACK_VERSION} expected")
-    key = ring.get(wire.key_id)
-    if key is None or key.state is not KeyState.ACTIVE:
-        raise AckError("acknowledgement signed with a key that is unknown or retired")
-    if not key.verify(Domain.ACK, body, mac):
-        raise AckError("acknowledgement with a wrong MAC")
+        wire = open_signed(data, _decoder, ACK_VERSION, ring, Domain.ACK)
+    except SignedError as error:
+        raise AckError(f"no acknowledgement: {error}") from None
     _check(wire.upto, wire.gaps)
     return Ack(node=wire.node, boot=wire.boot, stream=wire.stream, upto=wire.upto, gaps=wire.gaps)

@@ -19,9 +19,11 @@ import msgspec.inspect as inspect_
 from telemetry import (
     ack,
     authenticator,
+    block,
     bus,
     commands,
     figures,
+    flow,
     frame,
     packets,
     sampling,
@@ -56,7 +58,9 @@ nanoseconds since 1970 unless said otherwise. A field marked optional may be mis
 """
 
 _STREAM_POLICY = {
+    packets.Stream.FDIR: "never dropped; a new one is, counted, when nothing else is left",
     packets.Stream.RESULT: "new ones are refused: their producer waits",
+    packets.Stream.PRODUCT: "new ones are refused: their producer waits, and nothing gives way to them",
     packets.Stream.PLAN: "oldest dropped, after housekeeping",
     packets.Stream.HOUSEKEEPING: "oldest dropped, first of all",
 }
@@ -186,8 +190,10 @@ def _enum(kind: type[Enum]) -> str:
 def _topic_section() -> str:
     node = "{node}"
     rows = [(f"`{topics.tm(node, s)}`", "node to ground", "frame of this stream") for s in packets.Stream]
+    rows.append((f"`{topics.tm_block(node)}`", "node to ground", "block of frames of several streams"))
     rows.append((f"`{topics.tc(node)}`", "ground to node", "telecommand"))
     rows.append((f"`{topics.ack(node)}`", "ground to node", "acknowledgement of the archive"))
+    rows.append((f"`{topics.flow(node)}`", "ground to node", "flow control"))
     for channel in topics.BUS_CHANNELS:
         way = "node to bus" if channel in bus.FROM_NODE else "bus to node"
         rows.append(
@@ -302,6 +308,8 @@ def generate() -> str:
         _topic_section(),
         _stream_section(),
         _frame_section(),
+        f"## Block\n\n{_module_text(block)}\nBlock version {block.BLOCK_VERSION}; at most {block.MAX_FRAMES} "
+        f"frames and {block.MAX_RAW_BYTES} bytes of them.\n",
         "## Packets\n\nThe body of a frame, by its type. Unknown fields are refused.\n",
         *(_struct(kind, f"Packet {kind.type_name}") for kind in packets.PACKETS),
         "## Parts of packets\n",
@@ -313,6 +321,8 @@ def generate() -> str:
         *bus_parts,
         f"## Acknowledgement\n\n{_module_text(ack)}\nThe MAC covers the text `penumbra ack 1`, a zero byte, "
         f"and the array. At most {ack.MAX_GAPS} gaps.\n\n{_fields(ack.Ack)}",
+        f"## Flow control\n\n{_module_text(flow)}\nThe MAC covers the text `penumbra flow 1`, a zero byte, "
+        f"and the array.\n\n{_fields(flow.Flow)}",
         _command_section(),
         f"## Summary of a flight\n\n{inspect.cleandoc(summary.__doc__ or '')}\n",
         _struct(summary.Summary, "summary.json"),

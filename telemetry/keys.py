@@ -49,6 +49,7 @@ class Domain(StrEnum):
 
     COMMAND = "penumbra command 1"
     ACK = "penumbra ack 1"
+    FLOW = "penumbra flow 1"
 
 
 class Key:

@@ -35,6 +35,7 @@ class Stream(StrEnum):
     RESULT = "result"
     PLAN = "plan"
     HOUSEKEEPING = "hk"
+    PRODUCT = "product"
 
 
 class Mode(StrEnum):
@@ -535,9 +536,45 @@ class SecurityReport(Packet, frozen=True, kw_only=True):
     """Reason of the last rejection, since boot."""
 
 
+ProductId = Annotated[
+    str, Meta(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}\Z", description="1 to 64 of a-z, 0-9, '.', '_', '-'")
+]
+
+
+class Product(Packet, frozen=True, kw_only=True):
+    """Head of a large product: sent before its chunks, and all that is needed to verify the whole."""
+
+    stream: ClassVar[Stream] = Stream.PRODUCT
+    type_name: ClassVar[str] = "product"
+
+    product: ProductId
+    """Names the product in its chunks; used once."""
+    kind: str
+    """`memory_dump` or `file`."""
+    name: str
+    """What it holds: name of the memory region, or of the file."""
+    size_bytes: Annotated[int, Meta(ge=0, description="byte")]
+    chunk_bytes: Annotated[int, Meta(ge=1, description="byte")]
+    """Size of every chunk but the last."""
+    sha256: str
+    """SHA-256 of the whole, hexadecimal."""
+
+
+class ProductChunk(Packet, frozen=True, kw_only=True):
+    """A piece of a product."""
+
+    stream: ClassVar[Stream] = Stream.PRODUCT
+    type_name: ClassVar[str] = "product_chunk"
+
+    product: ProductId
+    index: Count
+    """Number of the chunk, from 0: it begins at `index * chunk_bytes`."""
+    data: bytes
+
+
 PACKETS: tuple[type[Packet], ...] = (
     Housekeeping, Event, Result, Verification, FdirReport, FlightRecord, FdirStatus, BootReport, PowerPlan,
-    Ledger, SecurityReport,
+    Ledger, SecurityReport, Product, ProductChunk,
 )  # fmt: skip
 """Every packet type, in the order of the ICD."""
 
@@ -553,5 +590,6 @@ PRIORITY: dict[Stream, int] = {
     Stream.RESULT: 3,
     Stream.PLAN: 4,
     Stream.HOUSEKEEPING: 5,
+    Stream.PRODUCT: 6,
 }
 """Downlink priority by stream, 0 first."""

@@ -9,10 +9,11 @@ every (boot, stream), at every commit:
 When the store is full (`capacity_bytes`, or the disk itself):
 
 - housekeeping and plans give way, oldest first, housekeeping before plans, and to every other stream;
-- results are refused (`SpoolRefused`): their producer keeps them and waits. They may fill the store but for a
-  reserve, so that a fault can still be reported;
-- event, FDIR, verification, security, boot and ledger records give way only when no housekeeping or plan is
-  left, and only to a record of the same or a higher priority: lowest priority first, oldest first.
+- results and products are refused (`SpoolRefused`): their producer keeps them and waits. They may fill a
+  share of the store only, so that a fault can still be reported, and for a product nothing gives way;
+- event, verification, security, boot and ledger records give way only when no housekeeping or plan is left,
+  and only to a record of the same or a higher priority: lowest priority first, oldest first;
+- FDIR records never give way: with nothing else left, the new one is dropped.
 
 Each drop is counted under its reason, with its sequence numbers. The node bounds its database below the free
 space of the disk (`Database.open(max_bytes=...)`): a disk that others filled shows only at commit, where
@@ -23,7 +24,8 @@ from __future__ import annotations
 
 import logging
 import sqlite3
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
@@ -38,8 +40,8 @@ from telemetry.spool_audit import FaultKind, SpoolFault, audit, pack_counter, vo
 
 log = logging.getLogger("penumbra.spool")
 
-RESERVE_SHARE = 0.2
-"""Share of the capacity that results may not fill (assumed)."""
+REFUSED_ABOVE = {Stream.RESULT: 0.8, Stream.PRODUCT: 0.5}
+"""Streams that are refused when the store is full, and the share of it they may fill it to (assumed)."""
 DISK_FULL_EVICTIONS = 64
 """Records given up for one append when the disk itself is full: a page holds several (assumed)."""
 
@@ -48,13 +50,15 @@ FAULTS_KEPT = 256
 
 GIVES_WAY = (Stream.HOUSEKEEPING, Stream.PLAN)
 """Streams that give way to all others, in this order."""
+NEVER_DROPPED = Stream.FDIR
+"""The stream whose records stay: it says what went wrong."""
 PROTECTED = tuple(
     sorted(
-        (s for s in Stream if s not in (*GIVES_WAY, Stream.RESULT)),
+        (s for s in Stream if s not in (*GIVES_WAY, *REFUSED_ABOVE)),
         key=lambda stream: (-PRIORITY[stream], stream.value),
     )
 )
-"""Streams dropped only when nothing else is left, in this order."""
+"""Streams whose records are dropped only when nothing else is left, in this order, and FDIR's not at all."""
 
 
 class DropReason(StrEnum):
@@ -69,7 +73,7 @@ class DropReason(StrEnum):
 
 
 class SpoolRefused(Exception):
-    """The store has no room for this result now. It was not generated: keep it, and try again later."""
+    """No room for this result or product now. It was not generated: keep it, and try again later."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,10 @@ CREATE TABLE IF NOT EXISTS spool_drop (
     reason TEXT NOT NULL, PRIMARY KEY (boot, stream, first)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS spool_node (node TEXT PRIMARY KEY) WITHOUT ROWID;
 """
+
+# SELECT, not VALUES: only a statement that may write several rows has a journal of its own, without which
+# SQLite gives up the whole transaction when the database is full.
+_INSERT = "INSERT INTO spool_record (priority, boot, stream, seq, size, frame) SELECT ?, ?, ?, ?, ?, ?"
 
 
 class Spool:
@@ -190,7 +198,7 @@ class Spool:
         Raises
         ------
         SpoolRefused
-            A result that finds no room.
+            A result or product that finds no room.
         StoreFull
             The disk is full and giving way did not help. Nothing was generated.
         FrameError
@@ -199,21 +207,57 @@ class Spool:
         stream = packet.stream
         seq = self._generated(connection, self.boot, stream) or 0
         frame = encode_frame(node=self.node, boot=self.boot, seq=seq, t_ns=t_ns, packet=packet)
-        connection.execute(
-            "INSERT INTO spool_stream (boot, stream, generated, acked, copies) VALUES (?, ?, ?, 0, ?) "
-            "ON CONFLICT (boot, stream) DO UPDATE "
-            "SET generated = excluded.generated, copies = excluded.copies",
-            (self.boot, stream.value, seq + 1, pack_counter(seq + 1)),
-        )
+        self._count_generated(connection, stream, seq + 1)
         if len(frame) > self._limit(stream):
             self._count_drop(connection, self.boot, stream.value, seq, DropReason.TOO_LARGE)
         elif not (
             self._make_room(connection, stream, len(frame)) and self._store(connection, stream, seq, frame)
         ):
-            if stream is Stream.RESULT:
-                raise SpoolRefused(f"no room for a result of {len(frame)} bytes")
+            if stream in REFUSED_ABOVE:
+                raise SpoolRefused(f"no room for a {stream.value} of {len(frame)} bytes")
             self._count_drop(connection, self.boot, stream.value, seq, DropReason.FULL)
         return seq
+
+    def append_many(self, connection: sqlite3.Connection, packets: Sequence[tuple[Packet, int]]) -> list[int]:
+        """Store several (packet, t_ns) as by `append`; return their sequence numbers.
+
+        Where all plainly fit, each stream's account is written once instead of once a packet.
+
+        Raises
+        ------
+        SpoolRefused, StoreFull, FrameError
+            As `append`, for any of them; the caller undoes the transaction, and may append each alone.
+        """
+        following: dict[Stream, int] = {}
+        sizes: Counter[Stream] = Counter()
+        counts: Counter[Stream] = Counter()
+        rows = []
+        for packet, t_ns in packets:
+            stream = packet.stream
+            seq = following.get(stream)
+            if seq is None:
+                seq = self._generated(connection, self.boot, stream) or 0
+            frame = encode_frame(node=self.node, boot=self.boot, seq=seq, t_ns=t_ns, packet=packet)
+            following[stream] = seq + 1
+            sizes[stream] += len(frame)
+            counts[stream] += 1
+            rows.append((PRIORITY[stream], self.boot, stream.value, seq, len(frame), frame))
+        _, used = self.size(connection)
+        if used + sizes.total() > min(self._limit(stream) for stream in (*following, Stream.EVENT)):
+            return [self.append(connection, packet, t_ns) for packet, t_ns in packets]
+        for stream, generated in following.items():
+            self._count_generated(connection, stream, generated)
+            self._use(connection, stream.value, counts[stream], sizes[stream])
+        connection.executemany(_INSERT, rows)
+        return [row[3] for row in rows]
+
+    def _count_generated(self, connection: sqlite3.Connection, stream: Stream, generated: int) -> None:
+        connection.execute(
+            "INSERT INTO spool_stream (boot, stream, generated, acked, copies) VALUES (?, ?, ?, 0, ?) "
+            "ON CONFLICT (boot, stream) DO UPDATE "
+            "SET generated = excluded.generated, copies = excluded.copies",
+            (self.boot, stream.value, generated, pack_counter(generated)),
+        )
 
     def _generated(self, connection: sqlite3.Connection, boot: int, stream: Stream) -> int | None:
         """Return the voted count of numbers given out, which is the next one; None if the stream is new."""
@@ -239,8 +283,7 @@ class Spool:
         return voted
 
     def _limit(self, stream: Stream) -> int:
-        share = 1 - RESERVE_SHARE if stream is Stream.RESULT else 1
-        return int(self.capacity_bytes * share)
+        return int(self.capacity_bytes * REFUSED_ABOVE.get(stream, 1))
 
     def _make_room(self, connection: sqlite3.Connection, stream: Stream, size: int) -> bool:
         """Give way until `size` bytes fit. Results count against their share with everything else stored."""
@@ -256,10 +299,15 @@ class Spool:
     def _evict(self, connection: sqlite3.Connection, wanting: Stream) -> int | None:
         """Drop the record that gives way to `wanting`; return its bytes, or None if there is none."""
         victims: tuple[Stream, ...] = GIVES_WAY
-        if wanting is Stream.HOUSEKEEPING:
+        if wanting is Stream.PRODUCT:
+            victims = ()
+        elif wanting is Stream.HOUSEKEEPING:
             victims = (Stream.HOUSEKEEPING,)
         elif wanting in PROTECTED:
-            victims = (*GIVES_WAY, *(s for s in PROTECTED if PRIORITY[s] >= PRIORITY[wanting]))
+            victims = (
+                *GIVES_WAY,
+                *(s for s in PROTECTED if PRIORITY[s] >= PRIORITY[wanting] and s is not NEVER_DROPPED),
+            )
         for victim in victims:
             found = connection.execute(
                 "SELECT rowid, boot, stream, seq, size FROM spool_record WHERE stream = ? "
@@ -277,13 +325,7 @@ class Spool:
         values = (PRIORITY[stream], self.boot, stream.value, seq, len(frame), frame)
         for _ in range(DISK_FULL_EVICTIONS):
             try:
-                # SELECT, not VALUES: only a statement that may write several rows has a journal of its own,
-                # without which SQLite gives up the whole transaction when the database is full.
-                connection.execute(
-                    "INSERT INTO spool_record (priority, boot, stream, seq, size, frame) "
-                    "SELECT ?, ?, ?, ?, ?, ?",
-                    values,
-                )
+                connection.execute(_INSERT, values)
             except sqlite3.OperationalError as error:
                 if not is_full(error) or not connection.in_transaction:
                     raise
@@ -321,7 +363,15 @@ class Spool:
                 "INSERT INTO spool_drop VALUES (?, ?, ?, ?, ?)", (boot, stream, seq, seq, reason.value)
             )
 
-    def batch(self, connection: sqlite3.Connection, limit: int, exclude: set[int]) -> list[SpoolRecord]:
+    def batch(
+        self,
+        connection: sqlite3.Connection,
+        limit: int,
+        exclude: set[int],
+        *,
+        max_bytes: int | None = None,
+        first: Stream | None = None,
+    ) -> list[SpoolRecord]:
         """Return up to `limit` records to send, in order of (priority, boot, seq).
 
         A record whose frame is damaged is dropped as `corrupt` and counted; the others are not affected.
@@ -330,35 +380,61 @@ class Spool:
         ----------
         exclude
             Row ids already under way.
+        max_bytes
+            Most bytes of frames, but for one record at least. None: no bound.
+        first
+            A stream whose oldest record goes before all others, whatever its priority.
         """
         records: list[SpoolRecord] = []
-        damaged: list[_Row] = []
-        rows = connection.execute(
-            "SELECT rowid, boot, stream, seq, size, CAST(frame AS BLOB) FROM spool_record "
-            "ORDER BY priority, boot, seq"
-        )
-        for *columns, frame in rows:
-            row = _Row(*columns)
+        size = 0
+        for rowid in self._order(connection, exclude, first):
             if len(records) >= limit:
                 break
-            if row.rowid in exclude:
+            record = self._read(connection, rowid)
+            if record is None:
                 continue
-            try:
-                header = decode_frame(frame)
-            except FrameError:
-                damaged.append(row)
-                continue
-            if (header.boot, header.stream, header.seq) != (row.boot, row.stream, row.seq):
-                damaged.append(row)
-                continue
-            records.append(SpoolRecord(row.rowid, header.stream, row.boot, row.seq, frame))
-        rows.close()
-        for row in damaged:
-            text = f"stored record {row.stream} {row.boot}/{row.seq} is corrupt: dropped"
-            log.warning("spool: %s", text)
-            self._faults.append(SpoolFault(FaultKind.RECORD, text, 1))
-            self._drop(connection, row, DropReason.CORRUPT)
+            size += len(record.frame)
+            if records and max_bytes is not None and size > max_bytes:
+                break
+            records.append(record)
         return records
+
+    @staticmethod
+    def _order(connection: sqlite3.Connection, exclude: set[int], first: Stream | None) -> Iterator[int]:
+        """Yield row ids in the order of sending; from an index alone, since most are under way already."""
+        ahead = None
+        if first is not None:
+            rows = connection.execute(
+                "SELECT rowid FROM spool_record WHERE stream = ? ORDER BY boot, seq", (first.value,)
+            )
+            ahead = next((rowid for (rowid,) in rows if rowid not in exclude), None)
+            rows.close()
+            if ahead is not None:
+                yield ahead
+        rows = connection.execute("SELECT rowid FROM spool_record ORDER BY priority, boot, seq")
+        try:
+            yield from (rowid for (rowid,) in rows if rowid not in exclude and rowid != ahead)
+        finally:
+            rows.close()
+
+    def _read(self, connection: sqlite3.Connection, rowid: int) -> SpoolRecord | None:
+        """Return a record, or None when it is damaged: then it is dropped."""
+        *columns, frame = connection.execute(
+            "SELECT rowid, boot, stream, seq, size, CAST(frame AS BLOB) FROM spool_record WHERE rowid = ?",
+            (rowid,),
+        ).fetchone()
+        row = _Row(*columns)
+        try:
+            header = decode_frame(frame)
+        except FrameError:
+            header = None
+        if header is not None and (header.boot, header.stream, header.seq) == (row.boot, row.stream, row.seq):
+            return SpoolRecord(row.rowid, header.stream, row.boot, row.seq, frame)
+        text = f"stored record {row.stream} {row.boot}/{row.seq} is corrupt: dropped"
+        log.warning("spool: %s", text)
+        self._faults.append(SpoolFault(FaultKind.RECORD, text, 1))
+        self._drop(connection, row, DropReason.CORRUPT)
+        return None
 
     def acknowledge(self, connection: sqlite3.Connection, ack: Ack) -> int:
         """Delete what the ground has archived; return how many records that was. Idempotent.

@@ -33,6 +33,11 @@ def tm(node: str, stream: Stream | str) -> str:
     return f"{ROOT}/{node}/tm/{stream}"
 
 
+def tm_block(node: str) -> str:
+    """Telemetry of several streams in compressed blocks, node to ground."""
+    return f"{ROOT}/{node}/tm/block"
+
+
 def tc(node: str) -> str:
     """Telecommands, ground to node."""
     return f"{ROOT}/{node}/tc"
@@ -41,6 +46,11 @@ def tc(node: str) -> str:
 def ack(node: str) -> str:
     """Archive acknowledgements, ground to node."""
     return f"{ROOT}/{node}/ack"
+
+
+def flow(node: str) -> str:
+    """Flow control, ground to node."""
+    return f"{ROOT}/{node}/flow"
 
 
 def bus(node: str, channel: str) -> str:

@@ -230,6 +230,16 @@ PACKETS: dict[str, st.SearchStrategy[p.Packet]] = {
         last_seq=st.none() | counts,
         last_reason=st.none() | texts,
     ),
+    "product": st.builds(
+        p.Product,
+        product=job_ids,
+        kind=st.sampled_from(["memory_dump", "file"]),
+        name=texts,
+        size_bytes=counts,
+        chunk_bytes=st.integers(1, 2**31),
+        sha256=texts,
+    ),
+    "product_chunk": st.builds(p.ProductChunk, product=job_ids, index=counts, data=st.binary(max_size=200)),
 }
 """A strategy for every packet type, by its name on the wire."""
 

@@ -13,8 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from telemetry.ack import MAX_GAPS, Ack
 from telemetry.frame import decode_frame
 from telemetry.ledger import to_ranges
-from telemetry.packets import Packet, Result, Stream
-from telemetry.spool import GIVES_WAY, PROTECTED, DropReason, Spool, SpoolRefused
+from telemetry.packets import Packet, Stream
+from telemetry.spool import GIVES_WAY, PROTECTED, REFUSED_ABOVE, DropReason, Spool, SpoolRefused
 
 NODE = "sat-1"
 Identity = tuple[int, Stream, int]
@@ -57,7 +57,7 @@ class SpoolWalk(RuleBasedStateMachine):
         try:
             seq = self.spool.append(self.connection, packet, 0)
         except SpoolRefused:
-            assert isinstance(packet, Result)
+            assert packet.stream in REFUSED_ABOVE
             self.connection.execute("ROLLBACK TO walk")
             self.connection.execute("RELEASE walk")
             return
@@ -66,22 +66,53 @@ class SpoolWalk(RuleBasedStateMachine):
         self.generated.add((self.boot, packet.stream, seq))
         self.check_policy(packet, {i: r for i, r in self.dropped().items() if i not in before}, seq)
 
+    @rule(packets=st.lists(strategies.packets, min_size=1, max_size=6))
+    def append_together(self, packets: list[Packet]) -> None:
+        expected = {
+            p.stream: sum((b, s) == (self.boot, p.stream) for b, s, _ in self.generated) for p in packets
+        }
+        self.connection.execute("SAVEPOINT walk")
+        try:
+            seqs = self.spool.append_many(self.connection, [(packet, 0) for packet in packets])
+        except SpoolRefused:
+            assert any(packet.stream in REFUSED_ABOVE for packet in packets)
+            self.connection.execute("ROLLBACK TO walk")
+            self.connection.execute("RELEASE walk")
+            return
+        self.connection.execute("RELEASE walk")
+        for packet, seq in zip(packets, seqs, strict=True):
+            assert seq == expected[packet.stream]
+            expected[packet.stream] += 1
+            self.generated.add((self.boot, packet.stream, seq))
+
     def check_policy(self, packet: Packet, drops: dict[Identity, DropReason], seq: int) -> None:
         own = (self.boot, packet.stream, seq)
         assert set(drops.values()) <= {DropReason.FULL, DropReason.TOO_LARGE}
         for identity in drops.keys() - {own}:
-            assert identity[1] is not Stream.RESULT
+            assert identity[1] not in REFUSED_ABOVE
+            assert identity[1] is not Stream.FDIR
             if identity[1] in PROTECTED:
                 assert packet.stream in PROTECTED
                 assert not any(s in GIVES_WAY for _, s, _ in self.stored() - {own})
 
-    @rule(limit=st.integers(1, 20), data=st.data())
-    def send(self, limit: int, data: st.DataObject) -> None:
+    @rule(
+        limit=st.integers(1, 20),
+        max_bytes=st.none() | st.integers(1, 3000),
+        first=st.none() | strategies.streams,
+        data=st.data(),
+    )
+    def send(self, limit: int, max_bytes: int | None, first: Stream | None, data: st.DataObject) -> None:
         excluded = {rowid for _, rowid in self.on_the_way}
-        batch = self.spool.batch(self.connection, limit, excluded)
+        batch = self.spool.batch(self.connection, limit, excluded, max_bytes=max_bytes, first=first)
         assert not excluded & {record.rowid for record in batch}
         frames = [decode_frame(record.frame) for record in batch]
+        assert len(batch) <= 1 or max_bytes is None or sum(len(r.frame) for r in batch) <= max_bytes
+        waiting = {i for i in self.stored() if i not in {identity for identity, _ in self.on_the_way}}
+        of_first = sorted((b, q) for b, s, q in waiting if s is first)
         order = [(f.priority, f.boot, f.seq) for f in frames]
+        if of_first:
+            assert (frames[0].stream, frames[0].boot, frames[0].seq) == (first, *of_first[0])
+            order = order[1:]
         assert order == sorted(order)
         for record in batch:
             identity = (record.boot, record.stream, record.seq)

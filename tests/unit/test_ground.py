@@ -15,8 +15,10 @@ from hil.ground import GroundStation
 from telemetry import topics
 from telemetry.ack import Ack, decode_ack
 from telemetry.archive import Archive, Ingested
+from telemetry.block import encode_block
 from telemetry.commands import Infer, Ping, split_command
 from telemetry.database import StoreFull
+from telemetry.flow import Flow, decode_flow
 from telemetry.frame import encode_frame
 from telemetry.keys import Domain, Key, KeyRing
 from telemetry.link import LinkDown, MqttLink
@@ -46,17 +48,25 @@ class SmallNode:
 
     def __init__(self, url: str) -> None:
         self.acks: list[Ack] = []
+        self.flows: list[Flow] = []
         self.commands: list[bytes] = []
         self.lose_answers = 0
         self._seq = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self.link = MqttLink(
-            url, "node", [topics.tc(NODE), topics.ack(NODE)], self.on_message, max_backoff_s=0.3
+            url,
+            "node",
+            [topics.tc(NODE), topics.ack(NODE), topics.flow(NODE)],
+            self.on_message,
+            max_backoff_s=0.3,
         )
 
     def on_message(self, topic: str, payload: bytes) -> None:
         if topic == topics.ack(NODE):
             self.acks.append(decode_ack(payload, RING))
+            return
+        if topic == topics.flow(NODE):
+            self.flows.append(decode_flow(payload, RING))
             return
         command, body, mac = split_command(payload)
         assert KEY.verify(Domain.COMMAND, body, mac)
@@ -210,3 +220,32 @@ async def test_a_broker_that_dies_and_comes_back_is_survived(chain: Chain) -> No
     await until(lambda: chain.ground.connected.is_set() and chain.node.link.connected.is_set())
     await chain.node.send(Stream.EVENT, frame(0))
     await until(lambda: chain.node.acks)
+
+
+async def test_blocks_are_unpacked_and_archived_frame_by_frame(chain: Chain) -> None:
+    await chain.contact(True)
+    await asyncio.wait_for(chain.node.link.connected.wait(), 5)
+    block = encode_block([frame(seq) for seq in range(20)] + [frame(0, node="another")])
+    assert block is not None
+    await chain.node.link.publish(topics.tm_block(NODE), block)
+    await chain.node.link.publish(topics.tm_block(NODE), block[:-1])
+    await until(lambda: chain.ground.counts.archived == 20 and chain.ground.counts.garbage == 2)
+    assert chain.archive.sequences(NODE) == {(1, Stream.EVENT): [(0, 19)]}
+
+
+async def test_a_ground_that_cannot_archive_holds_the_node_and_lets_it_go_on_after(
+    chain: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = chain.archive.ingest
+
+    def full(frames: list[bytes]) -> Ingested:
+        raise StoreFull("disk full")
+
+    monkeypatch.setattr(chain.archive, "ingest", full)
+    await chain.contact(True)
+    await asyncio.wait_for(chain.node.link.connected.wait(), 5)
+    await chain.node.send(Stream.EVENT, frame(0))
+    await until(lambda: any(flow.records == 0 for flow in chain.node.flows))
+    monkeypatch.setattr(chain.archive, "ingest", real)
+    await chain.node.send(Stream.EVENT, frame(0))
+    await until(lambda: chain.node.flows[-1].records > 1000)

@@ -2,19 +2,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from memory_link import MemoryLink
 from waiting import until
 
-from node.downlink import MAX_BACKOFF, Downlink, DownlinkWindow
+from node.downlink import BLOCK_FROM, MAX_BACKOFF, Downlink, DownlinkWindow, Turns, messages
 from telemetry import topics
 from telemetry.ack import Ack
+from telemetry.block import decode_block
 from telemetry.database import Database
-from telemetry.frame import decode_frame
-from telemetry.packets import Event, Severity, Stream
+from telemetry.frame import decode_frame, encode_frame
+from telemetry.packets import PRIORITY, Event, ProductChunk, Severity, Stream
 from telemetry.spool import Spool, SpoolRecord
 
 
@@ -125,6 +128,63 @@ async def test_what_the_link_did_not_take_is_sent_again(tmp_path: Path) -> None:
         link.failing = False
         await until(lambda: len(link.published) >= 2)
         assert sequences(link)[:2] == [0, 1]
+
+
+def stored(stream: Stream, seq: int, text: str = "as before") -> SpoolRecord:
+    packet = Event(severity=Severity.INFO, name="n", text=text)
+    frame = encode_frame(node="n", boot=1, seq=seq, t_ns=seq, packet=packet)
+    return SpoolRecord(seq, stream, 1, seq, frame)
+
+
+def test_a_backlog_goes_as_a_block_and_what_is_urgent_alone_before_it() -> None:
+    low = [stored(Stream.HOUSEKEEPING, seq) for seq in range(BLOCK_FROM)]
+    urgent = [stored(Stream.FDIR, 90), stored(Stream.EVENT, 91)]
+    first, second, block = messages("n", [*urgent, *low])
+    assert (first.topic, first.records) == (topics.tm("n", "fdir"), (urgent[0],))
+    assert (second.topic, second.records) == (topics.tm("n", "event"), (urgent[1],))
+    assert (block.topic, block.records) == (topics.tm_block("n"), tuple(low))
+    assert decode_block(block.payload) == [record.frame for record in low]
+
+
+def test_few_records_and_what_does_not_compress_go_alone() -> None:
+    few = [stored(Stream.HOUSEKEEPING, seq) for seq in range(BLOCK_FROM - 1)]
+    assert [m.records for m in messages("n", few)] == [(record,) for record in few]
+    noise = [replace(stored(Stream.RESULT, seq), frame=os.urandom(500)) for seq in range(BLOCK_FROM)]
+    assert [m.records for m in messages("n", noise)] == [(record,) for record in noise]
+
+
+def test_each_bulk_stream_has_its_turn() -> None:
+    turns = Turns()
+    assert {turns.next() for _ in Turns.BULK} == set(Turns.BULK)
+    assert set(Turns.BULK) == {s for s in Stream if PRIORITY[s] > PRIORITY[Stream.LEDGER]}
+
+
+async def test_products_move_while_urgent_records_wait(tmp_path: Path) -> None:
+    link = MemoryLink()
+    async with open_downlink(tmp_path, link, DownlinkWindow(2, 60.0), 0) as (downlink, database, spool):
+        chunk = ProductChunk(product="dump-1", index=0, data=bytes(10))
+        event = Event(severity=Severity.HIGH, name="e", text="")
+        await database.run(lambda c: spool.append_many(c, [(event, 0)] * 200 + [(chunk, 0)]))
+        heard: set[Stream] = set()
+        for _ in range(400):
+            if Stream.PRODUCT in heard:
+                break
+            await asyncio.sleep(0.01)
+            frames = [decode_frame(payload) for _, payload in link.published]
+            heard = {frame.stream for frame in frames}
+            seqs = [frame.seq for frame in frames if frame.stream is Stream.EVENT]
+            if seqs:
+                downlink.on_ack(Ack(node="n", boot=1, stream=Stream.EVENT, upto=max(seqs) + 1))
+        assert Stream.PRODUCT in heard
+        assert len(seqs) < 100
+
+
+async def test_a_confirmed_record_waits_for_its_acknowledgement_from_then_on(tmp_path: Path) -> None:
+    window = DownlinkWindow(2, 1.0)
+    window.on_sent(record(1), 0.0)
+    window.on_confirmed(record(1), 5.0)
+    assert window.waiting(5.9) == {1}
+    assert window.waiting(6.0) == set()
 
 
 async def test_what_is_not_acknowledged_is_sent_again(tmp_path: Path) -> None:

@@ -6,15 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from node.intake import BUS_CHANNELS, Intake
+from node.intake import BUS_CHANNELS, FLOW_FRESH_NS, Intake
 from telemetry import bus, topics
 from telemetry.ack import Ack, encode_ack
 from telemetry.errors import PenumbraError
+from telemetry.flow import Flow, encode_flow
 from telemetry.keys import Key, KeyRing
 from telemetry.packets import Stream
 
 KEY = Key("g", b"k" * 32)
 OTHER = Key("g", b"x" * 32)
+NOW_NS = 10**18
 
 
 class Events:
@@ -22,6 +24,9 @@ class Events:
 
     def __init__(self) -> None:
         self.names: list[str] = []
+
+    def now_ns(self) -> int:
+        return NOW_NS
 
     def event(self, severity: object, name: str, text: str, evidence: object = None) -> None:
         self.names.append(name)
@@ -39,6 +44,7 @@ class Sink:
             recorder,
             on_command=self.taken.append,
             on_ack=self.taken.append,
+            on_flow=self.taken.append,
             on_bus=self.on_bus,
         )
 
@@ -55,9 +61,11 @@ def test_each_topic_goes_to_its_handler() -> None:
     sink.intake.on_message(topics.tc("n"), b"anything")
     sink.intake.on_message(topics.ack("n"), encode_ack(ack, KEY))
     sink.intake.on_message(topics.bus("n", "time"), bus.encode(time))
-    assert sink.taken == [b"anything", ack, time]
+    flow = Flow(node="n", t_ns=NOW_NS, records=3, valid_s=1.0)
+    sink.intake.on_message(topics.flow("n"), encode_flow(flow, KEY))
+    assert sink.taken == [b"anything", ack, time, flow]
     assert sink.intake.garbage == 0
-    assert set(sink.intake.link_topics) == {topics.tc("n"), topics.ack("n")}
+    assert set(sink.intake.link_topics) == {topics.tc("n"), topics.ack("n"), topics.flow("n")}
     assert set(sink.intake.bus_topics) == {topics.bus("n", c) for c in BUS_CHANNELS}
     assert "load" not in BUS_CHANNELS
 
@@ -69,6 +77,20 @@ def test_a_forged_acknowledgement_deletes_nothing_and_is_counted() -> None:
     assert sink.taken == []
     assert sink.intake.garbage == 1
     assert sink.events.names == ["garbage.received"]
+
+
+@pytest.mark.parametrize(
+    ("node", "t_ns", "key"),
+    [("n", NOW_NS, OTHER), ("other", NOW_NS, KEY), ("n", NOW_NS - FLOW_FRESH_NS - 1, KEY)],
+)
+def test_a_word_on_flow_that_is_forged_or_misled_or_old_holds_nothing_up(
+    node: str, t_ns: int, key: Key
+) -> None:
+    sink = Sink()
+    flow = Flow(node=node, t_ns=t_ns, records=0, valid_s=1.0)
+    sink.intake.on_message(topics.flow("n"), encode_flow(flow, key))
+    assert sink.taken == []
+    assert sink.intake.garbage == 1
 
 
 @pytest.mark.parametrize("error", [ValueError("v"), PenumbraError("p")])

@@ -23,6 +23,7 @@ from telemetry.packets import (
     Outcome,
     Packet,
     PowerPlan,
+    ProductChunk,
     Result,
     SecurityReport,
     Severity,
@@ -31,7 +32,7 @@ from telemetry.packets import (
     StreamLedger,
     Verification,
 )
-from telemetry.spool import GIVES_WAY, PROTECTED, DropReason, Spool, SpoolRefused
+from telemetry.spool import GIVES_WAY, PROTECTED, REFUSED_ABOVE, DropReason, Spool, SpoolRefused
 
 SIZE = 1500
 """Rough size of the frames below, bytes."""
@@ -94,6 +95,7 @@ def packet(stream: Stream, size: int = SIZE) -> Packet:
         Stream.SECURITY: SecurityReport(
             accepted=0, redelivered=0, rejected={text: 1}, last_key_id=None, last_seq=None, last_reason=None
         ),
+        Stream.PRODUCT: ProductChunk(product="dump-1", index=0, data=text.encode()),
         Stream.BOOT: BootReport(
             software=text,
             boot=1,
@@ -151,7 +153,7 @@ def drops(spool: Spool, connection: sqlite3.Connection) -> list[tuple[Stream, in
 
 
 def test_the_streams_are_all_spoken_for() -> None:
-    assert {*GIVES_WAY, *PROTECTED, Stream.RESULT} == set(Stream)
+    assert {*GIVES_WAY, *PROTECTED, *REFUSED_ABOVE} == set(Stream)
     assert set(PROTECTED) == {
         Stream.EVENT,
         Stream.FDIR,
