@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -23,8 +23,9 @@ from node.power.ceiling import GovernorSettings
 from node.power.planner import PlannerSettings
 from node.watchdog import WatchdogConfig
 from telemetry.errors import PenumbraError
-from telemetry.link import BrokerAddress
+from telemetry.link import BrokerAddress, tls_context
 from telemetry.strict_toml import load_toml
+from telemetry.tls import TlsFiles
 from telemetry.topics import check_node_name
 
 SOCKET_PATH_BYTES = 107
@@ -64,6 +65,12 @@ class BusSection(Section, frozen=True, kw_only=True):
 
     url: Text
     """MQTT broker of the bus, e.g. `mqtt://127.0.0.1:1883`."""
+    tls_ca: TextOrEmpty = ""
+    """Certificate of the authority, for `mqtts://` and `mqtts5://`; empty: no TLS."""
+    tls_certificate: TextOrEmpty = ""
+    """Certificate of the node, where the broker asks for one."""
+    tls_key: TextOrEmpty = ""
+    """Its private key, mode 0600."""
 
 
 class LinkSection(Section, frozen=True, kw_only=True):
@@ -71,6 +78,10 @@ class LinkSection(Section, frozen=True, kw_only=True):
 
     url: Text
     """MQTT broker at the far end of the space link; may be that of the bus."""
+    tls_ca: TextOrEmpty = ""
+    """As for the bus."""
+    tls_certificate: TextOrEmpty = ""
+    tls_key: TextOrEmpty = ""
     max_unacked: Annotated[int, Meta(ge=1, le=10_000)] = 128
     """Records that may wait for the archive's acknowledgement at once."""
 
@@ -276,12 +287,14 @@ class NodeConfig(Section, frozen=True, kw_only=True):
             check_node_name(self.node.name)
         except PenumbraError as error:
             raise PenumbraError(f"{path}: {error.what}", error.mend) from None
-        for field, url in (("bus.url", self.bus.url), ("link.url", self.link.url)):
-            try:
-                BrokerAddress.parse(url)
-            except PenumbraError as error:
-                raise PenumbraError(f"{path}: {field}: {error.what}", error.mend) from None
         base = path.absolute().parent
+        bus, link = _with_base(self.bus, base), _with_base(self.link, base)
+        sections: tuple[tuple[str, BusSection | LinkSection], ...] = (("bus", bus), ("link", link))
+        for name, section in sections:
+            try:
+                tls_context(BrokerAddress.parse(section.url), tls_files(section))
+            except PenumbraError as error:
+                raise PenumbraError(f"{path}: {name}.url: {error.what}", error.mend) from None
         state_dir = Path(os.path.abspath(base / self.node.state_dir))
         socket_bytes = len(bytes(state_dir / "worker.sock"))
         if socket_bytes > SOCKET_PATH_BYTES:
@@ -293,6 +306,8 @@ class NodeConfig(Section, frozen=True, kw_only=True):
         return msgspec.structs.replace(
             self,
             node=msgspec.structs.replace(self.node, state_dir=str(state_dir)),
+            bus=bus,
+            link=link,
             model=msgspec.structs.replace(self.model, images_dir=str(base / self.model.images_dir)),
             keys=msgspec.structs.replace(self.keys, file=str(base / self.keys.file)),
             planner=msgspec.structs.replace(
@@ -307,3 +322,18 @@ class NodeConfig(Section, frozen=True, kw_only=True):
                 },
             ),
         )
+
+
+Broker = TypeVar("Broker", BusSection, LinkSection)
+
+
+def tls_files(section: BusSection | LinkSection) -> TlsFiles | None:
+    """Return the files for TLS to the broker of a section, None without any. Raises `PenumbraError`."""
+    return TlsFiles.of(section.tls_ca, section.tls_certificate, section.tls_key)
+
+
+def _with_base(section: Broker, base: Path) -> Broker:
+    """Return the section with the paths of its files taken from the directory of the configuration."""
+    names = ("tls_ca", "tls_certificate", "tls_key")
+    paths = {name: str(base / value) for name in names if (value := getattr(section, name))}
+    return msgspec.structs.replace(section, **paths)

@@ -20,7 +20,7 @@ from node import modes, state
 from node.boards import Board
 from node.bus_view import BusView
 from node.commanding import Commanding
-from node.config import NodeConfig
+from node.config import NodeConfig, tls_files
 from node.downlink import Downlink, DownlinkWindow
 from node.fdir_acts import Orders
 from node.fdir_wiring import Fdir, Parts
@@ -156,8 +156,16 @@ class Node:
             on_bus=self._on_bus,
         )
         take = self._intake.on_message
-        self._bus_link = MqttLink(config.bus.url, f"penumbra-{name}-bus", self._intake.bus_topics, take)
-        self._space_link = MqttLink(config.link.url, f"penumbra-{name}-link", self._intake.link_topics, take)
+        self._bus_link = MqttLink(
+            config.bus.url, f"penumbra-{name}-bus", self._intake.bus_topics, take, tls=tls_files(config.bus)
+        )
+        self._space_link = MqttLink(
+            config.link.url,
+            f"penumbra-{name}-link",
+            self._intake.link_topics,
+            take,
+            tls=tls_files(config.link),
+        )
         window = DownlinkWindow(config.link.max_unacked, config.telemetry.retransmit_s)
         self._downlink = Downlink(name, database, spool, self._space_link, window)
         self._power = PowerService(

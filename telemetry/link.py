@@ -4,7 +4,8 @@ QoS 1 both ways, and a clean session on purpose: nothing relies on the broker's 
 What a broker kept while the link was away would be stale bus values in a burst; telemetry stays on the node's
 disk until the archive acknowledges it, and the ground repeats a command until it is verified.
 
-`mqtt://[user:password@]host[:port]` speaks MQTT 3.1.1, `mqtt5://...` speaks MQTT 5.
+`mqtt://[user:password@]host[:port]` speaks MQTT 3.1.1, `mqtt5://...` speaks MQTT 5; `mqtts://...` and
+`mqtts5://...` do so within TLS.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import logging
 import math
 import random
 import socket
+import ssl
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,9 +27,12 @@ import aiomqtt
 import paho.mqtt.client as paho
 
 from telemetry.errors import PenumbraError
+from telemetry.tls import TlsFiles
 
 QOS = 1
 DEFAULT_PORT = 1883
+DEFAULT_TLS_PORT = 8883
+SCHEMES = ("mqtt", "mqtt5", "mqtts", "mqtts5")
 FAILURE = 0x80
 """Reason codes from here on say no (MQTT 3.1.1 section 3.9.3, MQTT 5 section 2.4)."""
 MAX_QUEUED = 1000
@@ -68,6 +73,7 @@ class BrokerAddress:
     host: str
     port: int
     version5: bool
+    tls: bool = False
     username: str | None = None
     password: str | None = field(default=None, repr=False)
 
@@ -78,19 +84,20 @@ class BrokerAddress:
         Raises
         ------
         PenumbraError
-            Not `mqtt://` or `mqtt5://`, no host, a port out of 1 to 65535, or anything after the port.
+            A scheme not in `SCHEMES`, no host, a port out of 1 to 65535, or anything after the port.
         """
-        mend = "use mqtt://host:port (MQTT 3.1.1) or mqtt5://host:port (MQTT 5)"
+        mend = "use mqtt://host:port (MQTT 3.1.1) or mqtt5://host:port (MQTT 5), mqtts and mqtts5 for TLS"
         parts = urlsplit(url)
         shown = f"{parts.scheme}://{parts.hostname}" if parts.password else url
-        if parts.scheme not in ("mqtt", "mqtt5"):
+        if parts.scheme not in SCHEMES:
             raise PenumbraError(f"broker URL {shown!r}: scheme {parts.scheme!r} is not allowed", mend)
         if not parts.hostname:
             raise PenumbraError(f"broker URL {shown!r}: the host is missing", mend)
         if parts.path not in ("", "/") or parts.query or parts.fragment:
             raise PenumbraError(f"broker URL {shown!r}: nothing may follow the port", mend)
+        tls = parts.scheme.startswith("mqtts")
         try:
-            port = DEFAULT_PORT if parts.port is None else parts.port
+            port = (DEFAULT_TLS_PORT if tls else DEFAULT_PORT) if parts.port is None else parts.port
         except ValueError:
             port = 0
         if port == 0:
@@ -98,10 +105,28 @@ class BrokerAddress:
         return cls(
             parts.hostname,
             port,
-            parts.scheme == "mqtt5",
+            parts.scheme.endswith("5"),
+            tls,
             None if parts.username is None else unquote(parts.username),
             None if parts.password is None else unquote(parts.password),
         )
+
+
+def tls_context(address: BrokerAddress, files: TlsFiles | None) -> ssl.SSLContext | None:
+    """Return the TLS context for an address, None where it asks for none.
+
+    Raises
+    ------
+    PenumbraError
+        TLS without files or files without TLS, or a file is at fault.
+    """
+    if address.tls and files is None:
+        raise PenumbraError(
+            "TLS needs tls_ca", "name the certificate of the authority, or use mqtt:// or mqtt5://"
+        )
+    if files is not None and not address.tls:
+        raise PenumbraError("tls_ca is given for a broker URL without TLS", "use mqtts:// or mqtts5://")
+    return None if files is None else files.context()
 
 
 @dataclass
@@ -205,13 +230,15 @@ class MqttLink:
         else was confirmed meanwhile, the connection is ended: a black hole must not swallow a pass.
     max_inflight
         Publishes under way at the same time.
+    tls
+        Files for TLS, needed for a URL that asks for it; only that one may have them.
     max_backoff_s
         Longest wait between two attempts to connect, s.
 
     Raises
     ------
     PenumbraError
-        The URL is wrong.
+        The URL or a file for TLS is wrong, or one is given without the other.
     """
 
     def __init__(
@@ -225,13 +252,16 @@ class MqttLink:
         publish_timeout_s: float = 5.0,
         max_inflight: int = 16,
         max_backoff_s: float = 2.0,
+        tls: TlsFiles | None = None,
     ) -> None:
         self.connected = asyncio.Event()
         self.connections = 0
         """Connections made so far."""
         self.last_error: str | None = None
         """Why the link was last lost or not made."""
+        self.url = url
         self._address = BrokerAddress.parse(url)
+        self._tls = tls_context(self._address, tls)
         self._client_id = client_id
         self._topics = tuple(topics)
         self._on_message = on_message
@@ -310,6 +340,7 @@ class MqttLink:
             clean_session=None if self._address.version5 else True,
             clean_start=True if self._address.version5 else paho.MQTT_CLEAN_START_FIRST_ONLY,
             keepalive=self._keepalive_s,
+            tls_context=self._tls,
             max_queued_incoming_messages=MAX_QUEUED,
             max_inflight_messages=self._max_inflight,
         )
