@@ -52,7 +52,7 @@ def debrief(
     flown
         What the bench saw.
     umbrae, contacts
-        The true eclipses, and the windows in which the gate was open.
+        The true eclipses, and the windows in which the link was open.
     manifest
         Of the model image.
     """

@@ -1,7 +1,7 @@
 """One flight, conducted: every part of the bench started in order, flown, and ended in order.
 
-    hold     broker, gate, ground, spacecraft, node; mission time stands until the worker computes
-    fly      contacts open and shut the gate, jobs go up, faults strike
+    hold     broker, link, ground, spacecraft, node; mission time stands until the worker computes
+    fly      contacts open and shut the link, jobs go up, faults strike
     land     no more faults; every strike gets its proof, a contact under way drains
     stop     the node stops in order, then everything else
 
@@ -26,9 +26,10 @@ from rich.console import Console
 from hil import faults as fault_list
 from hil.accounts import newest_packet
 from hil.broker import EmbeddedBroker
-from hil.gate import Gate
 from hil.ground import GroundStation
 from hil.injector import Injector
+from hil.link_faults import faults_at
+from hil.link_proxy import LinkProxy
 from hil.live import LiveState, LiveView
 from hil.live_feed import RUNNING, LiveFeed
 from hil.memory import WorkerMemory
@@ -82,7 +83,7 @@ class Flown:
 
 
 def merged_contacts(plant: Plant, start_ns: int, end_ns: int) -> list[Window]:
-    """Return the contacts of a flight as the gate opens: overlapping passes are one, named after both."""
+    """Return the contacts of a flight as the link opens: overlapping passes are one, named after both."""
     merged: list[Window] = []
     for window in sorted(plant.contact_windows, key=lambda w: w.start_ns):
         if window.start_ns >= end_ns:
@@ -170,15 +171,15 @@ class Flight:
         """
         archive = Archive.open(self.run_dir.archive)
         try:
-            async with self._broker, Gate(self._broker.port) as gate:
-                self._gate = gate
+            async with self._broker, LinkProxy(self._broker.port, seed=self.scenario.scenario.seed) as link:
+                self._link = link
                 write_inputs(
                     self.run_dir,
                     self.scenario,
                     self._source,
                     images_dir=self._images_dir,
                     bus_url=self._broker.url,
-                    link_url=gate.url,
+                    link_url=link.url,
                 )
                 return await self._fly(archive, console, live=live)
         finally:
@@ -264,7 +265,7 @@ class Flight:
             await self._drain()
         self.live.phase = "stopping"
         stopped_how = await self._node.stop()
-        self._gate.shut()
+        self._link.shut()
         watch.cancel()
         return Flown(
             start_host_ns=start_host_ns,
@@ -318,9 +319,10 @@ class Flight:
 
     async def _follow_contact(self) -> None:
         now_s = self._clock.elapsed_s
+        self._link.faults = faults_at(self.scenario.link_faults, now_s)
         contact = next((c for c in self.contacts if c.start_s <= now_s < c.end_s), None)
         if contact is not None and not self._ground.in_contact:
-            await self._gate.open()
+            await self._link.open()
             self._ground.in_contact = True
             jobs = self.scenario.jobs
             count = jobs.per_contact if self._contacts_begun else jobs.first_contact
@@ -332,7 +334,7 @@ class Flight:
             self._happen("contact.begin", text, source="ground")
         elif contact is None and self._ground.in_contact:
             self._ground.in_contact = False
-            self._gate.shut()
+            self._link.shut()
             self._happen("contact.end", "contact ends, the link is cut", source="ground")
         self.live.in_contact = self._ground.in_contact
         self.live.station = contact.name if contact is not None else ""

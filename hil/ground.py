@@ -1,8 +1,8 @@
 """The ground station: archives what comes down, acknowledges it, sends the commands up.
 
 A frame is acknowledged only after the archive's transaction is committed. The station talks to the broker
-directly; whether the node hears it is decided by the space link (`hil.gate`), and outside of contacts the
-station keeps silent.
+directly; whether the node hears it is decided by the space link (`hil.link_proxy`), and outside of contacts
+the station keeps silent.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from typing import Annotated, Final, Literal
 import msgspec
 from msgspec import Meta
 
+from hil.link_faults import LinkFault
 from hil.tle import altitude_km, tle_from_elements
 from node.boards import BoardSettings
 from node.power.ceiling import GovernorSettings
@@ -305,6 +306,7 @@ class Scenario(Table, frozen=True, kw_only=True, dict=True):
     limits: Limits = Limits()
     node: NodeOverrides = NodeOverrides()
     faults: list[Fault] = []
+    link_faults: list[LinkFault] = []
 
     @property
     def start_ns(self) -> int:
@@ -483,6 +485,10 @@ def _check_times(scenario: Scenario, path: Path) -> None:
             f"{MAX_TLE_AGE_DAYS:g} are allowed",
             "take a TLE of the time of the flight, or move scenario.epoch",
         )
+    for index, link_fault in enumerate(scenario.link_faults):
+        if link_fault.at_s >= scenario.duration_s:
+            field, allowed = f"link_faults[{index}].at_s", f"below the flight's {scenario.duration_s:.0f} s"
+            raise _error(path, field, link_fault.at_s, allowed)
     for index, fault in enumerate(scenario.faults):
         if fault.at_s >= scenario.duration_s:
             raise _error(

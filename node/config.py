@@ -82,8 +82,10 @@ class LinkSection(Section, frozen=True, kw_only=True):
     """As for the bus."""
     tls_certificate: TextOrEmpty = ""
     tls_key: TextOrEmpty = ""
-    max_unacked: Annotated[int, Meta(ge=1, le=10_000)] = 128
+    max_unacked: Annotated[int, Meta(ge=1, le=100_000)] = 2048
     """Records that may wait for the archive's acknowledgement at once."""
+    batch_bytes: Annotated[int, Meta(ge=512, le=1 << 20)] = 64 << 10
+    """Bytes of frames sent at once: what takes half a second on the slowest link, or less."""
 
 
 class KeysSection(Section, frozen=True, kw_only=True):

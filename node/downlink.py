@@ -36,8 +36,8 @@ POLL_S = 0.1
 BATCH = 256
 """Most records taken from the spool at once (assumed)."""
 BATCH_BYTES = 64 * 1024
-"""Most bytes of frames taken at once: half a second at 1 Mbit/s, so that what is urgent waits no longer than
-the `PIPELINE` of them (assumed)."""
+"""Most bytes of frames taken at once, by default: half a second at 1 Mbit/s, so that what is urgent waits no
+longer than the `PIPELINE` of them (assumed)."""
 PIPELINE = 4
 """Batches handed to the link at the same time: it is not to idle for a round trip after each (assumed)."""
 BLOCK_FROM = 8
@@ -206,16 +206,26 @@ class Downlink:
         The space link.
     window
         What may be under way.
+    batch_bytes
+        Most bytes of frames taken at once.
     """
 
     def __init__(
-        self, node: str, database: Database, spool: Spool, link: Link, window: DownlinkWindow
+        self,
+        node: str,
+        database: Database,
+        spool: Spool,
+        link: Link,
+        window: DownlinkWindow,
+        *,
+        batch_bytes: int = BATCH_BYTES,
     ) -> None:
         self._node = node
         self._database = database
         self._spool = spool
         self._link = link
         self._window = window
+        self._batch_bytes = batch_bytes
         self._turns = Turns()
         self._pipeline = asyncio.Semaphore(PIPELINE)
         self._acks: asyncio.Queue[Ack] = asyncio.Queue()
@@ -262,7 +272,7 @@ class Downlink:
         first = self._turns.next()
         try:
             return await self._database.run(
-                lambda c: self._spool.batch(c, limit, exclude, max_bytes=BATCH_BYTES, first=first)
+                lambda c: self._spool.batch(c, limit, exclude, max_bytes=self._batch_bytes, first=first)
             )
         except (StoreFull, sqlite3.Error) as error:
             _log.error("the spool cannot be read: %s", error)

@@ -167,7 +167,9 @@ class Node:
             tls=tls_files(config.link),
         )
         window = DownlinkWindow(config.link.max_unacked, config.telemetry.retransmit_s)
-        self._downlink = Downlink(name, database, spool, self._space_link, window)
+        self._downlink = Downlink(
+            name, database, spool, self._space_link, window, batch_bytes=config.link.batch_bytes
+        )
         self._power = PowerService(
             config,
             board=board,

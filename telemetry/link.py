@@ -39,6 +39,8 @@ MAX_QUEUED = 1000
 """Received messages waiting for `on_message`; beyond it new ones are discarded (assumed)."""
 GOODBYE_S = 0.5
 """How long an ordered disconnect may take, s (assumed)."""
+MISC_S = 0.25
+"""Interval of looking at the keep-alive, s."""
 STEADY_S = 5.0
 """A connection that lasted this long starts the back-off anew, s (assumed)."""
 
@@ -184,6 +186,11 @@ class _Client(aiomqtt.Client):
         if not self._connected.cancelled():
             super()._on_disconnect(*args, **kwargs)
 
+    async def _misc_loop(self) -> None:
+        # aiomqtt looks at the keep-alive once a second: two of them more until a black hole is noticed.
+        while self._client.loop_misc() == paho.MQTT_ERR_SUCCESS:  # noqa: ASYNC110 - paho has to be asked
+            await asyncio.sleep(MISC_S)
+
     async def say_goodbye(self) -> None:
         """Disconnect in order if the broker answers soon."""
         with contextlib.suppress(aiomqtt.MqttError, TimeoutError):
@@ -224,7 +231,8 @@ class MqttLink:
         Called on the loop with (topic, payload) of each message; must be quick, and must not raise: an
         exception from it is a fault of the program and ends `run`.
     keepalive_s
-        MQTT keep-alive, s: a dead broker is noticed after about twice that even when nothing is published.
+        MQTT keep-alive, s: a dead broker is noticed after twice that, and `2 * MISC_S`, even when nothing is
+        published.
     publish_timeout_s
         Deadline of one publish and of one attempt to connect, s. When it is missed and nothing
         else was confirmed meanwhile, the connection is ended: a black hole must not swallow a pass.
@@ -248,8 +256,8 @@ class MqttLink:
         topics: Sequence[str],
         on_message: OnMessage,
         *,
-        keepalive_s: int = 5,
-        publish_timeout_s: float = 5.0,
+        keepalive_s: int = 2,
+        publish_timeout_s: float = 4.0,
         max_inflight: int = 16,
         max_backoff_s: float = 2.0,
         tls: TlsFiles | None = None,

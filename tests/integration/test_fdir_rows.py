@@ -21,7 +21,7 @@ from node_bench import NODE, Bench, config_text, open_bench
 
 from hil import row_faults
 from hil.bench.machine import describe_machine
-from hil.gate import Gate
+from hil.link_proxy import LinkProxy
 from node.runtime import EXIT_RESTART
 from telemetry import bus, commands, topics
 from telemetry.errors import PenumbraError
@@ -405,7 +405,7 @@ async def test_spool_record(open_row: OpenRow) -> None:
 @pytest.mark.fdir("spool.fill")
 async def test_spool_fill(open_row: OpenRow) -> None:
     small = {"telemetry__spool_max_bytes": "65536", "telemetry__housekeeping_period_s": "0.05"}
-    async with open_row(**small) as bench, Gate(BrokerAddress.parse(bench.url).port) as gate:
+    async with open_row(**small) as bench, LinkProxy(BrokerAddress.parse(bench.url).port) as gate:
         bench.config.write_text(config_text(bench.url, **bench.overrides, link__url=f'"{gate.url}"'))
         await gate.open()
         await bench.start()

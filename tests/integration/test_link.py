@@ -175,6 +175,23 @@ async def test_a_black_hole_is_noticed_within_the_publish_timeout() -> None:
             await node.publish("penumbra/sat-1/tm/event", b"")
 
 
+@pytest.mark.parametrize("publishing", [True, False])
+async def test_a_black_hole_is_noticed_by_default_too(publishing: bool) -> None:
+    async with EmbeddedBroker() as broker, Wire(broker.port) as wire:
+        node = make(f"mqtt://127.0.0.1:{wire.port}")
+        async with running(node):
+            await until(node.connected.is_set)
+            wire.silent = True
+            async with asyncio.timeout(10):  # 4 or 4.5 s, and what a busy machine adds
+                while node.connected.is_set():
+                    if publishing:
+                        with suppress(LinkDown):
+                            await node.publish("a", b"")
+                    await asyncio.sleep(0.05)
+            wire.silent = False
+            await until(node.connected.is_set)
+
+
 async def test_a_black_hole_is_noticed_without_publishing_too() -> None:
     async with EmbeddedBroker() as broker, Wire(broker.port) as wire:
         node = make(f"mqtt://127.0.0.1:{wire.port}", publish_timeout_s=0.5, keepalive_s=1)
@@ -420,7 +437,7 @@ async def test_a_handler_that_raises_ends_the_link_loudly() -> None:
     [
         ("127.0.0.1:1883", "scheme"),
         ("http://host", "scheme"),
-        ("mqtts://host", "scheme"),
+        ("https://host", "scheme"),
         ("", "scheme"),
         ("mqtt://", "host is missing"),
         ("mqtt://:1883", "host is missing"),

@@ -1,4 +1,4 @@
-"""The ground station with a real broker, through the gate, against a small node written here."""
+"""The ground station with a real broker, through the link, against a small node written here."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from hil.broker import EmbeddedBroker
-from hil.gate import Gate
 from hil.ground import GroundStation
+from hil.link_proxy import LinkProxy
 from telemetry import topics
 from telemetry.ack import Ack, decode_ack
 from telemetry.archive import Archive, Ingested
@@ -98,29 +98,29 @@ async def running(coroutine_of: Callable[[], object]) -> AsyncIterator[None]:
 
 
 class Chain:
-    """Broker, gate, archive, ground station and node, wired as in a flight."""
+    """Broker, link, archive, ground station and node, wired as in a flight."""
 
-    def __init__(self, broker: EmbeddedBroker, gate: Gate, archive: Archive) -> None:
-        self.broker, self.gate, self.archive = broker, gate, archive
+    def __init__(self, broker: EmbeddedBroker, link: LinkProxy, archive: Archive) -> None:
+        self.broker, self.link, self.archive = broker, link, archive
         self.heard: list[Packet] = []
         self.ground = GroundStation(
             broker.url, NODE, archive, RING, now_ns=lambda: T0, on_packet=lambda _, p: self.heard.append(p)
         )
-        self.node = SmallNode(gate.url)
+        self.node = SmallNode(link.url)
 
     async def contact(self, begins: bool) -> None:
         self.ground.in_contact = begins
         if begins:
-            await self.gate.open()
+            await self.link.open()
         else:
-            self.gate.shut()
+            self.link.shut()
 
 
 @pytest.fixture
 async def chain(tmp_path: Path) -> AsyncIterator[Chain]:
     archive = Archive.open(tmp_path / "archive.db")
-    async with EmbeddedBroker() as broker, Gate(broker.port) as gate:
-        made = Chain(broker, gate, archive)
+    async with EmbeddedBroker() as broker, LinkProxy(broker.port) as link:
+        made = Chain(broker, link, archive)
         async with running(made.ground.run), running(made.node.link.run):
             await asyncio.wait_for(made.ground.connected.wait(), 5)
             yield made
