@@ -17,7 +17,7 @@ from hil.uplink import Uplink
 from telemetry import topics
 from telemetry.ack import encode_ack
 from telemetry.archive import Archive
-from telemetry.block import BlockError, decode_block
+from telemetry.block import BlockError, frames_in
 from telemetry.database import StoreFull
 from telemetry.flow import Flow, encode_flow
 from telemetry.frame import Frame, FrameError, decode_frame
@@ -116,11 +116,8 @@ class GroundStation:
             group.create_task(self._control_flow(), name="hil.ground.flow")
 
     def _on_message(self, topic: str, payload: bytes) -> None:
-        if topic != topics.tm_block(self._node):
-            self._on_frame(topic, payload)
-            return
         try:
-            frames = decode_block(payload)
+            frames = frames_in(topic, payload)
         except BlockError as error:
             self.counts.garbage += 1
             _log.info("garbage on %s: %s", topic, error)

@@ -226,6 +226,8 @@ class Downlink:
         self._link = link
         self._window = window
         self._batch_bytes = batch_bytes
+        self.batches = 0
+        """Batches handed to the link, since boot."""
         self._turns = Turns()
         self._pipeline = asyncio.Semaphore(PIPELINE)
         self._acks: asyncio.Queue[Ack] = asyncio.Queue()
@@ -264,6 +266,7 @@ class Downlink:
                 # Before the broker confirms it: the ground's acknowledgement may be here first.
                 self._window.on_sent(record, now_s)
             await self._pipeline.acquire()
+            self.batches += 1
             batch = messages(self._node, records)
             group.create_task(self._publish(batch), name="node.downlink.publish")
 

@@ -18,6 +18,8 @@ import crc32c
 import msgspec
 from msgspec import Meta
 
+from telemetry import topics
+
 BLOCK_VERSION = 1
 MAX_RAW_BYTES = 1 << 20
 """Most bytes of frames in a block: bounds what a reader unpacks, byte (assumed)."""
@@ -61,6 +63,17 @@ def encode_block(frames: Sequence[bytes]) -> bytes | None:
         return None
     array = _encoder.encode(_Wire(BLOCK_VERSION, len(frames), len(raw), data))
     return array + _CRC.pack(crc32c.crc32c(array))
+
+
+def frames_in(topic: str, payload: bytes) -> list[bytes]:
+    """Return the frames of a telemetry message, block or not. They are not looked into.
+
+    Raises
+    ------
+    BlockError
+        The topic is that of blocks, and the payload is none.
+    """
+    return decode_block(payload) if topics.is_block(topic) else [payload]
 
 
 def decode_block(block: bytes) -> list[bytes]:

@@ -38,6 +38,11 @@ def tm_block(node: str) -> str:
     return f"{ROOT}/{node}/tm/block"
 
 
+def is_block(topic: str) -> bool:
+    """Whether a topic carries blocks."""
+    return topic.endswith("/tm/block")
+
+
 def tc(node: str) -> str:
     """Telecommands, ground to node."""
     return f"{ROOT}/{node}/tc"

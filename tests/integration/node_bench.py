@@ -16,6 +16,7 @@ from node.config import NodeConfig
 from telemetry import bus, topics
 from telemetry.ack import encode_ack
 from telemetry.archive import Archive
+from telemetry.block import frames_in
 from telemetry.commands import Arguments, encode_command, make_command
 from telemetry.keys import KeyRing, generate_key_file
 from telemetry.link import MqttLink
@@ -91,7 +92,8 @@ class Bench:
             assert isinstance(message, bus.BusLoad)
             self.loads.append(message)
         else:
-            self._frames.put_nowait(payload)
+            for frame in frames_in(topic, payload):
+                self._frames.put_nowait(frame)
 
     async def archive_and_acknowledge(self) -> None:
         while True:
