@@ -174,9 +174,10 @@ class NodeProcess:
         if process.returncode is None:
             self._watch_family()
             with suppress(ProcessLookupError):
-                process.send_signal(signal.SIGTERM)
-                # A node that was stopped by a fault must run to hear the SIGTERM.
+                # A node that was stopped by a fault must run to hear the SIGTERM. This goes first: sending a
+                # signal looks whether the process has ended, and would take its exit code from asyncio.
                 process.send_signal(signal.SIGCONT)
+                process.send_signal(signal.SIGTERM)
             try:
                 await asyncio.wait_for(process.wait(), bound_s)
             except TimeoutError:
