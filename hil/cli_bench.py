@@ -112,6 +112,22 @@ def ceiling(
     _leave(result, render.ceiling(result, _command()), json_path, markdown)
 
 
+@bench_app.command()
+def link(
+    json_path: Json = None,
+    markdown: Markdown = None,
+    rounds: Annotated[int, typer.Option(min=1, max=100, help="Rounds of each rate; the pass is one.")] = 7,
+) -> None:
+    """Codec, spool, and spool to archive through a real mosquitto, beside the bare client; and a pass."""
+    from hil.bench import render
+    from hil.bench.link import bench_link
+
+    command = _command()
+    with _status() as say:
+        result = bench_link(rounds=rounds, command=command, progress=say)
+    _leave(result, render.link(result, command), json_path, markdown)
+
+
 def calibrate(
     images: Images = None,
     board: Annotated[BoardKind, typer.Option(help="Board driver.")] = BoardKind.SIM,

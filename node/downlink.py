@@ -41,9 +41,9 @@ longer than the `PIPELINE` of them (assumed)."""
 PIPELINE = 4
 """Batches handed to the link at the same time: it is not to idle for a round trip after each (assumed)."""
 BLOCK_FROM = 8
-"""So many records of low priority in a batch are a backlog, and go as a block (assumed)."""
-SINGLE_PRIORITY = 1
-"""Records up to this priority always go alone, on the topic of their stream: they are few, and urgent."""
+"""So many records in a batch are a backlog, and go as a block (assumed)."""
+URGENT_PRIORITY = 1
+"""Records up to this priority do not share a block with others, but go ahead of it."""
 
 
 MAX_BACKOFF = 64
@@ -176,13 +176,16 @@ class Message:
 
 
 def messages(node: str, records: Sequence[SpoolRecord]) -> list[Message]:
-    """Return what to publish for some records, in their order: a backlog of low priority as one block."""
-    low = [record for record in records if PRIORITY[record.stream] > SINGLE_PRIORITY]
-    block = encode_block([record.frame for record in low]) if len(low) >= BLOCK_FROM else None
-    single = records if block is None else [r for r in records if PRIORITY[r.stream] <= SINGLE_PRIORITY]
-    made = [Message(topics.tm(node, r.stream), r.frame, (r,)) for r in single]
-    if block is not None:
-        made.append(Message(topics.tm_block(node), block, tuple(low)))
+    """Return what to publish for some records, the urgent first: a backlog as a block, few one by one."""
+    urgent = [record for record in records if PRIORITY[record.stream] <= URGENT_PRIORITY]
+    bulk = [record for record in records if PRIORITY[record.stream] > URGENT_PRIORITY]
+    made: list[Message] = []
+    for part in (urgent, bulk):
+        block = encode_block([record.frame for record in part]) if len(part) >= BLOCK_FROM else None
+        if block is None:
+            made += [Message(topics.tm(node, r.stream), r.frame, (r,)) for r in part]
+        else:
+            made.append(Message(topics.tm_block(node), block, tuple(part)))
     return made
 
 

@@ -336,6 +336,62 @@ class CeilingBench(_Part, frozen=True, kw_only=True):
     """Time from a step down to the last mean above the new cap, s; null without a step down."""
 
 
+class CodecRates(_Part, frozen=True, kw_only=True):
+    """Frames of one event each, on one core, frame/s."""
+
+    encode: Spread
+    """Packet to frame: values checked, packed, CRC taken."""
+    decode: Spread
+    """Frame to packet: CRC and header checked, body read."""
+
+
+class LinkPass(_Part, frozen=True, kw_only=True):
+    """One contact that has to take down a backlog, through a link of bounded rate."""
+
+    backlog_s: float
+    """Outage in which the backlog was generated, s."""
+    pass_s: float
+    """Length of the contact, s."""
+    bit_s: Annotated[float, Meta(description="bit/s")]
+    records: Count
+    archived: Count
+    """Records in the archive at the end, each once."""
+    frames_bytes: Bytes
+    """Frames of the backlog."""
+    wire_bytes: Bytes
+    """What went over the link to the ground for them, TCP payload with MQTT and blocks."""
+    drained_s: float
+    """From the begin of the contact until the last record was archived, acknowledged and deleted, s."""
+    inversions: Count
+    """Records archived before a more urgent one."""
+    bulk_turns: Count
+    """Records the floor rate may give to bulk out of order: one for each batch sent."""
+    last_position: dict[str, int]
+    """Place in the archive of the last record of each priority, by priority."""
+    streams: dict[str, int]
+    """Priority of each stream."""
+
+
+class BenchLink(_Part, frozen=True, kw_only=True):
+    """The result of `penumbra bench link`."""
+
+    command: str
+    machine: Machine
+    frame_bytes: Bytes
+    """Length of the event's frame that the rates are of."""
+    rounds: Count
+    codec_frames_s: CodecRates
+    spool_records_s: Spread
+    """Records made durable, in transactions of 256 with full sync, record/s."""
+    end_to_end_frames_s: Spread
+    """Spool, MQTT 5 through mosquitto, committed archive, acknowledgement, deletion, frame/s."""
+    client_msgs_s: Spread
+    """The bare MQTT client through the same broker, QoS 1, one frame a message, message/s."""
+    black_hole_noticed_s: Spread
+    """Time until an idle link that swallows everything is given up, s."""
+    contact: LinkPass
+
+
 class PercentOfBound(_Part, frozen=True, kw_only=True):
     """Value as a percentage of what a clairvoyant could have reached, over cells whose floor was kept."""
 
@@ -424,6 +480,8 @@ PARTS: tuple[type[msgspec.Struct], ...] = (
     Disagreement,
     OperatingPoint,
     CurrentProfile,
+    CodecRates,
+    LinkPass,
     PercentOfBound,
     GovernorRow,
     StudyCell,

@@ -332,6 +332,7 @@ def generate() -> str:
         _struct(figures.BenchPerplexity, "penumbra bench perplexity"),
         _struct(figures.Calibration, "penumbra calibrate"),
         _struct(figures.CeilingBench, "penumbra bench ceiling"),
+        _struct(figures.BenchLink, "penumbra bench link"),
         _struct(figures.PowerStudy, "penumbra study power"),
         *(_struct(kind) for kind in figures.PARTS),
     ]

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from telemetry.figures import (
     BenchInference,
+    BenchLink,
     BenchPerplexity,
     Calibration,
     CeilingBench,
@@ -184,6 +185,56 @@ def ceiling(result: CeilingBench, command: str) -> str:
                  "-" if result.settled_s is None else _spread(result.settled_s, 2), "2", "1"),
                 ("99 % are above by at most, W", f"{result.excess_w:.2f}", "", ""),
                 ("left unused below the cap, share of it", _spread(result.unused_share, 3), "", ""),
+            ),
+        ),
+    ])  # fmt: skip
+
+
+def link(result: BenchLink, command: str) -> str:
+    """Return the page of `penumbra bench link`."""
+    contact = result.contact
+    by_priority: dict[int, list[str]] = {}
+    for stream, priority in contact.streams.items():
+        by_priority.setdefault(priority, []).append(stream)
+    return "\n".join([
+        "# Space link, measured\n",
+        f"Written by `{command}`; do not edit. {result.rounds} rounds, median (smallest to largest); frames "
+        f"of {result.frame_bytes} bytes, an event each. Node's downlink and ground station share one Python "
+        "process and one event loop; mosquitto (MQTT 5) has its own.\n",
+        _machine(result.machine),
+        _table(
+            ("", "measured", "bar"),
+            (
+                ("codec, packet to frame, frame/s", _spread(result.codec_frames_s.encode, 0), "500,000"),
+                ("codec, frame to packet, frame/s", _spread(result.codec_frames_s.decode, 0), "500,000"),
+                ("spool, durable by full sync, record/s", _spread(result.spool_records_s, 0), "50,000"),
+                ("spool to committed archive through mosquitto, acknowledged and deleted, frame/s",
+                 _spread(result.end_to_end_frames_s, 0), "5,000"),
+                ("bare MQTT client, one frame a message, message/s", _spread(result.client_msgs_s, 0), ""),
+                ("a black hole is noticed after, s", _spread(result.black_hole_noticed_s, 2), "5"),
+            ),
+        ),
+        "A backlog goes down in compressed blocks of many frames: that is how the chain passes more frames "
+        "than the client passes messages.\n",
+        "## A pass\n",
+        f"{contact.backlog_s / 60:g} minutes of backlog, {contact.records} records of "
+        f"{contact.frames_bytes / 1e6:.1f} MB, with a memory dump of random bytes among them; a contact of "
+        f"{contact.pass_s / 60:g} minutes at {contact.bit_s / 1e6:g} Mbit/s.\n",
+        _table(
+            ("", "measured", "bar"),
+            (
+                ("archived, each once", str(contact.archived), str(contact.records)),
+                ("drained after, s", f"{contact.drained_s:.0f}", f"{contact.pass_s:g}"),
+                ("over the link, MB", f"{contact.wire_bytes / 1e6:.2f}", ""),
+                ("records archived before a more urgent one", str(contact.inversions),
+                 f"{contact.bulk_turns} (floor rate of bulk: one a batch)"),
+            ),
+        ),
+        _table(
+            ("priority", "streams", "last one's place in the archive"),
+            (
+                (priority, ", ".join(by_priority.get(int(priority), ["-"])), str(place))
+                for priority, place in contact.last_position.items()
             ),
         ),
     ])  # fmt: skip
