@@ -71,6 +71,8 @@ class GroundStation:
         Mission time, UTC ns.
     on_packet
         Called with each new frame and its packet, in order of arrival, before it is archived.
+    sealed
+        Whether telecommands are encrypted.
     """
 
     def __init__(
@@ -82,14 +84,15 @@ class GroundStation:
         *,
         now_ns: Callable[[], int],
         on_packet: Callable[[Frame, Packet], None] = lambda frame, packet: None,
+        sealed: bool = False,
     ) -> None:
         self.counts = GroundCounts()
-        self.uplink = Uplink(node, ring)
+        self.uplink = Uplink(node, ring, lambda key_id: archive.next_sequence(node, key_id), sealed=sealed)
         self.in_contact = False
         """Set by the flight as contacts begin and end."""
         self._node = node
         self._archive = archive
-        self._key = ring.signing_key()
+        self._ring = ring
         self._now_ns = now_ns
         self._on_packet = on_packet
         self._archive_full = False
@@ -162,14 +165,14 @@ class GroundStation:
             self.counts.duplicates += done.duplicate
             touched = [(boot, stream) for _, boot, stream in done.touched]
             for ack in await asyncio.to_thread(self._archive.acks, self._node, touched):
-                await self._publish(topics.ack(self._node), encode_ack(ack, self._key))
+                await self._publish(topics.ack(self._node), encode_ack(ack, self._ring.signing_key()))
 
     async def _acknowledge_again(self) -> None:
         while True:
             await asyncio.sleep(REACK_S)
             if self.in_contact:
                 for ack in await asyncio.to_thread(self._archive.acks, self._node):
-                    await self._publish(topics.ack(self._node), encode_ack(ack, self._key))
+                    await self._publish(topics.ack(self._node), encode_ack(ack, self._ring.signing_key()))
 
     async def _control_flow(self) -> None:
         """Tell the node how much we can take, while that is less than it may send by itself."""
@@ -179,7 +182,7 @@ class GroundStation:
             was, bounded = bounded, grant < MAX_BACKLOG // 2
             if self.in_contact and (bounded or was):
                 flow = Flow(node=self._node, t_ns=self._now_ns(), records=grant, valid_s=FLOW_VALID_S)
-                await self._publish(topics.flow(self._node), encode_flow(flow, self._key))
+                await self._publish(topics.flow(self._node), encode_flow(flow, self._ring.signing_key()))
             await asyncio.sleep(FLOW_S)
 
     async def _send_commands(self) -> None:

@@ -37,7 +37,8 @@ from node.housekeeping import HousekeepingService
 from node.inference import protocol
 from node.modes import ModeMachine
 from telemetry import bus
-from telemetry.commands import Ping, encode_command, make_command
+from telemetry.commands import Ping
+from telemetry.envelope import encode_command, make_command
 from telemetry.keys import KeyRing
 
 _PR_SET_PDEATHSIG: Final = 1

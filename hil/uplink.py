@@ -1,18 +1,21 @@
 """The uplink: authenticated telecommands, one at a time, until the node verifies each. Pure.
 
 Stop and wait: a command is sent, and sent again unchanged while it goes unanswered, until its `accepted`
-verification comes down; only then the next one is issued. The node answers a command it has executed
+verification comes down; only then the next one is issued. A node that takes no more commands in the time is
+asked again. The node answers a command it has executed
 already with the verification it stored, so a lost answer costs a repeat and nothing else.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from telemetry.commands import Arguments, encode_command, make_command
-from telemetry.keys import KeyRing
+from telemetry.authenticator import RejectCode
+from telemetry.commands import ActivateKey, Arguments, RetireKey
+from telemetry.envelope import encode_command, make_command
+from telemetry.keys import KeyRing, KeyState
 from telemetry.packets import Stage, Verification
 
 RETRY_S = 1.0
@@ -49,6 +52,7 @@ class UplinkCounts:
 class _Outstanding:
     payload: bytes
     name: str
+    key_id: str
     seq: int
     expire_ns: int
 
@@ -62,16 +66,27 @@ class Uplink:
         Node the commands are for.
     ring
         Keys; its first active one signs.
-    first_seq
-        Sequence number of the first command; never use one twice with the same key and node.
+    next_seq
+        Returns the sequence number for the next command of a key, by its id, never the same twice, also over
+        restarts of the ground. By default it counts from 1, in memory.
+    sealed
+        Whether commands are encrypted.
     """
 
-    def __init__(self, node: str, ring: KeyRing, first_seq: int = 1) -> None:
+    def __init__(
+        self,
+        node: str,
+        ring: KeyRing,
+        next_seq: Callable[[str], int] | None = None,
+        *,
+        sealed: bool = False,
+    ) -> None:
         self.counts = UplinkCounts()
         self._node = node
         self._ring = ring
-        self._key_id = ring.signing_key().id
-        self._seq = first_seq
+        self._next_seq = next_seq if next_seq is not None else _counter()
+        self._sealed = sealed
+        self._key_changes: dict[tuple[str, int], ActivateKey | RetireKey] = {}
         self._waiting: deque[Arguments] = deque()
         self._outstanding: _Outstanding | None = None
         self._sent_s: float | None = None
@@ -118,11 +133,13 @@ class Uplink:
 
     def on_verification(self, report: Verification) -> bool:
         """Take a verification; return True when it settles the command under way."""
+        self._follow_keys(report)
         out = self._outstanding
         if (
             out is None
             or report.stage is not Stage.ACCEPTED
-            or (report.key_id, report.command_seq) != (self._key_id, out.seq)
+            or (report.key_id, report.command_seq) != (out.key_id, out.seq)
+            or report.code == RejectCode.RATE_LIMITED
         ):
             return False
         self._outstanding = None
@@ -132,16 +149,44 @@ class Uplink:
             self.counts.refused += 1
         return True
 
+    def _follow_keys(self, report: Verification) -> None:
+        """Use the keys as the node does, once it has carried out a change of them."""
+        if report.stage is not Stage.COMPLETED:
+            return
+        change = self._key_changes.pop((report.key_id, report.command_seq), None)
+        key = None if change is None else self._ring.get(change.key)
+        if key is not None and report.ok:
+            key.state = KeyState.ACTIVE if isinstance(change, ActivateKey) else KeyState.RETIRED
+
+    def _signer(self, arguments: Arguments) -> str:
+        """Return the id of the key to sign with: none may retire itself."""
+        leaving = arguments.key if isinstance(arguments, RetireKey) else None
+        others = [key.id for key in self._ring.active() if key.id != leaving]
+        return others[0] if others else self._ring.signing_key().id
+
     def _issue(self, arguments: Arguments, t_ns: int) -> _Outstanding:
         expire_ns = t_ns + round(LIFETIME_S * 1e9)
+        key_id = self._signer(arguments)
         command = make_command(
             arguments,
-            key_id=self._key_id,
-            seq=self._seq,
+            key_id=key_id,
+            seq=self._next_seq(key_id),
             t_issue_ns=t_ns,
             t_expire_ns=expire_ns,
             node=self._node,
         )
-        self._seq += 1
         self.counts.issued += 1
-        return _Outstanding(encode_command(command, self._ring), arguments.name, command.seq, expire_ns)
+        if isinstance(arguments, (ActivateKey, RetireKey)):
+            self._key_changes[key_id, command.seq] = arguments
+        payload = encode_command(command, self._ring, sealed=self._sealed)
+        return _Outstanding(payload, arguments.name, key_id, command.seq, expire_ns)
+
+
+def _counter() -> Callable[[str], int]:
+    last: Counter[str] = Counter()
+
+    def next_seq(key_id: str) -> int:
+        last[key_id] += 1
+        return last[key_id]
+
+    return next_seq

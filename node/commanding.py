@@ -19,16 +19,30 @@ from node.jobs import JobConflict, JobQueue, JobState
 from node.pulse import Pulse
 from node.recorder import Recorder, Throttle
 from telemetry import commands
-from telemetry.authenticator import Accepted, Authenticator, Redelivered, Rejected, ReplayError
-from telemetry.commands import Arguments, Command, CommandError
+from telemetry.authenticator import (
+    Accepted,
+    Authentic,
+    Authenticator,
+    KeyChangeError,
+    Redelivered,
+    Rejected,
+    ReplayError,
+)
+from telemetry.commands import Arguments, CommandError
 from telemetry.database import Database, StoreFull
+from telemetry.envelope import Command
 from telemetry.packets import Mode, Stage, Verification
 from telemetry.spool import Spool
 
 _log = logging.getLogger(__name__)
 
 MAX_WAITING = 64
-"""Commands that may wait: the authenticator's window; the ground repeats what is dropped (assumed)."""
+"""Authentic commands that may wait: the authenticator's window; what is dropped is repeated (assumed)."""
+RATE_HZ = 20.0
+"""New commands taken in a second, on average (assumed: far more than an operator or a schedule needs)."""
+BURST = 64
+"""New commands taken at once after a quiet time (assumed)."""
+KEY_COMMANDS = (commands.ActivateKey, commands.RetireKey, commands.Resync)
 OK = "ok"
 
 
@@ -70,7 +84,7 @@ class Commanding:
         check: Callable[[sqlite3.Connection, Arguments], None] = lambda _, __: None,
     ) -> None:
         self.dropped = 0
-        """Commands dropped unread because too many were waiting."""
+        """Authentic commands dropped because too many were waiting."""
         self._database = database
         self._spool = spool
         self._jobs = jobs
@@ -78,18 +92,23 @@ class Commanding:
         self._recorder = recorder
         self._on_executed = on_executed
         self._check = check
-        self._inbox: asyncio.Queue[bytes | None] = asyncio.Queue(MAX_WAITING)
-        """Messages; None wakes the task to answer a health ping."""
+        self._inbox: asyncio.Queue[Authentic | None] = asyncio.Queue(MAX_WAITING)
+        """Commands; None wakes the task to answer a health ping."""
         self.pulse = Pulse("commanding", self._wake)
         """Health of the task that executes."""
         # Apart, so that a flood from someone without a key does not silence the answers to those with one.
         self._rejections = {authentic: Throttle(1.0, burst=5) for authentic in (False, True)}
         self._repetitions = Throttle(1.0, burst=16)
+        self._rate = Throttle(1 / RATE_HZ, burst=BURST)
 
-    def offer(self, payload: bytes) -> None:
-        """Take the bytes of a message on the command topic."""
+    def offer(self, payload: bytes, topic: str | None = None) -> None:
+        """Take a message, topic None for that of commands. Nobody without a key gets into the queue."""
+        found = self._authenticator.authenticate(payload, topic)
+        if isinstance(found, Rejected):
+            self._report_rejected(found)
+            return
         try:
-            self._inbox.put_nowait(payload)
+            self._inbox.put_nowait(found)
         except asyncio.QueueFull:
             self.dropped += 1
 
@@ -101,14 +120,17 @@ class Commanding:
     async def run(self) -> None:
         """Handle commands until cancelled."""
         while True:
-            payload = await self._inbox.get()
+            authentic = await self._inbox.get()
             self.pulse.beat()
-            if payload is None:
+            if authentic is None:
                 continue
             now_ns = self._recorder.now_ns()
-            match self._authenticator.check(payload, now_ns):
+            match self._authenticator.place(authentic, now_ns):
                 case Accepted() as accepted:
-                    await self._execute(accepted, now_ns)
+                    if self._rate.admit(time.monotonic()) is None:
+                        self._report_rejected(self._authenticator.hold_back(accepted))
+                    else:
+                        await self._execute(accepted, now_ns)
                 case Redelivered(_, verifications):
                     if self._repetitions.admit(time.monotonic()) is not None:
                         for verification in verifications:
@@ -143,6 +165,10 @@ class Commanding:
             _log.error("command %s not executed: %s", accepted.command.name, error)
             await self._database.run(self._authenticator.load)
             return
+        if isinstance(executed, KEY_COMMANDS):
+            # The ring and the numbers in memory follow the disk.
+            await self._database.run(self._authenticator.load)
+            self._recorder.post(self._authenticator.report())
         if executed is not None:
             self._on_executed(executed)
 
@@ -168,14 +194,14 @@ class Commanding:
     ) -> Arguments | None:
         """Check the arguments and take the durable effect, reporting each stage."""
         try:
-            arguments = commands.parse_arguments(command)
+            arguments = commands.parse_arguments(command.name, command.args)
         except CommandError as error:
             report(Stage.ACCEPTED, error.code or commands.ArgumentCode.BAD_ARGUMENT, str(error))
             return None
         report(Stage.ACCEPTED)
         report(Stage.STARTED)
         try:
-            self._take_effect(connection, arguments, report)
+            self._take_effect(connection, command, arguments, report)
         except CommandFailed as error:
             report(Stage.COMPLETED, error.code, str(error))
             return None
@@ -185,6 +211,7 @@ class Commanding:
     def _take_effect(
         self,
         connection: sqlite3.Connection,
+        command: Command,
         arguments: Arguments,
         report: Callable[[Stage], None],
     ) -> None:
@@ -211,19 +238,44 @@ class Commanding:
                     raise CommandFailed("unknown_job", f"no job {job!r}")
                 if known.state is JobState.DONE:
                     raise CommandFailed("job_done", f"job {job!r} is done: {known.finish}")
-            case commands.SetMode(mode=mode):
-                state.set_safe(connection, Mode(mode) is Mode.SAFE)
-            case commands.SetPowerCap(power_w=power_w):
-                state.set_cap(connection, power_w)
-            case commands.SetFdirRow(row=row, state=row_state):
-                state.change_fdir_state(connection, None if row == "*" else row, RowState(row_state))
-            case commands.ExternalControl(on=on):
-                state.set_external_control(connection, on)
-            case commands.ResetCounters():
-                state.forget_reboots(connection)
+            case commands.ActivateKey() | commands.RetireKey() | commands.Resync():
+                self._change_keys(connection, command, arguments)
             case _:
-                # What has no durable effect follows in `on_executed`.
-                pass
+                _remember(connection, arguments)
+
+    def _change_keys(
+        self,
+        connection: sqlite3.Connection,
+        command: Command,
+        arguments: commands.ActivateKey | commands.RetireKey | commands.Resync,
+    ) -> None:
+        try:
+            match arguments:
+                case commands.ActivateKey(key=key):
+                    self._authenticator.activate(connection, key)
+                case commands.RetireKey(key=key):
+                    self._authenticator.retire(connection, key, command.key_id)
+                case commands.Resync(key=key, last_seq=last_seq):
+                    self._authenticator.resync(connection, key, last_seq)
+        except KeyChangeError as error:
+            raise CommandFailed("key_unchanged", str(error)) from None
+
+
+def _remember(connection: sqlite3.Connection, arguments: Arguments) -> None:
+    """Store the state a command sets. What has no durable effect follows in `on_executed`."""
+    match arguments:
+        case commands.SetMode(mode=mode):
+            state.set_safe(connection, Mode(mode) is Mode.SAFE)
+        case commands.SetPowerCap(power_w=power_w):
+            state.set_cap(connection, power_w)
+        case commands.SetFdirRow(row=row, state=row_state):
+            state.change_fdir_state(connection, None if row == "*" else row, RowState(row_state))
+        case commands.ExternalControl(on=on):
+            state.set_external_control(connection, on)
+        case commands.ResetCounters():
+            state.forget_reboots(connection)
+        case _:
+            pass
 
 
 def _verification(command: Command, stage: Stage, code: str, reason: str) -> Verification:

@@ -93,6 +93,8 @@ class KeysSection(Section, frozen=True, kw_only=True):
 
     file: Text
     """Key file, mode 0600, see `telemetry.keys`."""
+    require_sealed: bool = False
+    """Whether telecommands must be encrypted (AES-256-GCM), not only signed."""
 
 
 class WorkerSection(Section, frozen=True, kw_only=True):

@@ -12,6 +12,7 @@ from node.recorder import Evidence, Recorder, Throttle
 from telemetry import topics
 from telemetry.ack import Ack, AckError, decode_ack
 from telemetry.bus import CHANNELS, FROM_NODE, BusMessage, decode, decode_eps
+from telemetry.envelope import is_command
 from telemetry.errors import PenumbraError
 from telemetry.flow import Flow, decode_flow
 from telemetry.keys import KeyRing
@@ -38,7 +39,7 @@ class Intake:
     recorder
         For events.
     on_command
-        Takes the bytes of a telecommand.
+        Takes the bytes of a telecommand, and the topic they came on.
     on_ack
         Takes an authenticated acknowledgement.
     on_flow
@@ -53,7 +54,7 @@ class Intake:
         ring: KeyRing,
         recorder: Recorder,
         *,
-        on_command: Callable[[bytes], None],
+        on_command: Callable[[bytes, str], None],
         on_ack: Callable[[Ack], None],
         on_flow: Callable[[Flow], None],
         on_bus: Callable[[BusMessage], None],
@@ -94,7 +95,7 @@ class Intake:
             return
         try:
             if topic == self._tc:
-                self._on_command(payload)
+                self._on_command(payload, topic)
             elif topic == self._ack:
                 self._on_ack(decode_ack(payload, self._ring))
             elif topic == self._flow:
@@ -106,7 +107,11 @@ class Intake:
             else:
                 raise ValueError("nothing is expected on this topic")
         except (AckError, SignedError) as error:
-            self._report(topic, f"refused: {error}")
+            if is_command(payload):
+                # Played back where it does not belong: the authenticator counts it.
+                self._on_command(payload, topic)
+            else:
+                self._report(topic, f"refused: {error}")
         except (ValueError, RecursionError) as error:
             self._report(topic, str(error))
         except PenumbraError as error:

@@ -123,7 +123,7 @@ async def run_node(config: NodeConfig, stop: asyncio.Event, command: Sequence[st
             state.keep_decision(connection, decision)
             spool = Spool(config.node.name, boot.boot, config.telemetry.spool_max_bytes)
             jobs = JobQueue(spool)
-            authenticator = Authenticator(config.node.name, ring)
+            authenticator = Authenticator(config.node.name, ring, require_sealed=config.keys.require_sealed)
             spool.create(connection)
             jobs.create(connection)
             authenticator.load(connection)

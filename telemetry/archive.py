@@ -37,6 +37,9 @@ CREATE TABLE IF NOT EXISTS coverage (
 CREATE TABLE IF NOT EXISTS conflict (
     node TEXT NOT NULL, boot INTEGER NOT NULL, stream TEXT NOT NULL, seq INTEGER NOT NULL,
     data BLOB NOT NULL, PRIMARY KEY (node, boot, stream, seq, data)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS uplink_sequence (
+    node TEXT NOT NULL, key_id TEXT NOT NULL, last INTEGER NOT NULL,
+    PRIMARY KEY (node, key_id)) WITHOUT ROWID;
 """
 
 
@@ -110,6 +113,16 @@ class Archive:
                 if is_full(error):
                     raise StoreFull(f"archive {self.path}: {error}") from error
                 raise
+
+    def next_sequence(self, node: str, key_id: str) -> int:
+        """Return a sequence number for a telecommand, from 1, that was never returned before; durable."""
+        with self._transaction() as connection:
+            row = connection.execute(
+                "INSERT INTO uplink_sequence VALUES (?, ?, 1) "
+                "ON CONFLICT (node, key_id) DO UPDATE SET last = last + 1 RETURNING last",
+                (node, key_id),
+            ).fetchone()
+        return int(row[0])
 
     def ingest(self, frames: Iterable[bytes]) -> Ingested:
         """Archive frames. When it returns, they are durable and may be acknowledged.

@@ -1,9 +1,10 @@
 """The command authenticator: what may be executed, once, and never again.
 
-Checks, in this order: shape, key active, MAC in constant time, node, already accepted (redelivery), expiry,
-window. The caller then persists before it executes:
+Checks, in this order: shape, key active, MAC or seal in constant time, topic, node (`authenticate`, at
+reception, so that nobody without a key takes room in a queue); then already accepted (redelivery), expiry,
+what the key may do, window (`place`, when its turn comes). The caller then persists before it executes:
 
-    verdict = authenticator.check(payload, now_ns)
+    verdict = authenticator.check(payload, now_ns)     # both
     if isinstance(verdict, Accepted):
         await database.run(lambda c: authenticator.commit(c, verdict))   # durable, or not executed
         ... execute; for each report: authenticator.record(c, verification) in the transaction that spools it
@@ -23,12 +24,16 @@ from enum import StrEnum
 
 import msgspec
 
-from telemetry.commands import Command, CommandError, split_command
-from telemetry.keys import Domain, KeyRing, KeyState
-from telemetry.packets import SecurityReport, Verification
+from telemetry import topics
+from telemetry.commands import RECOVERY, CommandError, Resync
+from telemetry.envelope import Command, Envelope, read_envelope
+from telemetry.keys import Key, KeyRing, KeyState, KeyUse
+from telemetry.packets import KeyReport, SecurityReport, Verification
 
 WINDOW = 64
 """Default forward window: seq last + 1 to last + window is accepted (assumed)."""
+MAX_ACTIVE = 2
+"""Keys for commands that may be active at once: the old one and the new one of a rollover."""
 HISTORY = 256
 """Accepted commands per key whose redelivery is still recognised (assumed)."""
 
@@ -40,20 +45,38 @@ class RejectCode(StrEnum):
     """Not a telecommand: size, shape, version or times."""
     UNKNOWN_KEY = "unknown_key"
     """No key of that id."""
+    KEY_STANDBY = "key_standby"
+    """The key is known and not activated yet."""
     KEY_RETIRED = "key_retired"
     """The key is known and must not be used any more."""
+    NOT_SEALED = "not_sealed"
+    """In the clear, and this node is configured to take sealed commands only."""
     BAD_MAC = "bad_mac"
-    """Not signed with that key, or changed on its way."""
+    """Not signed or sealed with that key, or changed on its way."""
+    WRONG_TOPIC = "wrong_topic"
+    """Authentic, but for another topic of this node."""
     WRONG_NODE = "wrong_node"
     """Authentic, but for another node."""
     SEQUENCE_REUSED = "sequence_reused"
     """Authentic, but another command was accepted with this sequence number."""
     EXPIRED = "expired"
     """Authentic, but its time is over."""
+    NOT_PERMITTED = "not_permitted"
+    """Authentic, but not one of the commands this key may give."""
+    RATE_LIMITED = "rate_limited"
+    """Authentic, but more commands came than the node takes in the time; it may be sent again unchanged."""
     OLD_SEQUENCE = "old_sequence"
     """Authentic, but not above the last sequence number accepted, and not one remembered."""
     OUTSIDE_WINDOW = "outside_window"
     """Authentic, but too far above the last sequence number accepted (`last_seq` in the security report)."""
+
+
+@dataclass(frozen=True)
+class Authentic:
+    """From a holder of the key, for this node; whether it is to be executed is still open."""
+
+    command: Command
+    mac: bytes = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -100,8 +123,24 @@ class _Seen:
 _decoder = msgspec.msgpack.Decoder(Verification)
 
 
-def _reject(command: Command, code: RejectCode, text: str, *, authentic: bool = True) -> Rejected:
-    return Rejected(code, text, authentic, command.key_id[:40], command.seq, command.name[:40])
+def _reject(command: Command, code: RejectCode, text: str) -> Rejected:
+    return Rejected(code, text, True, command.key_id[:40], command.seq, command.name[:40])
+
+
+def _refuse(envelope: Envelope, code: RejectCode, text: str) -> Rejected:
+    claims = envelope.claims
+    name = None if envelope.name is None else envelope.name[:40]
+    return Rejected(code, text, False, claims.key_id[:40], claims.seq, name)
+
+
+def _not_active(key: Key) -> tuple[RejectCode, str]:
+    if key.state is KeyState.STANDBY:
+        return RejectCode.KEY_STANDBY, "the key is not activated yet"
+    return RejectCode.KEY_RETIRED, "the key is retired"
+
+
+class KeyChangeError(ValueError):
+    """A change of keys or sequence numbers that would lock somebody out, or let an old command in."""
 
 
 class Authenticator:
@@ -114,15 +153,25 @@ class Authenticator:
     ring
         The keys.
     window
-        How far above the last accepted one a sequence number may be, 1 or more.
+        How far above the last accepted one a sequence number may be, 1 or more. A recovery key has none.
+    require_sealed
+        Whether commands in the clear are rejected.
+
+    States of keys that were changed by command are taken over into the ring; a key that its file calls
+    retired stays so.
     """
 
-    def __init__(self, node: str, ring: KeyRing, window: int = WINDOW) -> None:
+    def __init__(
+        self, node: str, ring: KeyRing, window: int = WINDOW, *, require_sealed: bool = False
+    ) -> None:
         if window < 1:
             raise ValueError(f"window {window}, 1 or more needed")
         self._node = node
         self._ring = ring
+        self._topic = topics.tc(node)
         self._window = window
+        self._require_sealed = require_sealed
+        self._filed = {key.id: key.state for key in ring}
         self._last: dict[str, int] = {}
         self._seen: dict[tuple[str, int], _Seen] = {}
         self._accepted = 0
@@ -150,6 +199,14 @@ class Authenticator:
         connection.execute(
             "CREATE INDEX IF NOT EXISTS auth_verification_of ON auth_verification (key_id, seq)"
         )
+        connection.execute(
+            "CREATE TABLE IF NOT EXISTS auth_key_state (key_id TEXT PRIMARY KEY, state TEXT NOT NULL)"
+        )
+        commanded = dict(connection.execute("SELECT key_id, state FROM auth_key_state"))
+        for key in self._ring:
+            filed = self._filed[key.id]
+            retired = filed is KeyState.RETIRED
+            key.state = filed if retired else KeyState(commanded.get(key.id, filed))
         last = dict(connection.execute("SELECT key_id, last_seq FROM auth_key"))
         seen = {
             (key_id, seq): _Seen(mac)
@@ -165,8 +222,8 @@ class Authenticator:
         self._last, self._seen = last, seen
         self._last_accepted = next(reversed(seen), None)
 
-    def check(self, payload: bytes, now_ns: int) -> Verdict:
-        """Judge a telecommand as received.
+    def check(self, payload: bytes, now_ns: int, topic: str | None = None) -> Verdict:
+        """Judge a telecommand as received: `authenticate`, then `place`.
 
         Parameters
         ----------
@@ -174,51 +231,100 @@ class Authenticator:
             The bytes of the message, from anyone.
         now_ns
             Mission time (UTC), ns since 1970.
+        topic
+            Where it came; None for the command topic of this node.
         """
-        verdict = self._judge(payload, now_ns)
+        found = self.authenticate(payload, topic)
+        return found if isinstance(found, Rejected) else self.place(found, now_ns)
+
+    def authenticate(self, payload: bytes, topic: str | None = None) -> Authentic | Rejected:
+        """Tell whether a telecommand is from a holder of a key, for this node and topic."""
+        try:
+            found = self._authenticate(payload, self._topic if topic is None else topic)
+        except CommandError as error:
+            found = Rejected(RejectCode.MALFORMED, str(error), authentic=False)
+        if isinstance(found, Rejected):
+            self._count(found)
+        return found
+
+    def place(self, authentic: Authentic, now_ns: int) -> Verdict:
+        """Tell whether an authentic telecommand is to be executed now, at mission time `now_ns` (UTC)."""
+        verdict = self._place(authentic.command, authentic.mac, now_ns)
         if isinstance(verdict, Rejected):
-            self._rejected[verdict.code.value] += 1
-            self._last_reason = verdict.code
+            self._count(verdict)
         elif isinstance(verdict, Redelivered):
             self._redelivered += 1
         return verdict
 
-    def _judge(self, payload: bytes, now_ns: int) -> Verdict:
-        try:
-            command, body, mac = split_command(payload)
-        except CommandError as error:
-            return Rejected(RejectCode.MALFORMED, str(error), authentic=False)
-        return self._authenticate(command, body, mac) or self._place(command, mac, now_ns)
+    def hold_back(self, accepted: Accepted) -> Rejected:
+        """Count a command that is not executed because too many came; its number may be used again."""
+        rejected = _reject(accepted.command, RejectCode.RATE_LIMITED, "too many commands in the time")
+        self._count(rejected)
+        return rejected
 
-    def _authenticate(self, command: Command, body: bytes, mac: bytes) -> Rejected | None:
-        key = self._ring.get(command.key_id)
-        if key is None:
-            return _reject(command, RejectCode.UNKNOWN_KEY, "no key of this id", authentic=False)
-        if key.state is not KeyState.ACTIVE:
-            return _reject(command, RejectCode.KEY_RETIRED, "the key is retired", authentic=False)
-        if not key.verify(Domain.COMMAND, body, mac):
-            return _reject(command, RejectCode.BAD_MAC, "the MAC is wrong", authentic=False)
+    def _count(self, rejected: Rejected) -> None:
+        self._rejected[rejected.code.value] += 1
+        self._last_reason = rejected.code
+
+    def _authenticate(self, payload: bytes, topic: str) -> Authentic | Rejected:
+        envelope = read_envelope(payload)
+        key = self._usable_key(envelope)
+        if isinstance(key, Rejected):
+            return key
+        meant = topics.tc(envelope.claims.node)
+        command = envelope.open(key, topic)
+        if command is None and meant != topic:
+            # Authentic where it belongs, and played back here: worth another alarm than a forgery.
+            command = envelope.open(key, meant)
+        if command is None:
+            return _refuse(envelope, RejectCode.BAD_MAC, "the MAC or seal is wrong")
         if command.node != self._node:
             return _reject(command, RejectCode.WRONG_NODE, f"it is for node {command.node[:40]!r}")
-        return None
+        if meant != topic:
+            return _reject(command, RejectCode.WRONG_TOPIC, f"it came on {topic[:100]!r}")
+        return Authentic(command, envelope.proof)
+
+    def _usable_key(self, envelope: Envelope) -> Key | Rejected:
+        key = self._ring.get(envelope.claims.key_id)
+        if key is None:
+            return _refuse(envelope, RejectCode.UNKNOWN_KEY, "no key of this id")
+        if key.state is not KeyState.ACTIVE:
+            return _refuse(envelope, *_not_active(key))
+        if self._require_sealed and envelope.sealed is None:
+            return _refuse(envelope, RejectCode.NOT_SEALED, "this node takes sealed commands only")
+        return key
 
     def _place(self, command: Command, mac: bytes, now_ns: int) -> Verdict:
-        key_id, seq = command.key_id, command.seq
-        seen = self._seen.get((key_id, seq))
+        key = self._ring.get(command.key_id)
+        if key is None or key.state is not KeyState.ACTIVE:
+            # Retired by a command that was before it in the queue.
+            return _reject(command, RejectCode.KEY_RETIRED, "the key is not active any more")
+        seen = self._seen.get((key.id, command.seq))
         if seen is not None:
             if hmac.compare_digest(seen.mac, mac):
                 return Redelivered(command, tuple(seen.verifications))
-            return _reject(command, RejectCode.SEQUENCE_REUSED, f"another command was accepted as {seq}")
+            text = f"another command was accepted as {command.seq}"
+            return _reject(command, RejectCode.SEQUENCE_REUSED, text)
+        fault = self._fault(command, key, now_ns)
+        return Accepted(command, mac) if fault is None else _reject(command, *fault)
+
+    def _fault(self, command: Command, key: Key, now_ns: int) -> tuple[RejectCode, str] | None:
+        """Return why a new command is not to be executed, None if it is."""
         if now_ns >= command.t_expire_ns:
             late_s = (now_ns - command.t_expire_ns) / 1e9
-            return _reject(command, RejectCode.EXPIRED, f"it expired {late_s:.1f} s ago")
-        last = self._last.get(key_id, -1)
-        if seq <= last:
-            return _reject(command, RejectCode.OLD_SEQUENCE, f"sequence {seq} is not above {last}")
-        if seq > last + self._window:
-            text = f"sequence {seq} is more than {self._window} above {last}"
-            return _reject(command, RejectCode.OUTSIDE_WINDOW, text)
-        return Accepted(command, mac)
+            return RejectCode.EXPIRED, f"it expired {late_s:.1f} s ago"
+        recovery = key.use is KeyUse.RECOVERY
+        permitted = command.name in RECOVERY if recovery else command.name != Resync.name
+        if not permitted:
+            text = f"key {key.id!r}, for {key.use}, may not give {command.name[:40]!r}"
+            return RejectCode.NOT_PERMITTED, text
+        last = self._last.get(key.id, -1)
+        if command.seq <= last:
+            return RejectCode.OLD_SEQUENCE, f"sequence {command.seq} is not above {last}"
+        if command.seq > last + self._window and not recovery:
+            text = f"sequence {command.seq} is more than {self._window} above {last}"
+            return RejectCode.OUTSIDE_WINDOW, text
+        return None
 
     def commit(self, connection: sqlite3.Connection, accepted: Accepted) -> None:
         """Make it durable that this command was accepted. Only when that is committed may it be executed.
@@ -257,6 +363,54 @@ class Authenticator:
         for old in [k for k in self._seen if k[0] == key_id and k[1] <= upto]:
             del self._seen[old]
 
+    def activate(self, connection: sqlite3.Connection, key_id: str) -> None:
+        """Make a key in standby usable; `load` after the commit. Raises `KeyChangeError`."""
+        key = self._known(key_id)
+        if key.state is KeyState.RETIRED:
+            raise KeyChangeError(f"key {key_id!r} is retired, for good")
+        others = [k.id for k in self._ring.active() if k.id != key_id]
+        if key.use is KeyUse.COMMAND and len(others) >= MAX_ACTIVE:
+            raise KeyChangeError(f"{', '.join(others)} are active already: retire one of them first")
+        self._set_state(connection, key_id, KeyState.ACTIVE)
+
+    def retire(self, connection: sqlite3.Connection, key_id: str, signed_with: str) -> None:
+        """Make a key unusable for good; `load` after the commit. Raises `KeyChangeError`.
+
+        It takes another key to do so, which thereby proves that it works.
+        """
+        self._known(key_id)
+        if key_id == signed_with:
+            raise KeyChangeError(f"key {key_id!r} cannot retire itself: sign with the one that stays")
+        if not [k for k in self._ring.active() if k.id != key_id]:
+            raise KeyChangeError(f"key {key_id!r} is the last active one for commands")
+        self._set_state(connection, key_id, KeyState.RETIRED)
+
+    def resync(self, connection: sqlite3.Connection, key_id: str, last_seq: int) -> None:
+        """Raise the last accepted number of a key; `load` after the commit. Raises `KeyChangeError`."""
+        self._known(key_id)
+        last = self._last.get(key_id, -1)
+        if last_seq < last:
+            raise KeyChangeError(f"key {key_id!r} is at {last} already: going back would let old commands in")
+        connection.execute(
+            "INSERT INTO auth_key VALUES (?, ?) "
+            "ON CONFLICT (key_id) DO UPDATE SET last_seq = excluded.last_seq",
+            (key_id, last_seq),
+        )
+
+    def _known(self, key_id: str) -> Key:
+        key = self._ring.get(key_id)
+        if key is None:
+            raise KeyChangeError(f"no key {key_id!r} in the key file of this node")
+        return key
+
+    @staticmethod
+    def _set_state(connection: sqlite3.Connection, key_id: str, state: KeyState) -> None:
+        connection.execute(
+            "INSERT INTO auth_key_state VALUES (?, ?) "
+            "ON CONFLICT (key_id) DO UPDATE SET state = excluded.state",
+            (key_id, state.value),
+        )
+
     def record(self, connection: sqlite3.Connection, verification: Verification) -> None:
         """Store a verification report, to be given again when its command is redelivered."""
         key = (verification.key_id, verification.command_seq)
@@ -278,4 +432,8 @@ class Authenticator:
             last_key_id=key_id,
             last_seq=seq,
             last_reason=None if self._last_reason is None else self._last_reason.value,
+            keys={
+                key.id: KeyReport(state=key.state.value, use=key.use.value, last_seq=self._last.get(key.id))
+                for key in self._ring
+            },
         )

@@ -1,26 +1,15 @@
-"""Telecommands: the envelope, and the dictionary of commands with typed, ranged arguments.
-
-    msgpack [version, key id, seq, t_issue_ns, t_expire_ns, node, name, args] | HMAC-SHA-256, 32 bytes
-
-`args` is a map. The MAC is taken over the bytes as sent, never over a re-encoding. An envelope proves who
-sent it; whether the arguments make sense is a separate question, answered by `parse_arguments`.
-"""
+"""The dictionary of telecommands: typed arguments with ranges, and what each can do to the mission."""
 
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import msgspec
 from msgspec import Meta
 
 from telemetry.frame import MissionTime, Sequence
-from telemetry.keys import MAC_BYTES, Domain, KeyRing, KeyState
 from telemetry.sampling import Sampling
-
-COMMAND_VERSION = 1
-MAX_COMMAND_BYTES = 128 * 1024
-"""Largest telecommand read, bytes: a prompt of 16000 characters of 4 bytes, and room (assumed)."""
 
 
 class Hazard(StrEnum):
@@ -29,6 +18,8 @@ class Hazard(StrEnum):
     NONE = "none"
     SERVICE = "service"
     """Can interrupt or starve the inference service; reversible by command."""
+    HAZARDOUS = "hazardous"
+    """Cannot be taken back by command, or can cost the node what it needs to serve: armed, then fired."""
 
 
 class ArgumentCode(StrEnum):
@@ -47,23 +38,6 @@ class CommandError(ValueError):
     def __init__(self, reason: str, code: ArgumentCode | None = None) -> None:
         super().__init__(reason)
         self.code = code
-
-
-class Command(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """The envelope of a telecommand. The order of the fields is the order on the wire."""
-
-    version: int
-    key_id: str
-    """Key it is signed with; sequence numbers count per key."""
-    seq: Sequence
-    """Must be above the last one accepted with this key, by at most the window."""
-    t_issue_ns: MissionTime
-    """Mission time (UTC) of issue, ns since 1970."""
-    t_expire_ns: MissionTime
-    """Mission time (UTC) from which on it is not executed any more, ns since 1970."""
-    node: str
-    name: str
-    args: dict[str, Any]
 
 
 JobId = Annotated[
@@ -233,95 +207,70 @@ class QueryFdir(Arguments, frozen=True, kw_only=True):
     """Whether to send a dump of the flight recorder too."""
 
 
+KeyId = Annotated[
+    str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,31}\Z", description="id of a key in the node's key file")
+]
+
+
+class ActivateKey(Arguments, frozen=True, kw_only=True):
+    """Make a key in standby usable. At most two keys for commands are active at once. Survives restarts."""
+
+    name: ClassVar[str] = "activate_key"
+    hazard: ClassVar[Hazard] = Hazard.SERVICE
+
+    key: KeyId
+
+
+class RetireKey(Arguments, frozen=True, kw_only=True):
+    """Make a key unusable for good. To be signed with another key, which thereby proves that it works."""
+
+    name: ClassVar[str] = "retire_key"
+    hazard: ClassVar[Hazard] = Hazard.SERVICE
+
+    key: KeyId
+
+
+class Resync(Arguments, frozen=True, kw_only=True):
+    """Raise the last accepted sequence number of a key, when the ground is out of its window.
+
+    Only a recovery key may give it; the security report tells the number of each key.
+    """
+
+    name: ClassVar[str] = "resync"
+    hazard: ClassVar[Hazard] = Hazard.NONE
+
+    key: KeyId
+    last_seq: Sequence
+    """Numbers above this one are accepted from now on, within the window. Never below the last accepted."""
+
+
 COMMANDS: dict[str, type[Arguments]] = {
     kind.name: kind
     for kind in (
         *(Ping, Infer, Cancel, SetMode, SetPowerCap, ReportLedger),
         *(SetFdirRow, RearmFdir, ExternalControl, ResetCounters, LoadFdir, ScrubNow, QueryFdir),
+        *(ActivateKey, RetireKey, Resync),
     )
 }
 """The dictionary of commands, by name."""
-
-_encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(Command)
-
-
-def make_command(
-    arguments: Arguments, *, key_id: str, seq: int, t_issue_ns: int, t_expire_ns: int, node: str
-) -> Command:
-    """Return the envelope of a command, not yet signed.
-
-    Raises
-    ------
-    CommandError
-        An argument out of its range: what the node would refuse is not sent.
-    """
-    command = Command(
-        COMMAND_VERSION,
-        key_id,
-        seq,
-        t_issue_ns,
-        t_expire_ns,
-        node,
-        arguments.name,
-        # As the node will read them: a tuple travels as an array.
-        msgspec.msgpack.decode(_encoder.encode(arguments)),
-    )
-    parse_arguments(command)
-    return command
+RECOVERY = frozenset(kind.name for kind in (Ping, ReportLedger, SetMode, ActivateKey, RetireKey, Resync))
+"""What a recovery key may give."""
 
 
-def encode_command(command: Command, ring: KeyRing) -> bytes:
-    """Return the command signed with the key it names.
-
-    Raises
-    ------
-    CommandError
-        The ring has no active key of that id.
-    """
-    key = ring.get(command.key_id)
-    if key is None or key.state is not KeyState.ACTIVE:
-        raise CommandError(f"key {command.key_id!r} is unknown or retired: it cannot sign")
-    body = _encoder.encode(command)
-    return body + key.mac(Domain.COMMAND, body)
-
-
-def split_command(payload: bytes) -> tuple[Command, bytes, bytes]:
-    """Return (envelope, signed bytes, MAC) of a telecommand **that is not authenticated yet**.
-
-    Raises
-    ------
-    CommandError
-        Wrong size, version or shape, or an expiry that is not after the issue.
-    """
-    if not MAC_BYTES < len(payload) <= MAX_COMMAND_BYTES:
-        raise CommandError(f"{len(payload)} bytes, {MAC_BYTES + 1} to {MAX_COMMAND_BYTES} allowed")
-    body, mac = payload[:-MAC_BYTES], payload[-MAC_BYTES:]
-    try:
-        command = _decoder.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise CommandError(f"not a telecommand: {error}") from None
-    if command.version != COMMAND_VERSION:
-        raise CommandError(f"telecommand version {command.version}, {COMMAND_VERSION} expected")
-    if command.t_expire_ns <= command.t_issue_ns:
-        raise CommandError("telecommand expires before it is issued")
-    return command, body, mac
-
-
-def parse_arguments(command: Command) -> Arguments:
-    """Return the typed arguments of an authentic command.
+def parse_arguments(name: str, args: object) -> Arguments:
+    """Return the typed arguments of a command.
 
     Raises
     ------
     CommandError
         With `code` set: no such command, or an argument missing, unknown or out of its range.
     """
-    kind = COMMANDS.get(command.name)
+    kind = COMMANDS.get(name)
     if kind is None:
         raise CommandError(
-            f"no command {command.name[:40]!r}; there are {', '.join(COMMANDS)}", ArgumentCode.UNKNOWN_COMMAND
+            f"no command {name[:40]!r}; there are {', '.join(COMMANDS)}", ArgumentCode.UNKNOWN_COMMAND
         )
     try:
-        return msgspec.convert(command.args, kind)
+        return msgspec.convert(args, kind)
     except msgspec.ValidationError as error:
-        raise CommandError(f"{command.name}: {error}", ArgumentCode.BAD_ARGUMENT) from None
+        raise CommandError(f"{name}: {error}", ArgumentCode.BAD_ARGUMENT) from None

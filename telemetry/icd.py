@@ -22,9 +22,11 @@ from telemetry import (
     block,
     bus,
     commands,
+    envelope,
     figures,
     flow,
     frame,
+    keys,
     packets,
     sampling,
     spool,
@@ -256,8 +258,10 @@ def _command_section() -> str:
         for name, kind in commands.COMMANDS.items()
     ]
     parts = [
-        f"## Telecommand\n\n{_module_text(commands)}\nThe MAC covers the text `penumbra command 1`, a zero "
-        f"byte, and the array. At most {commands.MAX_COMMAND_BYTES} bytes.\n\n{_fields(commands.Command)}",
+        f"## Telecommand\n\n{_module_text(envelope)}\nThe MAC covers the text `{keys.Domain.COMMAND}`, a "
+        "zero byte, the topic, a zero byte, and the array. For a sealed command the header takes the place "
+        "of the array, and the AES key is the HMAC-SHA-256 of the text, a zero byte and `AES-256-GCM` under "
+        f"the secret. At most {envelope.MAX_COMMAND_BYTES} bytes.\n\n{_fields(envelope.Command)}",
         f"### Commands\n\n{_table(('command', 'hazard', 'meaning'), rows)}",
         *(
             f"#### Command {name.replace('_', '-')}\n\nName on the wire: `{name}`. {_doc(kind)}\n\n"
@@ -266,8 +270,10 @@ def _command_section() -> str:
         ),
         _struct(sampling.Sampling, level=4),
         _enum(commands.Hazard),
+        _enum(keys.KeyState),
+        _enum(keys.KeyUse),
         "## Rejection of telecommands\n\nA telecommand is accepted when it passes all checks: shape, key "
-        "active, MAC, node, expiry, window (by default the next "
+        "active, MAC or seal, topic, node, expiry, rights of the key, window (by default the next "
         f"{authenticator.WINDOW} sequence numbers of its key). One already accepted, byte for byte the same, "
         "is answered with its stored verification reports and not executed again. A rejection is counted "
         "in the security report.\n",
@@ -286,6 +292,7 @@ def generate() -> str:
         packets.RowReport,
         packets.PlanSegment,
         packets.StreamLedger,
+        packets.KeyReport,
     ]
     enums: list[type[Enum]] = [
         packets.Mode,

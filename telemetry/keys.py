@@ -5,10 +5,13 @@ A key file is TOML, readable by its owner only:
     [[key]]
     id = "ground-1"
     secret = "<64 or more hex digits>"
-    state = "active"        # or "retired": known, but nothing signed with it is accepted
+    state = "active"        # "standby": accepted once activated by command; "retired": never again
+    use = "command"         # "recovery": see below
 
-Two active keys may stand side by side, so that a key can be changed without a gap. A message names the
-domain it was signed for, so an acknowledgement can never pass for a command.
+Two active keys may stand side by side, so that a key can be changed without a gap: the new one waits in
+standby in both files, is activated by a command signed with the old one, and retires that one. A recovery
+key is not bound to the window of sequence numbers, and may do little else than mend the others. A message
+names the domain it was signed for, so an acknowledgement can never pass for a command.
 """
 
 from __future__ import annotations
@@ -20,12 +23,14 @@ import re
 import secrets
 import stat
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from msgspec import Meta
 
 from telemetry.errors import PenumbraError
@@ -34,20 +39,34 @@ from telemetry.voting import COPIES, Unvoted, seal, unseal, vote
 MIN_SECRET_BYTES = 32
 """Shortest secret, bytes: the output length of SHA-256, below which HMAC loses strength (RFC 2104)."""
 MAC_BYTES = 32
+NONCE_BYTES = 12
+"""Nonce of AES-GCM, bytes (NIST SP 800-38D)."""
 KEY_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}")
 
 
 class KeyState(StrEnum):
     """Whether a key may be used."""
 
+    STANDBY = "standby"
+    """Known, and not to be used before it is activated."""
     ACTIVE = "active"
     RETIRED = "retired"
+    """Never to be used again."""
+
+
+class KeyUse(StrEnum):
+    """What a key is for."""
+
+    COMMAND = "command"
+    """Commands, acknowledgements, flow control."""
+    RECOVERY = "recovery"
+    """Mending keys and sequence numbers, when the keys for commands are locked out."""
 
 
 class Domain(StrEnum):
     """What a message was signed for: put in front of the bytes that are authenticated."""
 
-    COMMAND = "penumbra command 1"
+    COMMAND = "penumbra command 2"
     ACK = "penumbra ack 1"
     FLOW = "penumbra flow 1"
 
@@ -63,6 +82,8 @@ class Key:
         Its bytes.
     state
         Whether it may be used.
+    use
+        What for.
 
     Attributes
     ----------
@@ -70,9 +91,12 @@ class Key:
         Copies that were struck, outvoted and written anew.
     """
 
-    def __init__(self, id: str, secret: bytes, state: KeyState = KeyState.ACTIVE) -> None:
+    def __init__(
+        self, id: str, secret: bytes, state: KeyState = KeyState.ACTIVE, use: KeyUse = KeyUse.COMMAND
+    ) -> None:
         self.id = id
         self.state = state
+        self.use = use
         self.repairs = 0
         self._copies = [bytearray(seal(secret)) for _ in range(COPIES)]
 
@@ -101,11 +125,43 @@ class Key:
         except Unvoted:
             return False
 
+    def seal(self, domain: Domain, nonce: bytes, content: bytes, proven: bytes) -> bytes:
+        """Return the content under AES-256-GCM, with its tag of 16 bytes. Raises `Unvoted` as `secret`.
+
+        Parameters
+        ----------
+        domain
+            What it is for.
+        nonce
+            12 bytes, never used twice with this key.
+        content
+            What nobody else may read.
+        proven
+            What the tag proves besides, and everybody may read.
+        """
+        return self._cipher(domain).encrypt(nonce, content, self._data(domain, proven))
+
+    def unseal(self, domain: Domain, nonce: bytes, sealed: bytes, proven: bytes) -> bytes | None:
+        """Return what was sealed, None if it was not sealed so; with a secret beyond a vote nothing was."""
+        try:
+            return self._cipher(domain).decrypt(nonce, sealed, self._data(domain, proven))
+        except (InvalidTag, Unvoted):
+            return None
+
+    def _cipher(self, domain: Domain) -> AESGCM:
+        # A key of its own: one secret is not to serve two algorithms.
+        return AESGCM(self.mac(domain, b"AES-256-GCM"))
+
+    @staticmethod
+    def _data(domain: Domain, proven: bytes) -> bytes:
+        return domain.value.encode() + b"\0" + proven
+
 
 class _KeyEntry(msgspec.Struct, forbid_unknown_fields=True):
     id: str
     secret: Annotated[str, Meta(pattern="^(?:[0-9A-Fa-f]{2})*$")]
     state: KeyState = KeyState.ACTIVE
+    use: KeyUse = KeyUse.COMMAND
 
 
 class _KeyFile(msgspec.Struct, forbid_unknown_fields=True):
@@ -148,7 +204,8 @@ class KeyRing:
             # The error names the field, never its value: a secret must not reach a log.
             raise PenumbraError(
                 f"key file {path}: {error}",
-                'it must hold [[key]] tables with id, secret (hex) and state = "active" or "retired"',
+                "it must hold [[key]] tables with id, secret (hex), "
+                'state = "active", "standby" or "retired", use = "command" or "recovery"',
             ) from None
         keys = []
         for number, entry in enumerate(content.key, 1):
@@ -164,13 +221,15 @@ class KeyRing:
                     f"{MIN_SECRET_BYTES} or more are needed",
                     "delete the file and have it generated again",
                 )
-            keys.append(Key(entry.id, secret, entry.state))
+            keys.append(Key(entry.id, secret, entry.state, entry.use))
         try:
             ring = cls(keys)
         except ValueError as error:
             raise PenumbraError(f"key file {path}: {error}", "give every key its own id") from None
-        if not any(key.state is KeyState.ACTIVE for key in keys):
-            raise PenumbraError(f"key file {path}: no key is active", 'set state = "active" on one of them')
+        if not ring.active():
+            raise PenumbraError(
+                f"key file {path}: no key for commands is active", 'set state = "active" on one of them'
+            )
         return ring
 
     @property
@@ -182,17 +241,24 @@ class KeyRing:
         """Return the key of that id, active or not, or None."""
         return self._keys.get(key_id)
 
+    def __iter__(self) -> Iterator[Key]:
+        """Iterate over all keys, in the order of the file."""
+        return iter(self._keys.values())
+
+    def active(self) -> list[Key]:
+        """Return the keys for commands that are active, in the order of the file."""
+        return [key for key in self if key.state is KeyState.ACTIVE and key.use is KeyUse.COMMAND]
+
     def signing_key(self) -> Key:
-        """Return the first active key, for signing.
+        """Return the first active key for commands, for signing.
 
         Raises
         ------
         ValueError
-            No key is active.
+            No such key is active.
         """
-        for key in self._keys.values():
-            if key.state is KeyState.ACTIVE:
-                return key
+        for key in self.active():
+            return key
         raise ValueError("no key of the ring is active")
 
 

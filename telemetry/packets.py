@@ -516,6 +516,17 @@ class Ledger(Packet, frozen=True, kw_only=True):
     streams: list[StreamLedger]
 
 
+class KeyReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One key of the node's ring. Its secret never leaves the node."""
+
+    state: str
+    """`standby`, `active` or `retired`."""
+    use: str
+    """`command` or `recovery`."""
+    last_seq: Count | None
+    """Sequence number last accepted with it (durable); None if none was."""
+
+
 class SecurityReport(Packet, frozen=True, kw_only=True):
     """Counters of the command authenticator, on each rejection (throttled) and with each ledger."""
 
@@ -534,6 +545,8 @@ class SecurityReport(Packet, frozen=True, kw_only=True):
     """Sequence number last accepted with that key (durable): the next may be up to a window above it."""
     last_reason: str | None
     """Reason of the last rejection, since boot."""
+    keys: dict[str, KeyReport] = {}
+    """The keys, by id."""
 
 
 ProductId = Annotated[

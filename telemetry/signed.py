@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 
 import msgspec
 
-from telemetry.keys import MAC_BYTES, Domain, Key, KeyRing, KeyState
+from telemetry.keys import MAC_BYTES, Domain, Key, KeyRing, KeyState, KeyUse
 
 
 class SignedError(ValueError):
@@ -57,8 +57,8 @@ def open_signed(
     if wire.version != version:
         raise SignedError(f"version {wire.version}, {version} expected")
     key = ring.get(wire.key_id)
-    if key is None or key.state is not KeyState.ACTIVE:
-        raise SignedError("signed with a key that is unknown or retired")
+    if key is None or key.state is not KeyState.ACTIVE or key.use is not KeyUse.COMMAND:
+        raise SignedError("signed with a key that is unknown or not active")
     if not key.verify(domain, body, mac):
         raise SignedError("a wrong MAC")
     return wire

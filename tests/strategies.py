@@ -13,9 +13,9 @@ from node import modes
 from telemetry import packets as p
 from telemetry.ack import Ack
 from telemetry.commands import (
+    ActivateKey,
     Arguments,
     Cancel,
-    Command,
     ExternalControl,
     Infer,
     LoadFdir,
@@ -24,12 +24,14 @@ from telemetry.commands import (
     RearmFdir,
     ReportLedger,
     ResetCounters,
+    Resync,
+    RetireKey,
     ScrubNow,
     SetFdirRow,
     SetMode,
     SetPowerCap,
-    make_command,
 )
+from telemetry.envelope import Command, make_command
 from telemetry.sampling import MAX_TOP_K, Sampling
 
 # --- telemetry ---------------------------------------------------------------------------------
@@ -256,6 +258,7 @@ samplings = st.builds(
     stop=st.lists(st.text(min_size=1, max_size=64), max_size=4).map(tuple),
     logprobs=st.booleans(),
 )
+key_ids = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}", fullmatch=True)
 row_ids = st.sampled_from(["*", "weights.digest", "node.memory", "a.b_2.c"])
 arguments: st.SearchStrategy[Arguments] = st.one_of(
     st.builds(Ping),
@@ -279,7 +282,11 @@ arguments: st.SearchStrategy[Arguments] = st.one_of(
     st.builds(LoadFdir),
     st.builds(ScrubNow, region=st.sampled_from(["supervisor.code", "config"])),
     st.builds(QueryFdir, recorder=st.booleans()),
+    st.builds(ActivateKey, key=key_ids),
+    st.builds(RetireKey, key=key_ids),
 )
+"""Of every command that any key may give."""
+resyncs = st.builds(Resync, key=key_ids, last_seq=sequences)
 
 
 @st.composite
@@ -287,7 +294,7 @@ def commands(draw: st.DrawFn, key_id: str) -> Command:
     """Draw a command of the dictionary, for signing with `key_id`."""
     issue = draw(st.integers(-(2**63), 2**63 - 2))
     return make_command(
-        draw(arguments),
+        draw(arguments | resyncs),
         key_id=key_id,
         seq=draw(sequences),
         t_issue_ns=issue,

@@ -17,7 +17,8 @@ from telemetry import bus, topics
 from telemetry.ack import encode_ack
 from telemetry.archive import Archive
 from telemetry.block import frames_in
-from telemetry.commands import Arguments, encode_command, make_command
+from telemetry.commands import Arguments
+from telemetry.envelope import encode_command, make_command
 from telemetry.keys import KeyRing, generate_key_file
 from telemetry.link import MqttLink
 from telemetry.packets import Event, FdirReport, Housekeeping, Stream, Verification

@@ -9,8 +9,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
+from telemetry import topics
 from telemetry.authenticator import Accepted, Authenticator, Redelivered, RejectCode, Rejected
-from telemetry.commands import COMMAND_VERSION, Arguments, Command, encode_command, make_command
+from telemetry.commands import Arguments
+from telemetry.envelope import COMMAND_VERSION, Command, encode_command, make_command
 from telemetry.keys import Domain, Key, KeyRing, KeyState
 from telemetry.packets import Stage, Verification
 
@@ -58,7 +60,8 @@ class AuthenticatorWalk(RuleBasedStateMachine):
             t_expire_ns=self.now_ns + life_ns,
             node=node,
         )
-        return encode_command(command, SIGNERS)
+        # Both forms in turn: nothing but secrecy may depend on it.
+        return encode_command(command, SIGNERS, sealed=seq % 2 == 1)
 
     def expect(self, payload: bytes, code: RejectCode) -> Rejected:
         before = self.authenticator.report()
@@ -154,7 +157,7 @@ class AuthenticatorWalk(RuleBasedStateMachine):
     @rule(key=st.sampled_from(KEYS), arguments=strategies.arguments, data=st.data())
     def forge(self, key: Key, arguments: Arguments, data: st.DataObject) -> None:
         payload = bytearray(self.sign(key.id, self.last(key.id) + 1, arguments))
-        bit = data.draw(st.integers(8 * (len(payload) - 32), 8 * len(payload) - 1))
+        bit = data.draw(st.integers(8 * (len(payload) - 16), 8 * len(payload) - 1))
         payload[bit // 8] ^= 1 << bit % 8
         assert not self.expect(bytes(payload), RejectCode.BAD_MAC).authentic
 
@@ -169,8 +172,22 @@ class AuthenticatorWalk(RuleBasedStateMachine):
 
     @rule(key=st.sampled_from(KEYS), arguments=strategies.arguments)
     def sign_for_another_purpose(self, key: Key, arguments: Arguments) -> None:
-        body = self.sign(key.id, self.last(key.id) + 1, arguments)[:-32]
-        assert not self.expect(body + key.mac(Domain.ACK, body), RejectCode.BAD_MAC).authentic
+        seq = self.last(key.id) + 1
+        seq += seq % 2  # In the clear: the MAC lies behind the array.
+        body = self.sign(key.id, seq, arguments)[:-32]
+        signed = topics.tc(NODE).encode() + b"\0" + body
+        assert not self.expect(body + key.mac(Domain.ACK, signed), RejectCode.BAD_MAC).authentic
+
+    @rule(
+        key=st.sampled_from(KEYS),
+        arguments=strategies.arguments,
+        topic=st.sampled_from([topics.ack(NODE), topics.flow(NODE), topics.tc("sat-2"), ""]),
+    )
+    def play_back_on_another_topic(self, key: Key, arguments: Arguments, topic: str) -> None:
+        payload = self.sign(key.id, self.last(key.id) + 1, arguments)
+        verdict = self.authenticator.check(payload, self.now_ns, topic)
+        assert isinstance(verdict, Rejected)
+        assert verdict.code is RejectCode.WRONG_TOPIC
 
     @rule(arguments=strategies.arguments)
     def sign_with_a_key_that_is_not_active(self, arguments: Arguments) -> None:

@@ -9,8 +9,10 @@ import strategies
 from hypothesis import given
 from hypothesis import strategies as st
 
+from telemetry import topics
 from telemetry.ack import AckError, decode_ack, encode_ack
-from telemetry.commands import encode_command, parse_arguments, split_command
+from telemetry.commands import parse_arguments
+from telemetry.envelope import encode_command, open_command, read_envelope
 from telemetry.frame import FrameError, decode_frame, encode_frame
 from telemetry.keys import Domain, Key, KeyRing
 from telemetry.packets import BY_TYPE, PRIORITY, Event, Severity
@@ -105,10 +107,13 @@ def test_no_flipped_bit_of_an_acknowledgement_passes(ack: strategies.Ack, data: 
 @given(strategies.commands("ground-1"))
 def test_command_round_trip(command: strategies.Command) -> None:
     encoded = encode_command(command, RING)
-    envelope, body, mac = split_command(encoded)
-    assert envelope == command
-    assert KEY.verify(Domain.COMMAND, body, mac)
-    assert not KEY.verify(Domain.ACK, body, mac)
-    assert msgpack.unpackb(body) == list(msgspec.structs.astuple(command))
-    parsed = parse_arguments(envelope)
+    envelope = read_envelope(encoded)
+    assert envelope.open(KEY, topics.tc(command.node)) == command == open_command(encoded, RING)
+    assert envelope.open(KEY, topics.ack(command.node)) is None
+    signed = topics.tc(command.node).encode() + b"\0" + envelope.signed
+    assert not KEY.verify(Domain.ACK, signed, envelope.proof)
+    assert msgpack.unpackb(envelope.signed) == list(msgspec.structs.astuple(command))
+    sealed = encode_command(command, RING, sealed=True)
+    assert open_command(sealed, RING) == command
+    parsed = parse_arguments(command.name, command.args)
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(parsed)) == command.args

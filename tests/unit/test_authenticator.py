@@ -7,19 +7,22 @@ from pathlib import Path
 
 import pytest
 
+from telemetry import topics
 from telemetry.authenticator import (
     HISTORY,
     WINDOW,
     Accepted,
     Authenticator,
+    KeyChangeError,
     Redelivered,
     RejectCode,
     Rejected,
     ReplayError,
 )
-from telemetry.commands import Arguments, Ping, ReportLedger, encode_command, make_command
+from telemetry.commands import Arguments, Cancel, Ping, ReportLedger, Resync
 from telemetry.database import Database
-from telemetry.keys import Key, KeyRing
+from telemetry.envelope import encode_command, make_command
+from telemetry.keys import Key, KeyRing, KeyState, KeyUse
 from telemetry.packets import Stage, Verification
 
 RING = KeyRing([Key("a", b"a" * 32)])
@@ -161,3 +164,84 @@ def test_rejections_are_counted_by_reason(
 def test_a_window_under_one_is_refused() -> None:
     with pytest.raises(ValueError, match="window"):
         Authenticator("sat-1", RING, window=0)
+
+
+def test_a_key_in_standby_waits_for_its_activation(connection: sqlite3.Connection) -> None:
+    ring = KeyRing([Key("a", b"a" * 32), Key("next", b"n" * 32, KeyState.STANDBY)])
+    holder = KeyRing([Key("next", b"n" * 32)])
+    authenticator = Authenticator("sat-1", ring)
+    authenticator.load(connection)
+    command = make_command(Ping(), key_id="next", seq=0, t_issue_ns=0, t_expire_ns=NOW_NS + 1, node="sat-1")
+    payload = encode_command(command, holder)
+    assert rejection(authenticator.check(payload, NOW_NS)) is RejectCode.KEY_STANDBY
+    authenticator.activate(connection, "next")
+    authenticator.load(connection)
+    assert isinstance(authenticator.check(payload, NOW_NS), Accepted)
+    authenticator.retire(connection, "a", "next")
+    authenticator.load(connection)
+    assert rejection(authenticator.check(sign(0), NOW_NS)) is RejectCode.KEY_RETIRED
+    for wrong in (
+        lambda: authenticator.activate(connection, "a"),
+        lambda: authenticator.activate(connection, "nobody"),
+        lambda: authenticator.retire(connection, "next", "next"),
+        lambda: authenticator.retire(connection, "next", "a"),
+    ):
+        with pytest.raises(KeyChangeError):
+            wrong()
+
+
+def test_a_key_its_file_retires_is_retired_whatever_was_commanded(connection: sqlite3.Connection) -> None:
+    authenticator = Authenticator(
+        "sat-1", KeyRing([Key("a", b"a" * 32), Key("b", b"b" * 32, KeyState.STANDBY)])
+    )
+    authenticator.load(connection)
+    authenticator.activate(connection, "b")
+    ring = KeyRing([Key("a", b"a" * 32), Key("b", b"b" * 32, KeyState.RETIRED)])
+    Authenticator("sat-1", ring).load(connection)
+    assert [key.id for key in ring.active()] == ["a"]
+
+
+def test_a_recovery_key_brings_a_ground_back_that_is_out_of_the_window(
+    connection: sqlite3.Connection,
+) -> None:
+    ring = KeyRing([Key("a", b"a" * 32), Key("r", b"r" * 32, use=KeyUse.RECOVERY)])
+    authenticator = Authenticator("sat-1", ring)
+    authenticator.load(connection)
+
+    def give(key_id: str, seq: int, arguments: Arguments) -> object:
+        command = make_command(
+            arguments, key_id=key_id, seq=seq, t_issue_ns=0, t_expire_ns=NOW_NS + 1, node="sat-1"
+        )
+        return authenticator.check(encode_command(command, ring), NOW_NS)
+
+    resync = Resync(key="a", last_seq=4999)
+    assert rejection(give("a", 5000, Ping())) is RejectCode.OUTSIDE_WINDOW
+    assert rejection(give("a", 0, resync)) is RejectCode.NOT_PERMITTED
+    assert rejection(give("r", 0, Cancel(job="j"))) is RejectCode.NOT_PERMITTED
+    assert isinstance(give("r", 10**9, resync), Accepted)  # No window for it.
+    authenticator.resync(connection, "a", 4999)
+    authenticator.load(connection)
+    assert isinstance(give("a", 5000, Ping()), Accepted)
+    assert rejection(give("a", 4999, Ping())) is RejectCode.OLD_SEQUENCE
+    with pytest.raises(KeyChangeError, match="going back"):
+        authenticator.resync(connection, "a", 4998)
+
+
+def test_a_node_may_take_sealed_commands_only() -> None:
+    authenticator = Authenticator("sat-1", RING, require_sealed=True)
+    command = make_command(Ping(), key_id="a", seq=0, t_issue_ns=0, t_expire_ns=NOW_NS + 1, node="sat-1")
+    assert rejection(authenticator.check(encode_command(command, RING), NOW_NS)) is RejectCode.NOT_SEALED
+    assert isinstance(authenticator.check(encode_command(command, RING, sealed=True), NOW_NS), Accepted)
+
+
+def test_a_command_played_back_elsewhere_is_named_as_such(authenticator: Authenticator) -> None:
+    verdict = authenticator.check(sign(0), NOW_NS, topics.ack("sat-1"))
+    assert rejection(verdict) is RejectCode.WRONG_TOPIC
+    other = make_command(Ping(), key_id="a", seq=0, t_issue_ns=0, t_expire_ns=NOW_NS + 1, node="sat-2")
+    assert rejection(authenticator.check(encode_command(other, RING), NOW_NS)) is RejectCode.WRONG_NODE
+    assert authenticator.report().rejected == {"wrong_topic": 1, "wrong_node": 1}
+
+
+def rejection(verdict: object) -> RejectCode:
+    assert isinstance(verdict, Rejected), verdict
+    return verdict.code

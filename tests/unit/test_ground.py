@@ -16,11 +16,12 @@ from telemetry import topics
 from telemetry.ack import Ack, decode_ack
 from telemetry.archive import Archive, Ingested
 from telemetry.block import encode_block
-from telemetry.commands import Infer, Ping, split_command
+from telemetry.commands import Infer, Ping
 from telemetry.database import StoreFull
+from telemetry.envelope import open_command
 from telemetry.flow import Flow, decode_flow
 from telemetry.frame import encode_frame
-from telemetry.keys import Domain, Key, KeyRing
+from telemetry.keys import Key, KeyRing
 from telemetry.link import LinkDown, MqttLink
 from telemetry.packets import Event, Packet, Severity, Stage, Stream, Verification
 
@@ -68,8 +69,7 @@ class SmallNode:
         if topic == topics.flow(NODE):
             self.flows.append(decode_flow(payload, RING))
             return
-        command, body, mac = split_command(payload)
-        assert KEY.verify(Domain.COMMAND, body, mac)
+        command = open_command(payload, RING)
         self.commands.append(payload)
         if self.lose_answers:
             self.lose_answers -= 1
@@ -189,10 +189,10 @@ async def test_commands_go_up_in_contact_only_and_are_repeated_until_accepted(ch
     assert chain.ground.uplink.counts.issued == 0
     await chain.contact(True)
     await until(lambda: chain.ground.uplink.counts.accepted == 2)
-    first = [c for c in chain.node.commands if split_command(c)[0].seq == 1]
+    first = [c for c in chain.node.commands if open_command(c, RING).seq == 1]
     assert len(first) >= 2
     assert len(set(first)) == 1
-    assert [split_command(c)[0].name for c in chain.node.commands][-1] == "ping"
+    assert [open_command(c, RING).name for c in chain.node.commands][-1] == "ping"
 
 
 async def test_acknowledgement_lost_with_the_link_is_repeated_in_the_next_contact(chain: Chain) -> None:

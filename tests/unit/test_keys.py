@@ -82,7 +82,7 @@ def test_active_and_retired_keys(tmp_path: Path) -> None:
         (f'[[key]]\nid = "a"\nsecret = "{SECRET}"\nstate = "lost"\n', "lost"),
         (f'[[key]]\nid = "a b"\nsecret = "{SECRET}"\n', "not allowed"),
         (f'[[key]]\nid = "a"\nsecret = "{SECRET[:-2]}"\n', "31 bytes"),
-        (f'[[key]]\nid = "a"\nsecret = "{SECRET}"\nstate = "retired"\n', "no key is active"),
+        (f'[[key]]\nid = "a"\nsecret = "{SECRET}"\nstate = "retired"\n', "no key for commands is active"),
         (f'[[key]]\nid = "a"\nsecret = "{SECRET}"\n' * 2, "twice"),
         (f'[[key]]\nid = "a"\nsecret = "x{SECRET}"\n', "secret"),
     ],

@@ -13,13 +13,14 @@ from node import commanding as module
 from node import state
 from node.commanding import Commanding
 from node.jobs import JobQueue
-from node.recorder import Recorder
+from node.recorder import Recorder, Throttle
 from telemetry import commands
 from telemetry.authenticator import Authenticator
-from telemetry.commands import Arguments, Command, encode_command, make_command
+from telemetry.commands import Arguments
 from telemetry.database import Database, StoreFull
+from telemetry.envelope import COMMAND_VERSION, Command, encode_command, make_command
 from telemetry.frame import decode_frame
-from telemetry.keys import Key, KeyRing
+from telemetry.keys import Key, KeyRing, KeyState
 from telemetry.packets import Mode, Packet, SecurityReport, Stage, Verification
 from telemetry.sampling import Sampling
 from telemetry.spool import Spool
@@ -31,11 +32,12 @@ NOW_NS = 1_000
 class Ground:
     """Commands for one node, and what it stores in answer."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, ring: KeyRing) -> None:
+        self.ring = ring
         self.database = database
         self.spool = Spool("n", 1, 1 << 20)
         self.jobs = JobQueue(self.spool)
-        self.authenticator = Authenticator("n", RING)
+        self.authenticator = Authenticator("n", ring)
         self.recorder = Recorder(database, self.spool, lambda: NOW_NS)
         self.executed: list[Arguments] = []
         self.commanding = Commanding(
@@ -48,12 +50,12 @@ class Ground:
         )
         self.seq = itertools.count()
 
-    def sign(self, arguments: Arguments) -> bytes:
+    def sign(self, arguments: Arguments, key_id: str = "g") -> bytes:
         return encode_command(
             make_command(
-                arguments, key_id="g", seq=next(self.seq), t_issue_ns=0, t_expire_ns=2_000, node="n"
+                arguments, key_id=key_id, seq=next(self.seq), t_issue_ns=0, t_expire_ns=2_000, node="n"
             ),
-            RING,
+            self.ring,
         )
 
     async def send(self, *payloads: bytes) -> list[Packet]:
@@ -71,9 +73,9 @@ class Ground:
 
 
 @contextlib.asynccontextmanager
-async def open_ground(tmp_path: Path) -> AsyncIterator[Ground]:
+async def open_ground(tmp_path: Path, ring: KeyRing | None = None) -> AsyncIterator[Ground]:
     database = await Database.open(tmp_path / "node.db")
-    ground = Ground(database)
+    ground = Ground(database, KeyRing([Key("g", b"k" * 32)]) if ring is None else ring)
     await database.run(state.create)
     await database.run(ground.spool.create)
     await database.run(ground.jobs.create)
@@ -154,8 +156,8 @@ async def test_a_flood_of_repetitions_is_not_answered_without_bound(tmp_path: Pa
 
 async def test_commands_outside_the_dictionary_fail_their_acceptance(tmp_path: Path) -> None:
     async with open_ground(tmp_path) as ground:
-        unknown = Command(1, "g", next(ground.seq), 0, 2_000, "n", "reboot", {})
-        bad = Command(1, "g", next(ground.seq), 0, 2_000, "n", "infer", {"job": "j"})
+        unknown = Command(COMMAND_VERSION, "g", next(ground.seq), 0, 2_000, "n", "reboot", {})
+        bad = Command(COMMAND_VERSION, "g", next(ground.seq), 0, 2_000, "n", "infer", {"job": "j"})
         packets = await ground.send(encode_command(unknown, RING), encode_command(bad, RING))
         assert stages(packets) == [
             (Stage.ACCEPTED, False, "unknown_command"),
@@ -198,5 +200,53 @@ async def test_what_cannot_be_made_durable_is_not_executed_and_may_be_sent_again
 async def test_commands_beyond_what_may_wait_are_counted(tmp_path: Path) -> None:
     async with open_ground(tmp_path) as ground:
         for _ in range(module.MAX_WAITING + 5):
-            ground.commanding.offer(b"x")
+            ground.commanding.offer(ground.sign(commands.Ping()))
         assert ground.commanding.dropped == 5
+
+
+async def test_a_flood_without_a_key_takes_nobodys_place(tmp_path: Path) -> None:
+    async with open_ground(tmp_path) as ground:
+        forged = bytearray(ground.sign(commands.Ping()))
+        forged[-1] ^= 1
+        for _ in range(10 * module.MAX_WAITING):
+            ground.commanding.offer(bytes(forged))
+        assert ground.commanding.dropped == 0
+        assert stages(await ground.send(ground.sign(commands.ReportLedger()))) == DONE
+        assert ground.authenticator.report().rejected == {"bad_mac": 10 * module.MAX_WAITING}
+
+
+async def test_more_commands_than_the_node_takes_are_held_back_and_may_come_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_ground(tmp_path) as ground:
+        monkeypatch.setattr(ground.commanding, "_rate", Throttle(1000.0, burst=2))
+        payloads = [ground.sign(commands.ReportLedger()) for _ in range(3)]
+        found = stages(await ground.send(*payloads))
+        assert found == [*DONE, *DONE, (Stage.ACCEPTED, False, "rate_limited")]
+        assert ground.authenticator.report().rejected == {"rate_limited": 1}
+        monkeypatch.setattr(ground.commanding, "_rate", Throttle(1.0, burst=2))
+        assert stages(await ground.send(payloads[2]))[-3:] == DONE
+
+
+async def test_keys_are_changed_without_a_gap_and_stay_so(tmp_path: Path) -> None:
+    ring = KeyRing([Key("g", b"k" * 32), Key("next", b"n" * 32, KeyState.STANDBY), Key("spare", b"s" * 32)])
+    async with open_ground(tmp_path, ring) as ground:
+        # Two are active: a third one has to wait.
+        assert stages(await ground.send(ground.sign(commands.ActivateKey(key="next"))))[-1] == (
+            Stage.COMPLETED, False, "key_unchanged",
+        )  # fmt: skip
+        assert stages(await ground.send(ground.sign(commands.RetireKey(key="spare"))))[-3:] == DONE
+        assert stages(await ground.send(ground.sign(commands.RetireKey(key="g"))))[-1][2] == "key_unchanged"
+        assert stages(await ground.send(ground.sign(commands.ActivateKey(key="next"))))[-3:] == DONE
+        await ground.send(ground.sign(commands.RetireKey(key="g"), key_id="next"))
+        assert {key: report.state for key, report in ground.authenticator.report().keys.items()} == {
+            "g": "retired", "next": "active", "spare": "retired",
+        }  # fmt: skip
+        old = encode_command(
+            make_command(commands.Ping(), key_id="g", seq=50, t_issue_ns=0, t_expire_ns=2_000, node="n"), RING
+        )
+        await ground.send(old)
+        assert ground.authenticator.report().rejected == {"key_retired": 1}
+    again = KeyRing([Key("g", b"k" * 32), Key("next", b"n" * 32, KeyState.STANDBY), Key("spare", b"s" * 32)])
+    async with open_ground(tmp_path, again):
+        assert [key.id for key in again.active()] == ["next"]

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from node.intake import BUS_CHANNELS, FLOW_FRESH_NS, Intake
 from telemetry import bus, topics
 from telemetry.ack import Ack, encode_ack
+from telemetry.commands import Ping
+from telemetry.envelope import encode_command, make_command
 from telemetry.errors import PenumbraError
 from telemetry.flow import Flow, encode_flow
 from telemetry.keys import Key, KeyRing
@@ -42,7 +44,7 @@ class Sink:
             "n",
             KeyRing([KEY]),
             recorder,
-            on_command=self.taken.append,
+            on_command=lambda payload, topic: self.taken.append((payload, topic)),
             on_ack=self.taken.append,
             on_flow=self.taken.append,
             on_bus=self.on_bus,
@@ -63,11 +65,21 @@ def test_each_topic_goes_to_its_handler() -> None:
     sink.intake.on_message(topics.bus("n", "time"), bus.encode(time))
     flow = Flow(node="n", t_ns=NOW_NS, records=3, valid_s=1.0)
     sink.intake.on_message(topics.flow("n"), encode_flow(flow, KEY))
-    assert sink.taken == [b"anything", ack, time, flow]
+    assert sink.taken == [(b"anything", topics.tc("n")), ack, time, flow]
     assert sink.intake.garbage == 0
     assert set(sink.intake.link_topics) == {topics.tc("n"), topics.ack("n"), topics.flow("n")}
     assert set(sink.intake.bus_topics) == {topics.bus("n", c) for c in BUS_CHANNELS}
     assert "load" not in BUS_CHANNELS
+
+
+def test_a_command_on_another_topic_goes_to_the_authenticator_to_be_counted() -> None:
+    sink = Sink()
+    command = make_command(Ping(), key_id="k", seq=1, t_issue_ns=0, t_expire_ns=1, node="n")
+    payload = encode_command(command, KeyRing([Key("k", b"k" * 32)]))
+    for topic in (topics.ack("n"), topics.flow("n")):
+        sink.intake.on_message(topic, payload)
+    assert sink.taken == [(payload, topics.ack("n")), (payload, topics.flow("n"))]
+    assert sink.intake.garbage == 0
 
 
 def test_a_forged_acknowledgement_deletes_nothing_and_is_counted() -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from hil.uplink import LIFETIME_S, RETRY_S, Send, Uplink
-from telemetry.commands import CommandError, Infer, Ping, split_command
-from telemetry.keys import Domain, Key, KeyRing
+from telemetry.commands import ActivateKey, Arguments, CommandError, Infer, Ping, RetireKey
+from telemetry.envelope import open_command
+from telemetry.keys import Key, KeyRing, KeyState
 from telemetry.packets import Stage, Verification
 
 KEY = Key("ground-1", bytes(range(32)))
@@ -33,8 +34,7 @@ def one(sends: list[Send]) -> Send:
 
 def test_command_is_signed_for_the_node_and_expires_late() -> None:
     send = one(uplink().tick(0.0, T0, in_contact=True))
-    command, body, mac = split_command(send.payload)
-    assert KEY.verify(Domain.COMMAND, body, mac)
+    command = open_command(send.payload, RING)
     assert (command.node, command.name, command.seq, command.key_id) == ("penumbra-1", "infer", 1, "ground-1")
     assert command.args == {"job": "job-0", "prompt": "hello", "max_tokens": 8}
     assert command.t_issue_ns == T0
@@ -93,11 +93,60 @@ def test_expired_command_is_given_up() -> None:
     assert up.counts.expired == 1
 
 
-def test_first_sequence_number_can_be_carried_on() -> None:
-    up = Uplink("penumbra-1", RING, first_seq=40)
+def test_sequence_numbers_can_be_carried_on() -> None:
+    up = Uplink("penumbra-1", RING, lambda key_id: 40)
     up.queue([Ping()])
     assert up.pending == 1
     assert one(up.tick(0.0, T0, in_contact=True)).seq == 40
+
+
+def test_a_node_that_takes_no_more_in_the_time_is_asked_again() -> None:
+    up = uplink()
+    first = one(up.tick(0.0, T0, in_contact=True))
+    busy = Verification(
+        key_id="ground-1", command_seq=first.seq, name="infer", stage=Stage.ACCEPTED, ok=False,
+        code="rate_limited",
+    )  # fmt: skip
+    assert not up.on_verification(busy)
+    again = one(up.tick(RETRY_S, T0, in_contact=True))
+    assert (again.payload, again.again) == (first.payload, True)
+
+
+def test_commands_can_be_sealed() -> None:
+    up = Uplink("penumbra-1", RING, sealed=True)
+    up.queue([Infer(job="a-secret-job", prompt="p", max_tokens=1)])
+    payload = one(up.tick(0.0, T0, in_contact=True)).payload
+    assert b"a-secret-job" not in payload
+    assert open_command(payload, RING).args["job"] == "a-secret-job"
+
+
+def test_a_rollover_is_followed_once_the_node_has_carried_it_out() -> None:
+    ring = KeyRing([Key("old", b"o" * 32), Key("new", b"n" * 32, KeyState.STANDBY)])
+    up = Uplink("penumbra-1", ring)
+
+    def give(arguments: Arguments, *, ok: bool = True) -> tuple[str, int]:
+        up.queue([arguments])
+        command = open_command(one(up.tick(0.0, T0, in_contact=True)).payload, ring)
+        for stage, fine in ((Stage.ACCEPTED, True), (Stage.COMPLETED, ok)):
+            up.on_verification(
+                Verification(
+                    key_id=command.key_id,
+                    command_seq=command.seq,
+                    name=command.name,
+                    stage=stage,
+                    ok=fine,
+                    code="ok" if fine else "key_unchanged",
+                )
+            )
+        return command.key_id, command.seq
+
+    assert give(ActivateKey(key="new"), ok=False) == ("old", 1)
+    assert [key.id for key in ring.active()] == ["old"]
+    assert give(ActivateKey(key="new")) == ("old", 2)
+    assert [key.id for key in ring.active()] == ["old", "new"]
+    assert give(RetireKey(key="old")) == ("new", 1)  # No key retires itself.
+    assert [key.id for key in ring.active()] == ["new"]
+    assert give(Ping()) == ("new", 2)
 
 
 def test_argument_out_of_range_is_not_sent() -> None:
