@@ -12,26 +12,26 @@ import logging
 import sqlite3
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
-from fdir.table import RowState
-from node import state
-from node.jobs import JobConflict, JobQueue, JobState
+from node.command_effects import CommandEffects, CommandFailed
+from node.jobs import JobQueue
 from node.pulse import Pulse
 from node.recorder import Recorder, Throttle
+from node.schedule import SKIP_AFTER_NS, Origin, Schedule
 from telemetry import commands
 from telemetry.authenticator import (
     Accepted,
     Authentic,
     Authenticator,
-    KeyChangeError,
     Redelivered,
     Rejected,
     ReplayError,
 )
 from telemetry.commands import Arguments, CommandError
 from telemetry.database import Database, StoreFull
-from telemetry.envelope import Command
-from telemetry.packets import Mode, Stage, Verification
+from telemetry.packets import Packet, Stage, Verification
 from telemetry.spool import Spool
 
 _log = logging.getLogger(__name__)
@@ -42,16 +42,49 @@ RATE_HZ = 20.0
 """New commands taken in a second, on average (assumed: far more than an operator or a schedule needs)."""
 BURST = 64
 """New commands taken at once after a quiet time (assumed)."""
+SCHEDULE_TICK_S = 0.05
+"""How often the schedule is looked at, s (assumed: small beside what commands take)."""
 KEY_COMMANDS = (commands.ActivateKey, commands.RetireKey, commands.Resync)
 OK = "ok"
 
 
-class CommandFailed(Exception):
-    """An authentic command could not be executed; carries the code of its verification."""
+@dataclass(frozen=True)
+class Order:
+    """A command to be executed, and where it comes from."""
 
-    def __init__(self, code: str, reason: str) -> None:
-        super().__init__(reason)
-        self.code = code
+    origin: Origin
+    name: str
+    args: dict[str, Any]
+    entry: int | None = None
+    """Entry of the schedule; None for a telecommand itself."""
+
+    def report(self, stage: Stage, code: str = OK, reason: str = "") -> Verification:
+        """Return the verification of a stage."""
+        return Verification(
+            key_id=self.origin.key_id,
+            command_seq=self.origin.seq,
+            name=self.name,
+            stage=stage,
+            ok=code == OK,
+            code=code,
+            reason=reason,
+            entry=self.entry,
+        )
+
+
+@dataclass
+class Answer:
+    """What is stored of an execution."""
+
+    reports: list[Verification]
+    packet: Packet | None = None
+    executed: Arguments | None = None
+    """The arguments, if the command was executed."""
+
+    @property
+    def packets(self) -> list[Packet]:
+        """All of it, for the spool."""
+        return [*self.reports, *([] if self.packet is None else [self.packet])]
 
 
 class Commanding:
@@ -67,6 +100,10 @@ class Commanding:
         For security reports, and the mission clock.
     on_executed
         Called after the commit with the arguments of each command executed.
+    schedule
+        Its tables exist; owned by this class from here on.
+    mission_ns
+        Returns mission time, UTC ns; None while the bus has not told it: the schedule waits.
     check
         Called before the effect, in the database's thread and the command's transaction; raises
         `CommandFailed` for what cannot be done.
@@ -81,17 +118,20 @@ class Commanding:
         authenticator: Authenticator,
         recorder: Recorder,
         on_executed: Callable[[Arguments], None],
+        schedule: Schedule,
+        mission_ns: Callable[[], int | None],
         check: Callable[[sqlite3.Connection, Arguments], None] = lambda _, __: None,
     ) -> None:
         self.dropped = 0
         """Authentic commands dropped because too many were waiting."""
         self._database = database
         self._spool = spool
-        self._jobs = jobs
         self._authenticator = authenticator
         self._recorder = recorder
         self._on_executed = on_executed
-        self._check = check
+        self._schedule = schedule
+        self._mission_ns = mission_ns
+        self._effects = CommandEffects(jobs, authenticator, schedule, mission_ns=mission_ns, check=check)
         self._inbox: asyncio.Queue[Authentic | None] = asyncio.Queue(MAX_WAITING)
         """Commands; None wakes the task to answer a health ping."""
         self.pulse = Pulse("commanding", self._wake)
@@ -119,9 +159,29 @@ class Commanding:
 
     async def run(self) -> None:
         """Handle commands until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._watch_schedule(), name="node.commanding.schedule")
+            group.create_task(self._handle(), name="node.commanding.handle")
+
+    async def _watch_schedule(self) -> None:
+        """Wake the task that executes when the time of a scheduled command has come."""
+        while True:
+            await asyncio.sleep(SCHEDULE_TICK_S)
+            if self._due_ns() is not None:
+                self._wake()
+
+    def _due_ns(self) -> int | None:
+        """Return mission time if a scheduled command is due."""
+        now_ns, next_ns = self._mission_ns(), self._schedule.next_ns
+        return now_ns if now_ns is not None and next_ns is not None and next_ns <= now_ns else None
+
+    async def _handle(self) -> None:
         while True:
             authentic = await self._inbox.get()
             self.pulse.beat()
+            while (due_ns := self._due_ns()) is not None:
+                if not await self._execute_entry(due_ns):
+                    break
             if authentic is None:
                 continue
             now_ns = self._recorder.now_ns()
@@ -163,7 +223,7 @@ class Commanding:
         except (StoreFull, ReplayError, sqlite3.Error) as error:
             # Not durable, so not executed. Memory must not be ahead of the disk.
             _log.error("command %s not executed: %s", accepted.command.name, error)
-            await self._database.run(self._authenticator.load)
+            await self._database.run(self._follow_disk)
             return
         if isinstance(executed, KEY_COMMANDS):
             # The ring and the numbers in memory follow the disk.
@@ -172,119 +232,75 @@ class Commanding:
         if executed is not None:
             self._on_executed(executed)
 
+    def _follow_disk(self, connection: sqlite3.Connection) -> None:
+        self._authenticator.load(connection)
+        self._schedule.look(connection)
+
     def _transact(self, connection: sqlite3.Connection, accepted: Accepted, now_ns: int) -> Arguments | None:
         """Do all that must be durable; return the arguments if the command was executed."""
         command = accepted.command
-        reports: list[Verification] = []
-
-        def report(stage: Stage, code: str = OK, reason: str = "") -> None:
-            reports.append(_verification(command, stage, code, reason))
-
-        executed = self._execute_in(connection, command, report)
-        for verification in reports:
-            self._spool.append(connection, verification, now_ns)
+        order = Order(Origin(command.key_id, command.seq), command.name, command.args)
+        answer = self._execute_in(connection, order)
+        for packet in answer.packets:
+            self._spool.append(connection, packet, now_ns)
         # Last, since it moves the counters: what fails before undoes the whole command.
         self._authenticator.commit(connection, accepted)
-        for verification in reports:
+        for verification in answer.reports:
             self._authenticator.record(connection, verification)
-        return executed
+        return answer.executed
 
-    def _execute_in(
-        self, connection: sqlite3.Connection, command: Command, report: Callable[..., None]
-    ) -> Arguments | None:
+    async def _execute_entry(self, now_ns: int) -> bool:
+        """Execute the earliest entry of the schedule that is due; return whether there may be another."""
+        try:
+            executed = await self._database.run(lambda c: self._transact_entry(c, now_ns))
+        except (StoreFull, sqlite3.Error) as error:
+            _log.error("scheduled command not executed: %s", error)
+            await self._database.run(self._follow_disk)
+            return False
+        if executed is not None:
+            self._on_executed(executed)
+        return True
+
+    def _transact_entry(self, connection: sqlite3.Connection, now_ns: int) -> Arguments | None:
+        entry = self._schedule.take_due(connection, now_ns)
+        if entry is None:
+            return None
+        order = Order(entry.origin, entry.name, entry.args, entry.entry)
+        late_ns = now_ns - entry.t_ns
+        if not entry.sound:
+            answer = Answer(
+                [order.report(Stage.STARTED, "damaged", "not what was sent: it has another CRC-32C")]
+            )
+        elif late_ns > SKIP_AFTER_NS:
+            answer = Answer(
+                [order.report(Stage.STARTED, "skipped", f"its time was {late_ns / 1e9:.0f} s ago")]
+            )
+        else:
+            answer = self._execute_in(connection, order)
+        for packet in answer.packets:
+            self._spool.append(connection, packet, now_ns)
+        return answer.executed
+
+    def _execute_in(self, connection: sqlite3.Connection, order: Order) -> Answer:
         """Check the arguments and take the durable effect, reporting each stage."""
+        answer = Answer([])
+        accepted = [] if order.entry is not None else [Stage.ACCEPTED]
         try:
-            arguments = commands.parse_arguments(command.name, command.args)
+            arguments = commands.parse_arguments(order.name, order.args)
         except CommandError as error:
-            report(Stage.ACCEPTED, error.code or commands.ArgumentCode.BAD_ARGUMENT, str(error))
-            return None
-        report(Stage.ACCEPTED)
-        report(Stage.STARTED)
+            code = error.code or commands.ArgumentCode.BAD_ARGUMENT
+            answer.reports.append(order.report([*accepted, Stage.STARTED][0], code, str(error)))
+            return answer
+        for stage in (*accepted, Stage.STARTED):
+            answer.reports.append(order.report(stage))
+        if isinstance(arguments, commands.Ping):
+            answer.reports.append(order.report(Stage.PROGRESS))
         try:
-            self._take_effect(connection, command, arguments, report)
+            done = self._effects.take(connection, order.origin, arguments)
         except CommandFailed as error:
-            report(Stage.COMPLETED, error.code, str(error))
-            return None
-        report(Stage.COMPLETED)
-        return arguments
-
-    def _take_effect(
-        self,
-        connection: sqlite3.Connection,
-        command: Command,
-        arguments: Arguments,
-        report: Callable[[Stage], None],
-    ) -> None:
-        self._check(connection, arguments)
-        match arguments:
-            case commands.Ping():
-                report(Stage.PROGRESS)
-            case commands.Infer():
-                try:
-                    self._jobs.submit(
-                        connection,
-                        arguments.job,
-                        arguments.prompt,
-                        arguments.max_tokens,
-                        sampling=arguments.sampling,
-                        priority=arguments.priority,
-                        deadline_ns=arguments.deadline_ns,
-                    )
-                except JobConflict as error:
-                    raise CommandFailed("job_exists", str(error)) from None
-            case commands.Cancel(job=job):
-                known = self._jobs.cancel(connection, job)
-                if known is None:
-                    raise CommandFailed("unknown_job", f"no job {job!r}")
-                if known.state is JobState.DONE:
-                    raise CommandFailed("job_done", f"job {job!r} is done: {known.finish}")
-            case commands.ActivateKey() | commands.RetireKey() | commands.Resync():
-                self._change_keys(connection, command, arguments)
-            case _:
-                _remember(connection, arguments)
-
-    def _change_keys(
-        self,
-        connection: sqlite3.Connection,
-        command: Command,
-        arguments: commands.ActivateKey | commands.RetireKey | commands.Resync,
-    ) -> None:
-        try:
-            match arguments:
-                case commands.ActivateKey(key=key):
-                    self._authenticator.activate(connection, key)
-                case commands.RetireKey(key=key):
-                    self._authenticator.retire(connection, key, command.key_id)
-                case commands.Resync(key=key, last_seq=last_seq):
-                    self._authenticator.resync(connection, key, last_seq)
-        except KeyChangeError as error:
-            raise CommandFailed("key_unchanged", str(error)) from None
-
-
-def _remember(connection: sqlite3.Connection, arguments: Arguments) -> None:
-    """Store the state a command sets. What has no durable effect follows in `on_executed`."""
-    match arguments:
-        case commands.SetMode(mode=mode):
-            state.set_safe(connection, Mode(mode) is Mode.SAFE)
-        case commands.SetPowerCap(power_w=power_w):
-            state.set_cap(connection, power_w)
-        case commands.SetFdirRow(row=row, state=row_state):
-            state.change_fdir_state(connection, None if row == "*" else row, RowState(row_state))
-        case commands.ExternalControl(on=on):
-            state.set_external_control(connection, on)
-        case commands.ResetCounters():
-            state.forget_reboots(connection)
-        case _:
-            pass
-
-
-def _verification(command: Command, stage: Stage, code: str, reason: str) -> Verification:
-    return Verification(
-        key_id=command.key_id,
-        command_seq=command.seq,
-        name=command.name,
-        stage=stage,
-        ok=code == OK,
-        code=code,
-        reason=reason,
-    )
+            answer.reports.append(order.report(Stage.COMPLETED, error.code, str(error)))
+            return answer
+        answer.reports.append(order.report(Stage.COMPLETED, OK, done.note))
+        answer.packet = done.packet
+        answer.executed = arguments
+        return answer

@@ -18,7 +18,7 @@ from fdir.table import ACTS_IN_WORKER, Action, RowState, Table, decode_table, lo
 from node import state
 from node.bus_view import BusView
 from node.clock import MissionClock
-from node.commanding import CommandFailed
+from node.command_effects import CommandFailed
 from node.config import NodeConfig
 from node.fdir_acts import Acts, Orders
 from node.fdir_items import ItemSources, Value, sample
@@ -242,7 +242,9 @@ class Fdir:
                 raise CommandFailed(
                     "not_passive", f"{row} acts inside the worker before it reports: enable or disable it"
                 )
-            case commands.ScrubNow(region=region) if region not in REGIONS:
+            case commands.ScrubNow(region=region) | commands.RecomputeBaseline(region=region) if (
+                region not in REGIONS
+            ):
                 known = ", ".join(REGIONS)
                 raise CommandFailed("unknown_region", f"no region {region!r}; there are {known}")
             case commands.LoadFdir():
@@ -274,6 +276,10 @@ class Fdir:
                     self._recorder.post(self.service.dump("asked for by command", None))
             case commands.ScrubNow(region=region):
                 self._scrub(region)
+            case commands.RecomputeBaseline(region=region):
+                self._recompute(region)
+            case commands.RestartWorker():
+                self._parts.worker.restart("command", "asked for by command")
             case _:
                 pass
 
@@ -312,6 +318,15 @@ class Fdir:
             self.scrubber.scrub_now(region)
         except PenumbraError as error:
             self._recorder.event(Severity.LOW, "scrub.refused", error.what, {"region": region})
+
+    def _recompute(self, region: str) -> None:
+        try:
+            self.scrubber.recompute(region)
+        except PenumbraError as error:
+            self._recorder.event(Severity.LOW, "scrub.refused", error.what, {"region": region})
+        else:
+            text = f"what {region} holds counts as sound from now on"
+            self._recorder.event(Severity.MEDIUM, "scrub.recomputed", text, {"region": region})
 
     def _restart_node(self, reason: str) -> None:
         self.health.request_restart(reason)

@@ -22,7 +22,7 @@ from node.modes import ModeMachine
 from node.power_service import PowerService
 from node.pulse import Pulse
 from node.recorder import Recorder
-from node.state import BootState
+from node.state import BootState, Rates
 from node.worker_service import WorkerService
 from telemetry.authenticator import Authenticator
 from telemetry.database import Database, StoreFull
@@ -68,6 +68,8 @@ class HousekeepingService:
         For the packets.
     sources
         Returns what is sampled.
+    rates
+        Commanded periods.
     """
 
     def __init__(
@@ -79,12 +81,14 @@ class HousekeepingService:
         jobs: JobQueue,
         recorder: Recorder,
         sources: Callable[[], Sources],
+        rates: Rates,
     ) -> None:
         self.pulse = Pulse("housekeeping")
         """Health of the task that samples, which turns by itself."""
         self.store: tuple[int, float] | None = None
         """Jobs queued, and the filled share of the spool; None before the first sample."""
         self._settings = settings
+        self._rates = rates
         self._database = database
         self._spool = spool
         self._jobs = jobs
@@ -99,6 +103,19 @@ class HousekeepingService:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._sample_each_period(), name="node.housekeeping.sample")
             group.create_task(self._ledger_each_period(), name="node.housekeeping.ledger")
+
+    def set_rates(self, rates: Rates) -> None:
+        """Use other periods, from now on."""
+        self._rates = rates
+        self._ledger_wanted.set()
+
+    def _housekeeping_s(self) -> float:
+        commanded = self._rates.housekeeping_s
+        return self._settings.housekeeping_period_s if commanded is None else commanded
+
+    def _ledger_s(self) -> float:
+        commanded = self._rates.ledger_s
+        return self._settings.ledger_period_s if commanded is None else commanded
 
     def report_ledger(self) -> None:
         """Send ledger and security report now, out of turn."""
@@ -139,11 +156,13 @@ class HousekeepingService:
         next_s = time.monotonic()
         while True:
             await self.sample()
-            # A slow disk makes it skip turns, not run behind for ever.
-            next_s = max(next_s + self._settings.housekeeping_period_s, time.monotonic())
-            while (left_s := next_s - time.monotonic()) > 0:
+            # The period is looked at anew each time: another one may be commanded during a long one.
+            since_s = next_s
+            while (left_s := since_s + self._housekeeping_s() - time.monotonic()) > 0:
                 self.pulse.beat()
                 await asyncio.sleep(min(left_s, BEAT_S))
+            # A slow disk makes it skip turns, not run behind for ever.
+            next_s = max(since_s + self._housekeeping_s(), time.monotonic())
             self.pulse.beat()
             await asyncio.sleep(0)
 
@@ -152,7 +171,7 @@ class HousekeepingService:
             self._ledger_wanted.clear()
             await self.account()
             try:
-                async with asyncio.timeout(self._settings.ledger_period_s):
+                async with asyncio.timeout(self._ledger_s()):
                     await self._ledger_wanted.wait()
             except TimeoutError:
                 continue

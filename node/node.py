@@ -32,6 +32,7 @@ from node.jobs import JobQueue
 from node.power_service import PowerService
 from node.pulse import Pulse
 from node.recorder import Recorder
+from node.schedule import Schedule
 from node.worker_service import WorkerService
 from telemetry import commands
 from telemetry.ack import Ack
@@ -78,7 +79,7 @@ class Node:
         Configuration and what the boot found.
     database
         Open; closed by the caller.
-    spool, jobs, authenticator
+    spool, jobs, authenticator, schedule
         Their tables exist, the authenticator is loaded.
     ring
         Keys of the ground.
@@ -100,6 +101,7 @@ class Node:
         spool: Spool,
         jobs: JobQueue,
         authenticator: Authenticator,
+        schedule: Schedule,
         ring: KeyRing,
         board: Board,
         command: Sequence[str],
@@ -144,6 +146,8 @@ class Node:
             authenticator=authenticator,
             recorder=self.recorder,
             on_executed=self._on_executed,
+            schedule=schedule,
+            mission_ns=self._mission_ns,
             check=lambda connection, arguments: self._fdir.check(connection, arguments),  # noqa: PLW0108 - made later
         )
         self._intake = Intake(
@@ -194,6 +198,7 @@ class Node:
             jobs=jobs,
             recorder=self.recorder,
             sources=lambda: sources,
+            rates=identity.boot.rates,
         )
         self._mode_actions: asyncio.Queue[modes.ModeAction | None] = asyncio.Queue()
         self._mode_pulse = Pulse("modes", lambda: self._mode_actions.put_nowait(None))
@@ -408,6 +413,8 @@ class Node:
                 self._power.cap_w = power_w
             case commands.ReportLedger():
                 self._housekeeping.report_ledger()
+            case commands.SetRates(housekeeping_s=housekeeping_s, ledger_s=ledger_s):
+                self._housekeeping.set_rates(state.Rates(housekeeping_s, ledger_s))
             case _:
                 self._fdir.execute(arguments)
 

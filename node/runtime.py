@@ -30,6 +30,7 @@ from node.inference.manifest import load_manifest
 from node.inference.slots import active_slot
 from node.jobs import JobQueue
 from node.node import CANCEL_S, FLUSH_S, Identity, Node
+from node.schedule import Schedule
 from node.worker_process import REAP_S
 from telemetry.authenticator import Authenticator
 from telemetry.database import Database, StoreFull
@@ -115,7 +116,9 @@ async def run_node(config: NodeConfig, stop: asyncio.Event, command: Sequence[st
 
         def begin(
             connection: sqlite3.Connection,
-        ) -> tuple[Table, state.BootState, boot_manager.BootDecision, Spool, JobQueue, Authenticator]:
+        ) -> tuple[
+            Table, state.BootState, boot_manager.BootDecision, Spool, JobQueue, Authenticator, Schedule
+        ]:
             state.create(connection)
             table = _table_in_force(connection, loaded, refused)
             boot = state.begin_boot(connection, lowest_boot, int(time.time()))
@@ -127,10 +130,12 @@ async def run_node(config: NodeConfig, stop: asyncio.Event, command: Sequence[st
             spool.create(connection)
             jobs.create(connection)
             authenticator.load(connection)
-            return table, boot, decision, spool, jobs, authenticator
+            schedule = Schedule()
+            schedule.create(connection)
+            return table, boot, decision, spool, jobs, authenticator, schedule
 
         try:
-            table, boot, decision, spool, jobs, authenticator = await database.run(begin)
+            table, boot, decision, spool, jobs, authenticator, schedule = await database.run(begin)
         except StoreFull:
             # A boot that is not counted would use sequence numbers twice.
             raise PenumbraError(
@@ -149,6 +154,7 @@ async def run_node(config: NodeConfig, stop: asyncio.Event, command: Sequence[st
             spool=spool,
             jobs=jobs,
             authenticator=authenticator,
+            schedule=schedule,
             ring=ring,
             board=board,
             command=worker_command(config, decision.slot) if command is None else command,

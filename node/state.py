@@ -24,6 +24,16 @@ _OLD_TABLE = "node_state"
 """Held one copy of each value, in software before the vote."""
 
 
+class Rates(msgspec.Struct, frozen=True):
+    """Commanded periods of telemetry, s of physical time; None: that of the configuration."""
+
+    housekeeping_s: float | None = None
+    ledger_s: float | None = None
+
+
+DEFAULT_RATES = Rates()
+
+
 @dataclass(frozen=True)
 class BootState:
     """State found at the start of a boot."""
@@ -38,6 +48,8 @@ class BootState:
     """Times of worker restarts, CLOCK_MONOTONIC, s."""
     cap_w: float | None
     """Commanded power cap, W."""
+    rates: Rates = DEFAULT_RATES
+    """Commanded periods of telemetry."""
     restart_requested: str = ""
     """Why the recovery ladder ended the boot before; empty when it did not."""
     resets: int = 0
@@ -95,6 +107,7 @@ def begin_boot(connection: sqlite3.Connection, lowest_boot: int = 1, fallback_bo
         safe=reader.get("safe", bool, False, lost=True),
         restarts_s=tuple(reader.get("restarts_s", list[float], [])),
         cap_w=reader.get("cap_w", float | None, None),
+        rates=reader.get("rates", Rates, DEFAULT_RATES),
         restart_requested=reader.get("restart_requested", str, ""),
         resets=reader.get("resets", int, 0),
         unintended=reader.get("unintended", int, 0),
@@ -189,6 +202,11 @@ def set_safe(connection: sqlite3.Connection, safe: bool) -> None:
 def set_restarts(connection: sqlite3.Connection, restarts_s: Sequence[float]) -> None:
     """Remember the times of the latest worker restarts, CLOCK_MONOTONIC, s."""
     _set(connection, "restarts_s", list(restarts_s))
+
+
+def set_rates(connection: sqlite3.Connection, rates: Rates) -> None:
+    """Remember the commanded periods of telemetry."""
+    _set(connection, "rates", rates)
 
 
 def set_cap(connection: sqlite3.Connection, cap_w: float | None) -> None:

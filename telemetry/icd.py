@@ -269,6 +269,7 @@ def _command_section() -> str:
             for name, kind in commands.COMMANDS.items()
         ),
         _struct(sampling.Sampling, level=4),
+        _struct(commands.SequenceStep, level=4),
         _enum(commands.Hazard),
         _enum(keys.KeyState),
         _enum(keys.KeyUse),
@@ -291,6 +292,7 @@ def generate() -> str:
         packets.Certificate,
         packets.RowReport,
         packets.PlanSegment,
+        packets.ScheduledCommand,
         packets.StreamLedger,
         packets.KeyReport,
     ]

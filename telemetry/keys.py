@@ -26,15 +26,16 @@ import tomllib
 from collections.abc import Iterable, Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from msgspec import Meta
 
 from telemetry.errors import PenumbraError
 from telemetry.voting import COPIES, Unvoted, seal, unseal, vote
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 MIN_SECRET_BYTES = 32
 """Shortest secret, bytes: the output length of SHA-256, below which HMAC loses strength (RFC 2104)."""
@@ -143,12 +144,17 @@ class Key:
 
     def unseal(self, domain: Domain, nonce: bytes, sealed: bytes, proven: bytes) -> bytes | None:
         """Return what was sealed, None if it was not sealed so; with a secret beyond a vote nothing was."""
+        from cryptography.exceptions import InvalidTag  # noqa: PLC0415 - as in `_cipher`
+
         try:
             return self._cipher(domain).decrypt(nonce, sealed, self._data(domain, proven))
         except (InvalidTag, Unvoted):
             return None
 
     def _cipher(self, domain: Domain) -> AESGCM:
+        # Three megabytes, which a node in safe mode that takes commands in the clear does without.
+        from cryptography.hazmat.primitives.ciphers.aead import AESGCM  # noqa: PLC0415
+
         # A key of its own: one secret is not to serve two algorithms.
         return AESGCM(self.mac(domain, b"AES-256-GCM"))
 

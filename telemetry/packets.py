@@ -294,7 +294,38 @@ class Verification(Packet, frozen=True, kw_only=True):
     code: str
     """`ok`, or a short reason code such as `unknown_command` or `bad_argument`."""
     reason: str = ""
-    """What the code means here, in words."""
+    """What the code means here, in words; for `ok` what the ground could not know, e.g. an entry's number."""
+    entry: Count | None = None
+    """Entry of the schedule this is about: `name` is then the command it holds, key and number are those of
+    the telecommand that put it there. None for the telecommand itself."""
+
+
+class ScheduledCommand(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An entry of the schedule."""
+
+    entry: Count
+    execute_ns: Nanoseconds
+    """Mission time (UTC) of execution."""
+    name: str
+    """Name of the command."""
+    key_id: str
+    """Key of the telecommand that put it there."""
+    command_seq: Count
+    """Sequence number of that telecommand."""
+    sequence: str | None
+    """Sequence it is a step of; None if it was inserted by itself."""
+
+
+class CommandSchedule(Packet, frozen=True, kw_only=True):
+    """The schedule of commands, asked for by `schedule_list`."""
+
+    stream: ClassVar[Stream] = Stream.VERIFICATION
+    type_name: ClassVar[str] = "command_schedule"
+
+    entries: list[ScheduledCommand]
+    """In the order of execution."""
+    sequences: list[str]
+    """Names of the sequences that are loaded."""
 
 
 class FdirReport(Packet, frozen=True, kw_only=True):
@@ -586,8 +617,8 @@ class ProductChunk(Packet, frozen=True, kw_only=True):
 
 
 PACKETS: tuple[type[Packet], ...] = (
-    Housekeeping, Event, Result, Verification, FdirReport, FlightRecord, FdirStatus, BootReport, PowerPlan,
-    Ledger, SecurityReport, Product, ProductChunk,
+    Housekeeping, Event, Result, Verification, CommandSchedule, FdirReport, FlightRecord, FdirStatus,
+    BootReport, PowerPlan, Ledger, SecurityReport, Product, ProductChunk,
 )  # fmt: skip
 """Every packet type, in the order of the ICD."""
 

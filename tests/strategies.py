@@ -15,6 +15,7 @@ from telemetry.ack import Ack
 from telemetry.commands import (
     ActivateKey,
     Arguments,
+    Arm,
     Cancel,
     ExternalControl,
     Infer,
@@ -22,14 +23,25 @@ from telemetry.commands import (
     Ping,
     QueryFdir,
     RearmFdir,
+    RecomputeBaseline,
     ReportLedger,
     ResetCounters,
+    RestartWorker,
     Resync,
     RetireKey,
+    ScheduleDelete,
+    ScheduleInsert,
+    ScheduleList,
+    ScheduleShift,
     ScrubNow,
+    SequenceLoad,
+    SequenceStart,
+    SequenceStep,
+    SequenceStop,
     SetFdirRow,
     SetMode,
     SetPowerCap,
+    SetRates,
 )
 from telemetry.envelope import Command, make_command
 from telemetry.sampling import MAX_TOP_K, Sampling
@@ -67,6 +79,17 @@ stream_ledgers = st.builds(
     acked=counts,
     stored=counts,
     dropped=st.dictionaries(texts, counts, max_size=3),
+)
+
+key_reports = st.builds(p.KeyReport, state=texts, use=texts, last_seq=st.none() | counts)
+scheduled_commands = st.builds(
+    p.ScheduledCommand,
+    entry=counts,
+    execute_ns=times_ns,
+    name=texts,
+    key_id=texts,
+    command_seq=counts,
+    sequence=st.none() | texts,
 )
 
 row_reports = st.builds(
@@ -133,6 +156,11 @@ PACKETS: dict[str, st.SearchStrategy[p.Packet]] = {
     "event": st.builds(
         p.Event, severity=st.sampled_from(p.Severity), name=texts, text=texts, evidence=evidence
     ),
+    "command_schedule": st.builds(
+        p.CommandSchedule,
+        entries=st.lists(scheduled_commands, max_size=3),
+        sequences=st.lists(texts, max_size=3),
+    ),
     "result": st.builds(
         p.Result,
         job=job_ids,
@@ -153,6 +181,7 @@ PACKETS: dict[str, st.SearchStrategy[p.Packet]] = {
         ok=st.booleans(),
         code=texts,
         reason=texts,
+        entry=st.none() | counts,
     ),
     "fdir": st.builds(
         p.FdirReport,
@@ -231,6 +260,7 @@ PACKETS: dict[str, st.SearchStrategy[p.Packet]] = {
         last_key_id=st.none() | texts,
         last_seq=st.none() | counts,
         last_reason=st.none() | texts,
+        keys=st.dictionaries(texts, key_reports, max_size=2),
     ),
     "product": st.builds(
         p.Product,
@@ -258,6 +288,16 @@ samplings = st.builds(
     stop=st.lists(st.text(min_size=1, max_size=64), max_size=4).map(tuple),
     logprobs=st.booleans(),
 )
+command_names = st.sampled_from(["ping", "infer", "set_mode"])
+sequence_names = st.from_regex(r"[a-z0-9][a-z0-9._-]{0,39}", fullmatch=True)
+raw_args = st.dictionaries(texts, texts | st.integers(-(2**63), 2**63 - 1), max_size=3)
+steps = st.builds(
+    SequenceStep,
+    delay_s=st.floats(0, 1e6),
+    command=command_names,
+    args=raw_args,
+    crc32c=st.integers(0, 2**32 - 1),
+)
 key_ids = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}", fullmatch=True)
 row_ids = st.sampled_from(["*", "weights.digest", "node.memory", "a.b_2.c"])
 arguments: st.SearchStrategy[Arguments] = st.one_of(
@@ -284,6 +324,19 @@ arguments: st.SearchStrategy[Arguments] = st.one_of(
     st.builds(QueryFdir, recorder=st.booleans()),
     st.builds(ActivateKey, key=key_ids),
     st.builds(RetireKey, key=key_ids),
+    st.builds(Arm, command=command_names, args=raw_args),
+    st.builds(ScheduleInsert, t_ns=times_ns, command=command_names, args=raw_args),
+    st.builds(ScheduleDelete, entry=st.integers(1, 2**63 - 1)),
+    st.builds(ScheduleShift, by_s=st.floats(-1e7, 1e7), entry=st.none() | st.integers(1, 2**63 - 1)),
+    st.builds(ScheduleList),
+    st.builds(
+        SequenceLoad, sequence=sequence_names, steps=st.lists(steps, min_size=1, max_size=3).map(tuple)
+    ),
+    st.builds(SequenceStart, sequence=sequence_names),
+    st.builds(SequenceStop, sequence=sequence_names),
+    st.builds(RestartWorker),
+    st.builds(RecomputeBaseline, region=st.sampled_from(["supervisor.code", "config"])),
+    st.builds(SetRates, housekeeping_s=st.none() | st.floats(0.05, 3600)),
 )
 """Of every command that any key may give."""
 resyncs = st.builds(Resync, key=key_ids, last_seq=sequences)

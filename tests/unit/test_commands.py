@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import crc32c
 import msgspec
 import pytest
 
@@ -36,6 +37,17 @@ EXAMPLES: list[c.Arguments] = [
     c.ActivateKey(key="ground-2"),
     c.RetireKey(key="ground-1"),
     c.Resync(key="ground-1", last_seq=100),
+    c.Arm(command="retire_key", args={"key": "ground-1"}),
+    c.ScheduleInsert(t_ns=DEADLINE_NS, command="ping"),
+    c.ScheduleDelete(entry=1),
+    c.ScheduleShift(by_s=-1.5),
+    c.ScheduleList(),
+    c.SequenceLoad(sequence="dawn", steps=(c.make_step(c.SetPowerCap(power_w=5.0), 2.0),)),
+    c.SequenceStart(sequence="dawn"),
+    c.SequenceStop(sequence="dawn"),
+    c.RestartWorker(),
+    c.RecomputeBaseline(region="config"),
+    c.SetRates(housekeeping_s=5.0),
 ]
 
 JOB: dict[str, object] = {"job": "a", "prompt": "x", "max_tokens": 1}
@@ -110,6 +122,21 @@ def test_taking_the_power_cap_away() -> None:
         ("activate_key", {"key": ""}),
         ("retire_key", {"key": "a b"}),
         ("resync", {"key": "a", "last_seq": -1}),
+        ("arm", {"command": "Retire"}),
+        ("arm", {"command": "retire_key", "args": []}),
+        ("schedule_insert", {"t_ns": 2**63, "command": "ping"}),
+        ("schedule_insert", {"t_ns": 1}),
+        ("schedule_delete", {"entry": 0}),
+        ("schedule_shift", {"by_s": math.inf}),
+        ("schedule_shift", {"by_s": 1e7 + 1}),
+        ("sequence_load", {"sequence": "a", "steps": []}),
+        ("sequence_load", {"sequence": "a/b", "steps": [{"delay_s": 0, "command": "ping", "crc32c": 0}]}),
+        ("sequence_load", {"sequence": "a", "steps": [{"delay_s": -1, "command": "ping", "crc32c": 0}]}),
+        ("sequence_load", {"sequence": "a", "steps": [{"delay_s": 0, "command": "ping"}]}),
+        ("sequence_start", {"sequence": ""}),
+        ("recompute_baseline", {"region": "*"}),
+        ("set_rates", {"housekeeping_s": 0.04}),
+        ("set_rates", {"ledger_s": 1e6}),
     ],
 )
 def test_arguments_out_of_range_are_refused(name: str, args: dict[str, object]) -> None:
@@ -130,6 +157,14 @@ def test_round_trip(arguments: c.Arguments) -> None:
     assert c.parse_arguments(arguments.name, args) == arguments
 
 
+def test_the_crc_of_a_step_does_not_depend_on_the_order_of_its_map() -> None:
+    assert c.step_crc("infer", {"job": "a", "prompt": "b"}) == c.step_crc(
+        "infer", {"prompt": "b", "job": "a"}
+    )
+    assert c.step_crc("infer", {"job": "a"}) != c.step_crc("infer", {"job": "b"})
+    assert c.step_crc("ping", {}) == crc32c.crc32c(b"\x92\xa4ping\x80")
+
+
 def test_a_recovery_key_can_mend_keys_and_little_else() -> None:
-    assert {"ping", "report_ledger", "set_mode", "activate_key", "retire_key", "resync"} == c.RECOVERY
+    assert {"ping", "report_ledger", "set_mode", "activate_key", "retire_key", "resync", "arm"} == c.RECOVERY
     assert c.COMMANDS.keys() >= c.RECOVERY

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import sqlite3
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from node import state
 from node.commanding import Commanding
 from node.jobs import JobQueue
 from node.recorder import Recorder, Throttle
+from node.schedule import SKIP_AFTER_NS, Schedule
 from telemetry import commands
 from telemetry.authenticator import Authenticator
 from telemetry.commands import Arguments
@@ -21,7 +23,7 @@ from telemetry.database import Database, StoreFull
 from telemetry.envelope import COMMAND_VERSION, Command, encode_command, make_command
 from telemetry.frame import decode_frame
 from telemetry.keys import Key, KeyRing, KeyState
-from telemetry.packets import Mode, Packet, SecurityReport, Stage, Verification
+from telemetry.packets import CommandSchedule, Mode, Packet, SecurityReport, Stage, Verification
 from telemetry.sampling import Sampling
 from telemetry.spool import Spool
 
@@ -40,6 +42,8 @@ class Ground:
         self.authenticator = Authenticator("n", ring)
         self.recorder = Recorder(database, self.spool, lambda: NOW_NS)
         self.executed: list[Arguments] = []
+        self.schedule = Schedule()
+        self.mission_ns: int | None = NOW_NS
         self.commanding = Commanding(
             database=database,
             spool=self.spool,
@@ -47,6 +51,8 @@ class Ground:
             authenticator=self.authenticator,
             recorder=self.recorder,
             on_executed=self.executed.append,
+            schedule=self.schedule,
+            mission_ns=lambda: self.mission_ns,
         )
         self.seq = itertools.count()
 
@@ -57,6 +63,12 @@ class Ground:
             ),
             self.ring,
         )
+
+    async def retire(self, key: str, key_id: str = "g") -> list[Packet]:
+        """Arm and fire the command that retires a key."""
+        arm = commands.Arm(command="retire_key", args={"key": key})
+        await self.send(self.sign(arm, key_id))
+        return await self.send(self.sign(commands.RetireKey(key=key), key_id))
 
     async def send(self, *payloads: bytes) -> list[Packet]:
         """Offer messages; return every packet stored once they are handled."""
@@ -80,6 +92,7 @@ async def open_ground(tmp_path: Path, ring: KeyRing | None = None) -> AsyncItera
     await database.run(ground.spool.create)
     await database.run(ground.jobs.create)
     await database.run(ground.authenticator.load)
+    await database.run(ground.schedule.create)
     async with asyncio.TaskGroup() as group:
         tasks = [
             group.create_task(ground.commanding.run(), name="test.commanding"),
@@ -235,10 +248,10 @@ async def test_keys_are_changed_without_a_gap_and_stay_so(tmp_path: Path) -> Non
         assert stages(await ground.send(ground.sign(commands.ActivateKey(key="next"))))[-1] == (
             Stage.COMPLETED, False, "key_unchanged",
         )  # fmt: skip
-        assert stages(await ground.send(ground.sign(commands.RetireKey(key="spare"))))[-3:] == DONE
-        assert stages(await ground.send(ground.sign(commands.RetireKey(key="g"))))[-1][2] == "key_unchanged"
+        assert stages(await ground.retire("spare"))[-3:] == DONE
+        assert stages(await ground.retire("g"))[-1][2] == "key_unchanged"
         assert stages(await ground.send(ground.sign(commands.ActivateKey(key="next"))))[-3:] == DONE
-        await ground.send(ground.sign(commands.RetireKey(key="g"), key_id="next"))
+        await ground.retire("g", "next")
         assert {key: report.state for key, report in ground.authenticator.report().keys.items()} == {
             "g": "retired", "next": "active", "spare": "retired",
         }  # fmt: skip
@@ -250,3 +263,151 @@ async def test_keys_are_changed_without_a_gap_and_stay_so(tmp_path: Path) -> Non
     again = KeyRing([Key("g", b"k" * 32), Key("next", b"n" * 32, KeyState.STANDBY), Key("spare", b"s" * 32)])
     async with open_ground(tmp_path, again):
         assert [key.id for key in again.active()] == ["next"]
+
+
+def last(packets: list[Packet]) -> Verification:
+    return [p for p in packets if isinstance(p, Verification)][-1]
+
+
+async def test_a_hazardous_command_is_armed_then_given_exactly_so_and_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ring = KeyRing([Key("g", b"k" * 32), Key("b", b"b" * 32), Key("c", b"c" * 32)])
+    retire, other = commands.RetireKey(key="b"), commands.RetireKey(key="c")
+    arm = commands.Arm(command="retire_key", args={"key": "b"})
+    async with open_ground(tmp_path, ring) as ground:
+
+        async def give(arguments: Arguments) -> str:
+            return last(await ground.send(ground.sign(arguments))).code
+
+        assert await give(retire) == "not_armed"
+        assert await give(arm) == "ok"
+        assert await give(other) == "not_armed"
+        assert await give(retire) == "not_armed"  # The wrong one has disarmed it.
+        assert await give(arm) == "ok"
+        with monkeypatch.context() as patch:
+            patch.setattr("node.command_effects.ARMED_S", -1.0)
+            assert await give(arm) == "ok"
+            assert await give(retire) == "not_armed"  # Too late.
+        assert await give(arm) == "ok"
+        assert await give(retire) == "ok"
+        assert await give(retire) == "not_armed"  # Once.
+        assert await give(commands.Arm(command="ping")) == "not_hazardous"
+        assert await give(commands.Arm(command="retire_key")) == "bad_argument"
+        assert [key.id for key in ring.active()] == ["g", "c"]
+
+
+async def test_a_scheduled_command_is_executed_at_its_time_under_its_origin(tmp_path: Path) -> None:
+    cap = commands.SetPowerCap(power_w=5.0)
+    insert = commands.ScheduleInsert(t_ns=NOW_NS + 500, command="set_power_cap", args={"power_w": 5.0})
+    async with open_ground(tmp_path) as ground:
+        answer = last(await ground.send(ground.sign(insert)))
+        assert (answer.code, answer.reason) == ("ok", "entry 1")
+        await ground.send(ground.sign(commands.ScheduleList()))
+        ground.mission_ns = None  # Without a clock it waits.
+        await asyncio.sleep(3 * module.SCHEDULE_TICK_S)
+        assert cap not in ground.executed
+        ground.mission_ns = NOW_NS + 500
+        await until(lambda: cap in ground.executed)
+        packets = await ground.send()
+        about = [p for p in packets if isinstance(p, Verification) and p.entry == 1]
+        assert [(p.stage, p.name, p.key_id, p.command_seq) for p in about] == [
+            (Stage.STARTED, "set_power_cap", "g", 0),
+            (Stage.COMPLETED, "set_power_cap", "g", 0),
+        ]
+        (listed,) = [p for p in packets if isinstance(p, CommandSchedule)]
+        assert [(e.entry, e.name, e.execute_ns) for e in listed.entries] == [
+            (1, "set_power_cap", NOW_NS + 500)
+        ]
+        assert (await ground.database.run(state.begin_boot)).cap_w == 5.0
+        # The insertion is answered again with its own reports, not with those of the entry.
+        assert all(v.entry is None for v in ground.authenticator._seen["g", 0].verifications)
+
+
+async def test_a_command_whose_time_is_long_over_is_skipped_and_reported(tmp_path: Path) -> None:
+    insert = commands.ScheduleInsert(t_ns=NOW_NS + 500, command="report_ledger")
+    async with open_ground(tmp_path) as ground:
+        await ground.send(ground.sign(insert))
+        ground.mission_ns = NOW_NS + 501 + SKIP_AFTER_NS
+        await until(lambda: ground.schedule.next_ns is None)
+        answer = last(await ground.send())
+        assert (answer.entry, answer.ok, answer.code) == (1, False, "skipped")
+        assert commands.ReportLedger() not in ground.executed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (commands.ScheduleInsert(t_ns=NOW_NS, command="ping"), "in_the_past"),
+        (commands.ScheduleInsert(t_ns=NOW_NS + 1, command="nothing"), "unknown_command"),
+        (commands.ScheduleInsert(t_ns=NOW_NS + 1, command="cancel"), "bad_argument"),
+        (commands.ScheduleInsert(t_ns=NOW_NS + 1, command="retire_key", args={"key": "b"}), "not_for_later"),
+        (commands.ScheduleInsert(t_ns=NOW_NS + 1, command="arm", args={"command": "ping"}), "not_for_later"),
+        (commands.ScheduleDelete(entry=7), "unknown_entry"),
+        (commands.ScheduleShift(by_s=1.0, entry=7), "unknown_entry"),
+        (commands.SequenceStart(sequence="none"), "unknown_sequence"),
+        (commands.SequenceStop(sequence="none"), "not_running"),
+        (
+            commands.SequenceLoad(
+                sequence="s", steps=(commands.SequenceStep(delay_s=0, command="ping", crc32c=1),)
+            ),
+            "damaged",
+        ),
+    ],
+)
+async def test_what_cannot_be_scheduled(tmp_path: Path, arguments: Arguments, code: str) -> None:
+    async with open_ground(tmp_path) as ground:
+        assert last(await ground.send(ground.sign(arguments))).code == code
+        assert ground.schedule.next_ns is None
+
+
+async def test_nothing_is_scheduled_without_mission_time(tmp_path: Path) -> None:
+    async with open_ground(tmp_path) as ground:
+        ground.mission_ns = None
+        insert = commands.ScheduleInsert(t_ns=NOW_NS + 1, command="ping")
+        assert last(await ground.send(ground.sign(insert))).code == "no_clock"
+
+
+async def test_a_sequence_runs_step_by_step_and_can_be_stopped(tmp_path: Path) -> None:
+    steps = tuple(
+        commands.make_step(commands.SetPowerCap(power_w=float(watts)), delay_s=1.0) for watts in (5, 6, 7)
+    )
+    load = commands.SequenceLoad(sequence="dawn", steps=steps)
+    async with open_ground(tmp_path) as ground:
+        assert last(await ground.send(ground.sign(load))).code == "ok"
+        start = last(await ground.send(ground.sign(commands.SequenceStart(sequence="dawn"))))
+        assert start.reason == "3 steps"
+        assert last(await ground.send(ground.sign(load))).code == "sequence_running"
+        ground.mission_ns = NOW_NS + 2_000_000_000
+        await until(lambda: commands.SetPowerCap(power_w=6.0) in ground.executed)
+        assert [a for a in ground.executed if isinstance(a, commands.SetPowerCap)] == [
+            commands.SetPowerCap(power_w=5.0),
+            commands.SetPowerCap(power_w=6.0),
+        ]
+        stop = last(await ground.send(ground.sign(commands.SequenceStop(sequence="dawn"))))
+        assert (stop.code, stop.reason) == ("ok", "1 steps were left")
+        assert ground.schedule.next_ns is None
+
+
+async def test_a_struck_entry_is_not_executed(tmp_path: Path) -> None:
+    insert = commands.ScheduleInsert(t_ns=NOW_NS + 500, command="set_power_cap", args={"power_w": 5.0})
+    async with open_ground(tmp_path) as ground:
+        await ground.send(ground.sign(insert))
+
+        def strike(connection: sqlite3.Connection) -> None:
+            args = bytearray(connection.execute("SELECT args FROM schedule").fetchone()[0])
+            args[-3] ^= 1
+            connection.execute("UPDATE schedule SET args = ?", (bytes(args),))
+
+        await ground.database.run(strike)
+        ground.mission_ns = NOW_NS + 500
+        await until(lambda: ground.schedule.next_ns is None)
+        answer = last(await ground.send())
+        assert (answer.entry, answer.code) == (1, "damaged")
+        assert not any(isinstance(a, commands.SetPowerCap) for a in ground.executed)
+
+
+async def test_rates_are_remembered(tmp_path: Path) -> None:
+    async with open_ground(tmp_path) as ground:
+        await ground.send(ground.sign(commands.SetRates(housekeeping_s=10.0)))
+        assert (await ground.database.run(state.begin_boot)).rates == state.Rates(10.0, None)

@@ -1,0 +1,242 @@
+"""What each telecommand does in its transaction. What is not durable follows after the commit, elsewhere."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fdir.table import RowState
+from node import state
+from node.jobs import JobConflict, JobQueue, JobState
+from node.schedule import Origin, Schedule, ScheduleError
+from telemetry import commands
+from telemetry.authenticator import Authenticator, KeyChangeError
+from telemetry.commands import Arguments, CommandError, Hazard
+from telemetry.packets import Mode, Packet
+
+ARMED_S = 60.0
+"""Time in which an armed command must be given, s of physical time (assumed)."""
+NOT_FOR_LATER = (
+    *(commands.Arm, commands.ActivateKey, commands.RetireKey, commands.Resync),
+    *(commands.ScheduleInsert, commands.SequenceLoad),
+)
+"""Commands that need somebody at the console, or would make the schedule feed itself."""
+
+
+class CommandFailed(Exception):
+    """An authentic command could not be executed; carries the code of its verification."""
+
+    def __init__(self, code: str, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Armed:
+    """A hazardous command that may be given once, exactly so."""
+
+    name: str
+    args: dict[str, Any]
+    until_s: float
+    """CLOCK_MONOTONIC, s."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command did."""
+
+    note: str = ""
+    """For the verification: what the ground could not know."""
+    packet: Packet | None = None
+    """To be sent down with it."""
+
+
+class CommandEffects:
+    """Takes effects.
+
+    Parameters
+    ----------
+    jobs, authenticator, schedule
+        What commands change.
+    mission_ns
+        Returns mission time, UTC ns; None while the bus has not told it.
+    check
+        Called before the effect; raises `CommandFailed` for what cannot be done.
+    """
+
+    def __init__(
+        self,
+        jobs: JobQueue,
+        authenticator: Authenticator,
+        schedule: Schedule,
+        *,
+        mission_ns: Callable[[], int | None],
+        check: Callable[[sqlite3.Connection, Arguments], None],
+    ) -> None:
+        self._jobs = jobs
+        self._authenticator = authenticator
+        self._schedule = schedule
+        self._mission_ns = mission_ns
+        self._check = check
+        self._armed: Armed | None = None
+        """Kept in memory only: a restart disarms, which is the safe side."""
+
+    def take(self, connection: sqlite3.Connection, origin: Origin, arguments: Arguments) -> Done:
+        """Do what a command does, in its transaction. Raises `CommandFailed`."""
+        if arguments.hazard is Hazard.HAZARDOUS:
+            self._fire(arguments)
+        self._check(connection, arguments)
+        match arguments:
+            case commands.Infer() | commands.Cancel():
+                self._change_jobs(connection, arguments)
+            case commands.ActivateKey() | commands.RetireKey() | commands.Resync():
+                self._change_keys(connection, origin, arguments)
+            case commands.Arm():
+                return self._arm(arguments)
+            case _:
+                try:
+                    done = self._change_schedule(connection, origin, arguments)
+                except ScheduleError as error:
+                    raise CommandFailed(error.code, str(error)) from None
+                if done is not None:
+                    return done
+                _remember(connection, arguments)
+        return Done()
+
+    def _arm(self, arm: commands.Arm) -> Done:
+        armed = _parse(arm.command, arm.args)
+        if armed.hazard is not Hazard.HAZARDOUS:
+            raise CommandFailed(
+                "not_hazardous", f"{arm.command} needs no arming: its hazard is {armed.hazard}"
+            )
+        self._armed = Armed(arm.command, arm.args, time.monotonic() + ARMED_S)
+        return Done(f"{arm.command} is armed for {ARMED_S:g} s")
+
+    def _fire(self, arguments: Arguments) -> None:
+        """Use up what is armed; whatever does not match it disarms as well."""
+        armed, self._armed = self._armed, None
+        if armed is None or time.monotonic() > armed.until_s or _parse(armed.name, armed.args) != arguments:
+            raise CommandFailed(
+                "not_armed", f"{arguments.name} is hazardous: arm it with these arguments first"
+            )
+
+    def _change_jobs(
+        self, connection: sqlite3.Connection, arguments: commands.Infer | commands.Cancel
+    ) -> None:
+        if isinstance(arguments, commands.Infer):
+            try:
+                self._jobs.submit(
+                    connection,
+                    arguments.job,
+                    arguments.prompt,
+                    arguments.max_tokens,
+                    sampling=arguments.sampling,
+                    priority=arguments.priority,
+                    deadline_ns=arguments.deadline_ns,
+                )
+            except JobConflict as error:
+                raise CommandFailed("job_exists", str(error)) from None
+            return
+        known = self._jobs.cancel(connection, arguments.job)
+        if known is None:
+            raise CommandFailed("unknown_job", f"no job {arguments.job!r}")
+        if known.state is JobState.DONE:
+            raise CommandFailed("job_done", f"job {arguments.job!r} is done: {known.finish}")
+
+    def _change_keys(
+        self,
+        connection: sqlite3.Connection,
+        origin: Origin,
+        arguments: commands.ActivateKey | commands.RetireKey | commands.Resync,
+    ) -> None:
+        try:
+            match arguments:
+                case commands.ActivateKey(key=key):
+                    self._authenticator.activate(connection, key)
+                case commands.RetireKey(key=key):
+                    self._authenticator.retire(connection, key, origin.key_id)
+                case commands.Resync(key=key, last_seq=last_seq):
+                    self._authenticator.resync(connection, key, last_seq)
+        except KeyChangeError as error:
+            raise CommandFailed("key_unchanged", str(error)) from None
+
+    def _change_schedule(
+        self, connection: sqlite3.Connection, origin: Origin, arguments: Arguments
+    ) -> Done | None:
+        """Return None if it is no command of the schedule. Raises `ScheduleError`."""
+        schedule = self._schedule
+        match arguments:
+            case commands.ScheduleInsert(t_ns=t_ns, command=name, args=args):
+                _for_later(name, args)
+                if t_ns <= self._now_ns():
+                    raise ScheduleError("in_the_past", f"{t_ns} is not ahead of mission time")
+                return Done(f"entry {schedule.insert(connection, t_ns, name, args, origin)}")
+            case commands.ScheduleDelete(entry=entry):
+                schedule.delete(connection, entry)
+            case commands.ScheduleShift(by_s=by_s, entry=entry):
+                count = schedule.shift(connection, round(by_s * 1e9), entry, self._now_ns())
+                return Done(f"{count} entries")
+            case commands.ScheduleList():
+                return Done(packet=schedule.report(connection))
+            case _:
+                return self._change_sequences(connection, origin, arguments)
+        return Done()
+
+    def _change_sequences(
+        self, connection: sqlite3.Connection, origin: Origin, arguments: Arguments
+    ) -> Done | None:
+        schedule = self._schedule
+        match arguments:
+            case commands.SequenceLoad(sequence=name, steps=steps):
+                for step in steps:
+                    _for_later(step.command, step.args)
+                schedule.load(connection, name, steps)
+            case commands.SequenceStart(sequence=name):
+                count = schedule.start(connection, name, self._now_ns(), origin)
+                return Done(f"{count} steps")
+            case commands.SequenceStop(sequence=name):
+                return Done(f"{schedule.stop(connection, name)} steps were left")
+            case _:
+                return None
+        return Done()
+
+    def _now_ns(self) -> int:
+        now_ns = self._mission_ns()
+        if now_ns is None:
+            raise ScheduleError("no_clock", "the bus has not told mission time yet")
+        return now_ns
+
+
+def _parse(name: str, args: dict[str, Any]) -> Arguments:
+    try:
+        return commands.parse_arguments(name, args)
+    except CommandError as error:
+        raise CommandFailed(error.code or commands.ArgumentCode.BAD_ARGUMENT, str(error)) from None
+
+
+def _for_later(name: str, args: dict[str, Any]) -> None:
+    arguments = _parse(name, args)
+    if arguments.hazard is Hazard.HAZARDOUS or isinstance(arguments, NOT_FOR_LATER):
+        raise CommandFailed("not_for_later", f"{name} is given from the ground, at its time")
+
+
+def _remember(connection: sqlite3.Connection, arguments: Arguments) -> None:
+    """Store the state a command sets."""
+    match arguments:
+        case commands.SetMode(mode=mode):
+            state.set_safe(connection, Mode(mode) is Mode.SAFE)
+        case commands.SetPowerCap(power_w=power_w):
+            state.set_cap(connection, power_w)
+        case commands.SetRates(housekeeping_s=housekeeping_s, ledger_s=ledger_s):
+            state.set_rates(connection, state.Rates(housekeeping_s, ledger_s))
+        case commands.SetFdirRow(row=row, state=row_state):
+            state.change_fdir_state(connection, None if row == "*" else row, RowState(row_state))
+        case commands.ExternalControl(on=on):
+            state.set_external_control(connection, on)
+        case commands.ResetCounters():
+            state.forget_reboots(connection)
+        case _:
+            pass

@@ -1,0 +1,245 @@
+"""Commands for later: a durable schedule by mission time, and named sequences that are put into it.
+
+A sequence is stored under its name, each step with the CRC-32C the ground gave it; starting it puts its steps
+into the schedule, stopping it takes them out. Every entry is checked against its CRC before it is executed.
+All methods take the connection and are meant for `telemetry.database.Database.run`.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from telemetry.commands import SequenceStep, step_crc
+from telemetry.packets import CommandSchedule, ScheduledCommand
+
+MAX_ENTRIES = 256
+"""Entries the schedule holds (assumed: a day of contacts, and room)."""
+MAX_SEQUENCES = 32
+SKIP_AFTER_NS = 30 * 1_000_000_000
+"""Mission time after which a command that was not executed in time is skipped, ns (assumed)."""
+
+_SCHEMA = (
+    """CREATE TABLE IF NOT EXISTS schedule (
+        entry INTEGER PRIMARY KEY AUTOINCREMENT,
+        t_ns INTEGER NOT NULL,
+        name TEXT NOT NULL,
+        args BLOB NOT NULL,
+        crc INTEGER NOT NULL,
+        key_id TEXT NOT NULL,
+        seq INTEGER NOT NULL,
+        sequence TEXT)""",
+    "CREATE TABLE IF NOT EXISTS sequences (name TEXT PRIMARY KEY, steps BLOB NOT NULL)",
+)
+
+
+class ScheduleError(ValueError):
+    """What was asked of the schedule cannot be done; `code` is that of the verification."""
+
+    def __init__(self, code: str, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The telecommand that put an entry into the schedule."""
+
+    key_id: str
+    seq: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A command whose time has come."""
+
+    entry: int
+    t_ns: int
+    name: str
+    args: dict[str, Any]
+    origin: Origin
+    sound: bool
+    """Whether it is what the ground sent."""
+
+
+class Schedule:
+    """The schedule and the sequences."""
+
+    def __init__(self) -> None:
+        self.next_ns: int | None = None
+        """Mission time of the earliest entry as last looked at, UTC ns; None without one."""
+
+    def create(self, connection: sqlite3.Connection) -> None:
+        """Create the tables where they are missing, and look at them."""
+        for statement in _SCHEMA:
+            connection.execute(statement)
+        self.look(connection)
+
+    def look(self, connection: sqlite3.Connection) -> None:
+        """Take `next_ns` from the disk: to be called when a transaction failed, too."""
+        (self.next_ns,) = connection.execute("SELECT MIN(t_ns) FROM schedule").fetchone()
+
+    def insert(
+        self, connection: sqlite3.Connection, t_ns: int, name: str, args: dict[str, Any], origin: Origin
+    ) -> int:
+        """Add a command; return the number of its entry. Raises `ScheduleError` when the schedule is full."""
+        entry = self._insert(connection, t_ns, name, args, origin=origin, sequence=None)
+        self.look(connection)
+        return entry
+
+    def _insert(
+        self,
+        connection: sqlite3.Connection,
+        t_ns: int,
+        name: str,
+        args: dict[str, Any],
+        *,
+        origin: Origin,
+        sequence: str | None,
+    ) -> int:
+        (count,) = connection.execute("SELECT COUNT(*) FROM schedule").fetchone()
+        if count >= MAX_ENTRIES:
+            raise ScheduleError("schedule_full", f"{count} entries already")
+        cursor = connection.execute(
+            "INSERT INTO schedule (t_ns, name, args, crc, key_id, seq, sequence) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (
+                t_ns,
+                name,
+                msgspec.msgpack.encode(args),
+                step_crc(name, args),
+                origin.key_id,
+                origin.seq,
+                sequence,
+            ),
+        )
+        return int(cursor.lastrowid or 0)
+
+    def delete(self, connection: sqlite3.Connection, entry: int) -> None:
+        """Take an entry out. Raises `ScheduleError` if there is none of that number."""
+        if not connection.execute("DELETE FROM schedule WHERE entry = ?", (entry,)).rowcount:
+            raise ScheduleError("unknown_entry", f"no entry {entry} in the schedule")
+        self.look(connection)
+
+    def shift(self, connection: sqlite3.Connection, by_ns: int, entry: int | None, now_ns: int) -> int:
+        """Move one entry or all in mission time; return how many.
+
+        Raises
+        ------
+        ScheduleError
+            There is no such entry, or one would come to lie in the past: then none is moved.
+        """
+        found = connection.execute(
+            "SELECT entry, t_ns FROM schedule WHERE entry = ? OR ? IS NULL", (entry, entry)
+        ).fetchall()
+        if entry is not None and not found:
+            raise ScheduleError("unknown_entry", f"no entry {entry} in the schedule")
+        for number, t_ns in found:
+            if not now_ns < t_ns + by_ns < 2**63:
+                raise ScheduleError("in_the_past", f"entry {number} would not lie ahead: none is moved")
+        for number, t_ns in found:
+            connection.execute("UPDATE schedule SET t_ns = ? WHERE entry = ?", (t_ns + by_ns, number))
+        self.look(connection)
+        return len(found)
+
+    def take_due(self, connection: sqlite3.Connection, now_ns: int) -> Entry | None:
+        """Take the earliest entry whose time has come out of the schedule; None if there is none."""
+        row = connection.execute(
+            "SELECT entry, t_ns, name, args, crc, key_id, seq FROM schedule WHERE t_ns <= ? "
+            "ORDER BY t_ns, entry LIMIT 1",
+            (now_ns,),
+        ).fetchone()
+        if row is None:
+            self.look(connection)
+            return None
+        number, t_ns, name, blob, crc, key_id, seq = row
+        connection.execute("DELETE FROM schedule WHERE entry = ?", (number,))
+        self.look(connection)
+        args: dict[str, Any] = {}
+        sound = False
+        try:
+            args = msgspec.msgpack.decode(blob, type=dict[str, Any])
+            sound = step_crc(name, args) == crc
+        except msgspec.DecodeError:
+            pass
+        return Entry(number, t_ns, name, args, Origin(key_id, seq), sound)
+
+    def load(self, connection: sqlite3.Connection, name: str, steps: Sequence[SequenceStep]) -> None:
+        """Store a sequence, in the place of one of that name.
+
+        Raises
+        ------
+        ScheduleError
+            A step does not have the CRC the ground gave it, that sequence runs, or there are too many.
+        """
+        for number, step in enumerate(steps):
+            _check_step(number, step)
+        self._not_running(connection, name)
+        (others,) = connection.execute("SELECT COUNT(*) FROM sequences WHERE name != ?", (name,)).fetchone()
+        if others >= MAX_SEQUENCES:
+            raise ScheduleError("too_many_sequences", f"{others} are loaded already")
+        connection.execute(
+            "INSERT INTO sequences VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET steps = excluded.steps",
+            (name, msgspec.msgpack.encode(list(steps))),
+        )
+
+    def start(self, connection: sqlite3.Connection, name: str, now_ns: int, origin: Origin) -> int:
+        """Put the steps of a sequence into the schedule; return how many.
+
+        Raises
+        ------
+        ScheduleError
+            There is none of that name, it runs already, a step was damaged, or there is no room for all.
+        """
+        row = connection.execute("SELECT steps FROM sequences WHERE name = ?", (name,)).fetchone()
+        if row is None:
+            raise ScheduleError("unknown_sequence", f"no sequence {name!r} is loaded")
+        self._not_running(connection, name)
+        try:
+            steps = msgspec.msgpack.decode(row[0], type=list[SequenceStep])
+        except msgspec.DecodeError:
+            raise ScheduleError("damaged", f"sequence {name!r} is damaged: load it again") from None
+        t_ns = now_ns
+        for number, step in enumerate(steps):
+            _check_step(number, step)
+            t_ns += round(step.delay_s * 1e9)
+            self._insert(connection, t_ns, step.command, step.args, origin=origin, sequence=name)
+        self.look(connection)
+        return len(steps)
+
+    def stop(self, connection: sqlite3.Connection, name: str) -> int:
+        """Take what is left of a sequence out; return how many steps. Raises `ScheduleError` if none runs."""
+        left = connection.execute("DELETE FROM schedule WHERE sequence = ?", (name,)).rowcount
+        if not left:
+            raise ScheduleError("not_running", f"sequence {name!r} does not run")
+        self.look(connection)
+        return left
+
+    def _not_running(self, connection: sqlite3.Connection, name: str) -> None:
+        if connection.execute("SELECT 1 FROM schedule WHERE sequence = ?", (name,)).fetchone():
+            raise ScheduleError("sequence_running", f"sequence {name!r} runs: stop it first")
+
+    def report(self, connection: sqlite3.Connection) -> CommandSchedule:
+        """Return what is scheduled and loaded."""
+        entries = connection.execute(
+            "SELECT entry, t_ns, name, key_id, seq, sequence FROM schedule ORDER BY t_ns, entry"
+        )
+        sequences = connection.execute("SELECT name FROM sequences ORDER BY name")
+        return CommandSchedule(
+            entries=[
+                ScheduledCommand(
+                    entry=entry, execute_ns=t_ns, name=name, key_id=key_id, command_seq=seq, sequence=sequence
+                )
+                for entry, t_ns, name, key_id, seq, sequence in entries
+            ],
+            sequences=[name for (name,) in sequences],
+        )
+
+
+def _check_step(number: int, step: SequenceStep) -> None:
+    if step_crc(step.command, step.args) != step.crc32c:
+        raise ScheduleError("damaged", f"step {number} ({step.command[:40]}) does not have its CRC-32C")
