@@ -35,16 +35,6 @@ class CommandFailed(Exception):
 
 
 @dataclass(frozen=True)
-class Armed:
-    """A hazardous command that may be given once, exactly so."""
-
-    name: str
-    args: dict[str, Any]
-    until_s: float
-    """CLOCK_MONOTONIC, s."""
-
-
-@dataclass(frozen=True)
 class Done:
     """What a command did."""
 
@@ -81,13 +71,11 @@ class CommandEffects:
         self._schedule = schedule
         self._mission_ns = mission_ns
         self._check = check
-        self._armed: Armed | None = None
-        """Kept in memory only: a restart disarms, which is the safe side."""
 
     def take(self, connection: sqlite3.Connection, origin: Origin, arguments: Arguments) -> Done:
         """Do what a command does, in its transaction. Raises `CommandFailed`."""
         if arguments.hazard is Hazard.HAZARDOUS:
-            self._fire(arguments)
+            _fire(connection, arguments)
         self._check(connection, arguments)
         match arguments:
             case commands.Infer() | commands.Cancel():
@@ -95,7 +83,7 @@ class CommandEffects:
             case commands.ActivateKey() | commands.RetireKey() | commands.Resync():
                 self._change_keys(connection, origin, arguments)
             case commands.Arm():
-                return self._arm(arguments)
+                return _arm(connection, arguments)
             case _:
                 try:
                     done = self._change_schedule(connection, origin, arguments)
@@ -105,23 +93,6 @@ class CommandEffects:
                     return done
                 _remember(connection, arguments)
         return Done()
-
-    def _arm(self, arm: commands.Arm) -> Done:
-        armed = _parse(arm.command, arm.args)
-        if armed.hazard is not Hazard.HAZARDOUS:
-            raise CommandFailed(
-                "not_hazardous", f"{arm.command} needs no arming: its hazard is {armed.hazard}"
-            )
-        self._armed = Armed(arm.command, arm.args, time.monotonic() + ARMED_S)
-        return Done(f"{arm.command} is armed for {ARMED_S:g} s")
-
-    def _fire(self, arguments: Arguments) -> None:
-        """Use up what is armed; whatever does not match it disarms as well."""
-        armed, self._armed = self._armed, None
-        if armed is None or time.monotonic() > armed.until_s or _parse(armed.name, armed.args) != arguments:
-            raise CommandFailed(
-                "not_armed", f"{arguments.name} is hazardous: arm it with these arguments first"
-            )
 
     def _change_jobs(
         self, connection: sqlite3.Connection, arguments: commands.Infer | commands.Cancel
@@ -208,6 +179,22 @@ class CommandEffects:
         if now_ns is None:
             raise ScheduleError("no_clock", "the bus has not told mission time yet")
         return now_ns
+
+
+def _arm(connection: sqlite3.Connection, arm: commands.Arm) -> Done:
+    hazard = _parse(arm.command, arm.args).hazard
+    if hazard is not Hazard.HAZARDOUS:
+        raise CommandFailed("not_hazardous", f"{arm.command} needs no arming: its hazard is {hazard}")
+    state.set_armed(connection, state.Armed(arm.command, arm.args, time.monotonic() + ARMED_S))
+    return Done(f"{arm.command} is armed for {ARMED_S:g} s")
+
+
+def _fire(connection: sqlite3.Connection, arguments: Arguments) -> None:
+    """Use up what is armed; whatever does not match it disarms as well."""
+    armed = state.armed(connection)
+    state.set_armed(connection, None)
+    if armed is None or time.monotonic() > armed.until_s or _parse(armed.name, armed.args) != arguments:
+        raise CommandFailed("not_armed", f"{arguments.name} is hazardous: arm it with these arguments first")
 
 
 def _parse(name: str, args: dict[str, Any]) -> Arguments:

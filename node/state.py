@@ -34,6 +34,15 @@ class Rates(msgspec.Struct, frozen=True):
 DEFAULT_RATES = Rates()
 
 
+class Armed(msgspec.Struct, frozen=True):
+    """A hazardous command that may be given once, exactly so."""
+
+    name: str
+    args: dict[str, Any]
+    until_s: float
+    """CLOCK_MONOTONIC, s."""
+
+
 @dataclass(frozen=True)
 class BootState:
     """State found at the start of a boot."""
@@ -125,6 +134,7 @@ def begin_boot(connection: sqlite3.Connection, lowest_boot: int = 1, fallback_bo
     _set(connection, "boot", boot)
     _set(connection, "clean_shutdown", False)
     _set(connection, "restart_requested", "")
+    _set(connection, "armed", None)
     return state
 
 
@@ -207,6 +217,17 @@ def set_restarts(connection: sqlite3.Connection, restarts_s: Sequence[float]) ->
 def set_rates(connection: sqlite3.Connection, rates: Rates) -> None:
     """Remember the commanded periods of telemetry."""
     _set(connection, "rates", rates)
+
+
+def set_armed(connection: sqlite3.Connection, armed: Armed | None) -> None:
+    """Remember which hazardous command is armed. A boot forgets it: that is the safe side."""
+    _set(connection, "armed", armed)
+
+
+def armed(connection: sqlite3.Connection) -> Armed | None:
+    """Return which hazardous command is armed; None as well when that is lost."""
+    found: Armed | None = _Reader(connection).get("armed", Armed | None, None)
+    return found
 
 
 def set_cap(connection: sqlite3.Connection, cap_w: float | None) -> None:

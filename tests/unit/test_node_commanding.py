@@ -292,6 +292,9 @@ async def test_a_hazardous_command_is_armed_then_given_exactly_so_and_once(
         assert await give(arm) == "ok"
         assert await give(retire) == "ok"
         assert await give(retire) == "not_armed"  # Once.
+        assert await give(arm) == "ok"
+        await ground.database.run(state.begin_boot)
+        assert await give(retire) == "not_armed"  # A restart disarms.
         assert await give(commands.Arm(command="ping")) == "not_hazardous"
         assert await give(commands.Arm(command="retire_key")) == "bad_argument"
         assert [key.id for key in ring.active()] == ["g", "c"]
