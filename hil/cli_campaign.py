@@ -145,6 +145,21 @@ def latchup(
     _show(out)
 
 
+@run_app.command()
+def fuzz(
+    out: Out,
+    inputs: Annotated[int, typer.Option(min=100, help="Mutated messages for all decoders.")] = 10_000_000,
+    commands: Annotated[int, typer.Option(min=1, help="Mutated telecommands.")] = 1_000_000,
+    seed: Seed = 1,
+) -> None:
+    """Mutated frames, blocks, acknowledgements, bus values and telecommands, and commands of strangers."""
+    from hil.campaign.fuzz_run import run_fuzz
+
+    with _status() as say:
+        run_fuzz(out, inputs=inputs, command_inputs=commands, seed=seed, say=say)
+    _show(out)
+
+
 @campaign_app.command()
 def report(
     directories: Annotated[list[Path], typer.Argument(help="Directories of campaigns.")],

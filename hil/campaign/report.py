@@ -9,6 +9,7 @@ from typing import Final
 
 import msgspec
 
+from hil.campaign.fuzz_run import FuzzResult
 from hil.campaign.kill_run import KINDS, KillRecord
 from hil.campaign.live_node import FEED_S
 from hil.campaign.memory_run import MemoryOutcome, MemoryRecord
@@ -208,6 +209,44 @@ def _live_note(path: Path) -> str:
     )
 
 
+def fuzz_section(path: Path, _: Header) -> str:
+    """Return the section of a fuzzing run."""
+    result = msgspec.json.decode((path / SUMMARY).read_bytes(), type=FuzzResult)
+    judged = result.commands
+    decoders = table(
+        ["decoder", "inputs", "rejected", "accepted undetected", "other errors", "over 1 s", "slowest, ms",
+         "single bits flipped", "of these accepted"],
+        [
+            [r.decoder, f"{r.inputs:,}", f"{r.rejected:,}", str(r.undetected), str(r.escaped), str(r.slow),
+             f"{r.slowest_ms:.1f}", f"{r.flips:,}", str(r.flips_accepted)]
+            for r in result.decoders
+        ],
+    )  # fmt: skip
+    attacks = table(
+        ["attack", "answers"],
+        [
+            [name, ", ".join(f"`{answer}` {count:,}" for answer, count in answers.items())]
+            for name, answers in judged.hostile.items()
+        ],
+    )
+    reasons = ", ".join(f"`{code}` {count:,}" for code, count in sorted(judged.rejected.items()))
+    return "\n".join(
+        [
+            "## Fuzzing\n",
+            f"Seed {result.seed}, {result.wall_s:.0f} s on one core. Damage: bits, bursts, msgpack's own "
+            "bytes, cut, removed, inserted and repeated pieces, splices of two; one frame or block of four "
+            "gets a CRC that fits its damage, so that what lies behind is reached (what is accepted then is "
+            "no error). The bus carries no CRC: its values are checked.\n",
+            decoders,
+            f"Telecommands: {judged.inputs:,} mutated, {judged.unchanged:,} of them unchanged by luck, "
+            f"**{judged.executed} accepted**, {judged.escaped} other errors, slowest "
+            f"{judged.slowest_ms:.1f} ms. Rejected: {reasons}.\n",
+            attacks,
+            f"Kept: {result.corpus} inputs, one for each distinct answer; findings: {result.findings}.\n",
+        ]
+    )
+
+
 def latchup_section(path: Path, _: Header) -> str:
     """Return the section of the trials of the latch-up detector."""
     return markdown(msgspec.json.decode((path / SUMMARY).read_bytes(), type=Comparison))
@@ -218,6 +257,7 @@ SECTIONS: Final[dict[str, Callable[[Path, Header], str]]] = {
     "kills": kills_section,
     "memory": memory_section,
     "latchup": latchup_section,
+    "fuzz": fuzz_section,
 }
 
 
