@@ -146,6 +146,23 @@ def latchup(
 
 
 @run_app.command()
+def link(
+    out: Out,
+    trials: Annotated[int, typer.Option(min=1, help="Random schedules of kills, cuts and lies.")] = 1000,
+    at_once: Annotated[
+        int, typer.Option(min=1, max=32, help="Schedules side by side: they mostly wait.")
+    ] = 4,
+    seed: Seed = 1,
+) -> None:
+    """Kill node, broker and ground, cut and spoil their link; then compare the books record by record."""
+    from hil.campaign.link_run import run_link
+
+    with _status() as say:
+        asyncio.run(run_link(out, trials=trials, seed=seed, at_once=at_once, say=say))
+    _show(out)
+
+
+@run_app.command()
 def fuzz(
     out: Out,
     inputs: Annotated[int, typer.Option(min=100, help="Mutated messages for all decoders.")] = 10_000_000,

@@ -11,6 +11,7 @@ import msgspec
 
 from hil.campaign.fuzz_run import FuzzResult
 from hil.campaign.kill_run import KINDS, KillRecord
+from hil.campaign.link_run import LinkRecord
 from hil.campaign.live_node import FEED_S
 from hil.campaign.memory_run import MemoryOutcome, MemoryRecord
 from hil.campaign.records import (
@@ -209,6 +210,51 @@ def _live_note(path: Path) -> str:
     )
 
 
+def link_section(path: Path, header: Header) -> str:
+    """Return the section of a campaign against the space link."""
+    records: list[LinkRecord] = list(read_lines(path / TRIALS, LinkRecord))
+    rows = []
+    for broker in [*sorted({record.broker for record in records}), "all"]:
+        mine = [record for record in records if broker in (record.broker, "all")]
+        wrong = sum(not (r.drained and r.consistent) for r in mine)
+        rows.append(
+            [
+                broker,
+                f"{len(mine):,}",
+                f"{sum(r.generated for r in mine):,}",
+                f"{sum(r.archived for r in mine):,}",
+                str(sum(r.dropped for r in mine)),
+                str(sum(r.lost for r in mine)),
+                str(sum(r.duplicated for r in mine)),
+                str(wrong),
+                f"{100 * proven_at_least(wrong, len(mine)):.2f}",
+                f"{sum(r.commands for r in mine):,}",
+                f"{sum(r.jobs for r in mine):,}",
+            ]
+        )
+    faults: Counter[str] = Counter()
+    for record in records:
+        faults.update(record.faults)
+    told = ", ".join(f"`{kind}` {count:,}" for kind, count in sorted(faults.items()))
+    problems = [f"- schedule {r.index}: {'; '.join(r.problems) or 'not drained'}" for r in records
+                if not (r.drained and r.consistent) or r.jobs != r.commands]  # fmt: skip
+    return "\n".join(
+        [
+            "## Space link: kills, cuts and lies\n",
+            f"{len(records):,} random schedules, seed {header.seed}; 4 to 9 strikes each, then peace until "
+            "the node's store is empty. Node's end and ground's end are processes ended by SIGKILL, the "
+            "broker is mosquitto (MQTT 5) or amqtt (3.1.1). Compared record by record from the databases of "
+            f"both sides. Strikes: {told}; {sum(r.boots for r in records):,} boots of the node.\n",
+            table(
+                ["broker", "schedules", "generated", "archived", "dropped", "lost", "duplicated",
+                 "books not equal", "equal in at least, %", "commands executed", "jobs made of them"],
+                rows,
+            ),
+            *problems,
+        ]
+    )  # fmt: skip
+
+
 def fuzz_section(path: Path, _: Header) -> str:
     """Return the section of a fuzzing run."""
     result = msgspec.json.decode((path / SUMMARY).read_bytes(), type=FuzzResult)
@@ -257,6 +303,7 @@ SECTIONS: Final[dict[str, Callable[[Path, Header], str]]] = {
     "kills": kills_section,
     "memory": memory_section,
     "latchup": latchup_section,
+    "link": link_section,
     "fuzz": fuzz_section,
 }
 
