@@ -181,6 +181,16 @@ class _Client(aiomqtt.Client):
             with contextlib.suppress(RuntimeError):  # The loop may be gone by now.
                 self._loop.call_soon_threadsafe(self._thread_done.set)
 
+    def _on_message(self, client: Any, userdata: Any, message: Any) -> None:
+        try:
+            _ = message.topic
+        except UnicodeDecodeError:
+            # Damaged on its way. paho raises this out of the reading of the socket, and aiomqtt takes it for
+            # the reason of a disconnection that is none of its own errors.
+            _mqtt_log.warning("a message without a readable topic is dropped")
+            return
+        super()._on_message(client, userdata, message)
+
     def _on_disconnect(self, *args: Any, **kwargs: Any) -> None:
         # A wait for CONNACK that was cut short leaves a cancelled future, which aiomqtt would trip over.
         if not self._connected.cancelled():
@@ -193,7 +203,8 @@ class _Client(aiomqtt.Client):
 
     async def say_goodbye(self) -> None:
         """Disconnect in order if the broker answers soon."""
-        with contextlib.suppress(aiomqtt.MqttError, TimeoutError):
+        # Also what paho raised over a damaged packet, which aiomqtt tells once more here.
+        with contextlib.suppress(Exception):
             async with asyncio.timeout(GOODBYE_S):
                 await self.__aexit__(None, None, None)
 
@@ -207,8 +218,11 @@ class _Client(aiomqtt.Client):
             with contextlib.suppress(OSError):
                 raw.shutdown(socket.SHUT_RDWR)
             # It reads what is left, sees the end of the stream, closes, and unregisters from the loop.
-            while self._client.loop_read() == paho.MQTT_ERR_SUCCESS:
-                pass
+            try:
+                while self._client.loop_read() == paho.MQTT_ERR_SUCCESS:
+                    pass
+            except Exception:
+                self._client._sock_close()
         if self._misc_task is not None:
             self._misc_task.cancel()
             await asyncio.wait([self._misc_task])
@@ -387,13 +401,21 @@ class MqttLink:
 
         async def receive() -> None:
             nonlocal failure
-            try:
-                async for message in client.messages:
-                    if isinstance(message.payload, bytes):
-                        self._on_message(message.topic.value, message.payload)
-            except aiomqtt.MqttError as error:
-                failure = error
-                self._broken.set()
+            messages = aiter(client.messages)
+            while True:
+                try:
+                    message = await anext(messages)
+                except StopAsyncIteration:
+                    return
+                except aiomqtt.MqttError as error:
+                    failure = error
+                    break
+                except Exception as error:
+                    failure = aiomqtt.MqttError(f"not MQTT: {type(error).__name__}: {error}")
+                    break
+                if isinstance(message.payload, bytes):
+                    self._on_message(message.topic.value, message.payload)
+            self._broken.set()
 
         async with asyncio.TaskGroup() as group:
             receiver = group.create_task(receive(), name=f"{self._client_id}.link.receive")

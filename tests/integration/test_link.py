@@ -386,6 +386,65 @@ async def test_mqtt_5_is_spoken_when_asked_for() -> None:
     assert seen[-1][0] == 0xE0, "an ordered stop says DISCONNECT"
 
 
+DAMAGED = {
+    "topic that is no UTF-8": bytes.fromhex("320b0004e2612f62 0001 ffffff"),
+    "topic longer than the packet": bytes.fromhex("3204 00ff 6161"),
+    "PUBLISH without anything": bytes.fromhex("3200"),
+    "PUBLISH of half a length": bytes.fromhex("320100"),
+    "SUBACK of nothing": bytes.fromhex("9000"),
+    "PUBACK of one byte": bytes.fromhex("400100"),
+    "CONNACK again": bytes.fromhex("20020000"),
+    "unknown packet": bytes.fromhex("f000"),
+    "length that never ends": bytes.fromhex("30ffffffffff"),
+    "PINGREQ of a broker": bytes.fromhex("c000"),
+}
+
+
+@pytest.mark.parametrize("version5", [False, True])
+@pytest.mark.parametrize("junk", list(DAMAGED.values()), ids=list(DAMAGED))
+async def test_damaged_packets_of_the_broker_cost_the_connection_at_most(junk: bytes, version5: bool) -> None:
+    """Found by `penumbra campaign run link`: a flipped bit in a topic ended the node."""
+    struck = False
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal struck
+        properties = b"\0" if version5 else b""
+        with suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                kind, length = await reader.readexactly(2)
+                body = await reader.readexactly(length)
+                if kind >> 4 == 1:
+                    writer.write(bytes([0x20, 2 + len(properties), 0, 0]) + properties)
+                elif kind >> 4 == 8:
+                    codes = body[:2] + properties + b"\1\1"
+                    writer.write(bytes([0x90, len(codes)]) + codes)
+                    if not struck:
+                        struck = True
+                        await asyncio.sleep(0.1)
+                        writer.write(junk)
+                elif kind >> 4 == 3:
+                    start = 2 + int.from_bytes(body[:2])
+                    writer.write(bytes([0x40, 2, *body[start : start + 2]]))
+                elif kind >> 4 == 14:
+                    break
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    scheme = "mqtt5" if version5 else "mqtt"
+    node = make(f"{scheme}://127.0.0.1:{server.sockets[0].getsockname()[1]}", publish_timeout_s=0.5)
+    async with server, running(node) as (task,):
+        await until(lambda: struck)
+        await asyncio.sleep(0.2)
+        for _ in range(100):
+            assert not task.done()
+            with suppress(LinkDown):
+                await node.publish("penumbra/sat-1/tm/event", b"payload")
+                break
+            await asyncio.sleep(0.05)
+        else:
+            pytest.fail("the link did not come back")
+
+
 async def test_a_broker_that_refuses_the_topics_is_no_link() -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(asyncio.IncompleteReadError, ConnectionError):
