@@ -215,7 +215,7 @@ def link(result: BenchLink, command: str) -> str:
             ),
         ),
         "A backlog goes down in compressed blocks of many frames: that is how the chain passes more frames "
-        "than the client passes messages.\n",
+        "than the client passes messages. Kills, cuts and fuzzing: [link-campaigns.md](link-campaigns.md).\n",
         "## A pass\n",
         f"{contact.backlog_s / 60:g} minutes of backlog, {contact.records} records of "
         f"{contact.frames_bytes / 1e6:.1f} MB, with a memory dump of random bytes among them; a contact of "
