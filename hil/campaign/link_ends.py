@@ -2,8 +2,8 @@
 
 The node's end is the flight's own store, recorder, downlink, intake and commanding, without worker and bus;
 it makes telemetry of every stream as fast as a busy node. The ground's end is the station with its archive,
-and sends jobs. Both go on until SIGTERM. A file `quiet` in their directory ends the making; a file `drained`
-tells that everything was acknowledged. Times are shorter than in flight, so that a schedule takes seconds.
+and sends jobs. Both go on until SIGTERM. A file `quiet` in their directory ends the making; `answered` tells that
+no command waits for its answer any more, then `drained` that every record was acknowledged. Times are shorter than in flight, so that a schedule takes seconds.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ KEYS: Final = "keys.toml"
 NODE_DB: Final = "node.db"
 ARCHIVE_DB: Final = "archive.db"
 QUIET: Final = "quiet"
+ANSWERED: Final = "answered"
 DRAINED: Final = "drained"
 CAPACITY_BYTES: Final = 64 << 20
 RETRANSMIT_S: Final = 0.5
@@ -136,7 +137,7 @@ async def _make(directory: Path, recorder: Recorder, chance: random.Random) -> N
 async def _watch(directory: Path, database: Database, spool: Spool) -> None:
     empty_s = time.monotonic()
     while True:
-        if (await database.run(spool.size))[0]:
+        if (await database.run(spool.size))[0] or not (directory / ANSWERED).exists():
             empty_s = time.monotonic()
         if time.monotonic() - empty_s > STILL_S:
             (directory / DRAINED).touch()
@@ -152,7 +153,10 @@ async def _ground(directory: Path, url: str) -> None:
         async with asyncio.TaskGroup() as group:
             group.create_task(station.run(), name="link_ends.station")
             for number in itertools.count():
-                if not (directory / QUIET).exists() and station.uplink.pending < 2:
+                quiet = (directory / QUIET).exists()
+                if quiet and not station.uplink.pending:
+                    (directory / ANSWERED).touch()
+                if not quiet and station.uplink.pending < 2:
                     job = f"job-{os.getpid()}-{number}"
                     station.uplink.queue([Infer(job=job, prompt="p", max_tokens=1)])
                 await asyncio.sleep(COMMAND_S)
