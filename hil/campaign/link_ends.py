@@ -2,8 +2,9 @@
 
 The node's end is the flight's own store, recorder, downlink, intake and commanding, without worker and bus;
 it makes telemetry of every stream as fast as a busy node. The ground's end is the station with its archive,
-and sends jobs. Both go on until SIGTERM. A file `quiet` in their directory ends the making; `answered` tells that
-no command waits for its answer any more, then `drained` that every record was acknowledged. Times are shorter than in flight, so that a schedule takes seconds.
+and sends jobs. Both go on until SIGTERM. A file `quiet` in their directory ends the making; `answered` tells
+that no command waits for its answer any more, then `drained` that every record was acknowledged. Times are
+shorter than in flight, so that a schedule takes seconds.
 """
 
 from __future__ import annotations
