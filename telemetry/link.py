@@ -64,6 +64,9 @@ class Link(Protocol):
     async def publish(self, topic: str, payload: bytes) -> None:
         """Hand a message to the broker; raise `LinkDown` if it did not confirm it in time."""
 
+    def renew(self, why: str) -> None:
+        """Give the connection up, for a new one: the owner knows better that it carries nothing."""
+
     async def run(self) -> None:
         """Keep the link up until cancelled."""
 
@@ -325,6 +328,10 @@ class MqttLink:
                 self._lose(self._client, text)
             raise LinkDown(text) from None
 
+    def renew(self, why: str) -> None:
+        """Give the connection up, for a new one. Nothing happens while there is none."""
+        self._lose(self._client, why)
+
     def _lose(self, client: _Client | None, why: str) -> None:
         if client is not None and client is self._client:
             # At once, not when the session ends: whoever tries again must find the link down and wait.
@@ -406,7 +413,7 @@ class MqttLink:
                 try:
                     message = await anext(messages)
                 except StopAsyncIteration:
-                    return
+                    break
                 except aiomqtt.MqttError as error:
                     failure = error
                     break
