@@ -30,6 +30,8 @@ _log = logging.getLogger(__name__)
 REACK_S = 2.0
 """Interval of acknowledging everything anew while in contact, s: an acknowledgement can be lost too."""
 UPLINK_TICK_S = 0.05
+FULL_S = 1.0
+"""Interval of trying again to number a command while the archive's disk is full, s."""
 BATCH = 512
 """Most frames of one archive transaction."""
 MAX_BACKLOG = 8192
@@ -73,6 +75,8 @@ class GroundStation:
         Called with each new frame and its packet, in order of arrival, before it is archived.
     sealed
         Whether telecommands are encrypted.
+    reack_s
+        Interval of acknowledging everything anew, s.
     """
 
     def __init__(
@@ -85,6 +89,7 @@ class GroundStation:
         now_ns: Callable[[], int],
         on_packet: Callable[[Frame, Packet], None] = lambda frame, packet: None,
         sealed: bool = False,
+        reack_s: float = REACK_S,
     ) -> None:
         self.counts = GroundCounts()
         self.uplink = Uplink(node, ring, lambda key_id: archive.next_sequence(node, key_id), sealed=sealed)
@@ -93,6 +98,7 @@ class GroundStation:
         self._node = node
         self._archive = archive
         self._ring = ring
+        self._reack_s = reack_s
         self._now_ns = now_ns
         self._on_packet = on_packet
         self._archive_full = False
@@ -169,7 +175,7 @@ class GroundStation:
 
     async def _acknowledge_again(self) -> None:
         while True:
-            await asyncio.sleep(REACK_S)
+            await asyncio.sleep(self._reack_s)
             if self.in_contact:
                 for ack in await asyncio.to_thread(self._archive.acks, self._node):
                     await self._publish(topics.ack(self._node), encode_ack(ack, self._ring.signing_key()))
@@ -188,7 +194,14 @@ class GroundStation:
     async def _send_commands(self) -> None:
         while True:
             in_contact = self.in_contact and self.connected.is_set()
-            for send in self.uplink.tick(time.monotonic(), self._now_ns(), in_contact=in_contact):
+            try:
+                sends = self.uplink.tick(time.monotonic(), self._now_ns(), in_contact=in_contact)
+            except StoreFull as error:
+                # Without a number that is durable nothing is signed; the command waits.
+                _log.error("no command sent: %s", error)
+                await asyncio.sleep(FULL_S)
+                continue
+            for send in sends:
                 await self._publish(topics.tc(self._node), send.payload)
             await asyncio.sleep(UPLINK_TICK_S)
 

@@ -111,6 +111,11 @@ class Uplink:
             Mission time, UTC ns.
         in_contact
             True in a contact window: nothing is sent outside.
+
+        Raises
+        ------
+        Exception
+            Whatever `next_seq` raises; the command waits, and is numbered at the next call.
         """
         if not in_contact:
             self._sent_s = None  # the next contact begins with a repeat at once
@@ -122,7 +127,8 @@ class Uplink:
         if out is None:
             if not self._waiting:
                 return []
-            out = self._outstanding = self._issue(self._waiting.popleft(), t_ns)
+            out = self._outstanding = self._issue(self._waiting[0], t_ns)
+            self._waiting.popleft()
             self._sent_s = now_s
             return [Send(out.payload, out.name, out.seq, again=False)]
         if self._sent_s is None or now_s - self._sent_s >= RETRY_S:

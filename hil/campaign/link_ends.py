@@ -21,7 +21,6 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Final
 
-import hil.ground
 from hil.bench.link_load import NODE, backlog
 from hil.ground import GroundStation
 from node import state
@@ -50,10 +49,14 @@ CAPACITY_BYTES: Final = 64 << 20
 RETRANSMIT_S: Final = 0.5
 TIMEOUT_S: Final = 1.0
 """Deadline of connecting and publishing (4 s in flight)."""
+REACK_S: Final = 0.3
+"""Interval of acknowledging everything anew (2 s in flight)."""
 POLL_S: Final = 0.02
 MAKE_S: Final = 0.01
 """Interval of making telemetry; 1 to 8 packets each."""
 COMMAND_S: Final = 0.1
+LIFE_S: Final = 600.0
+"""An end stops by itself after so long: whoever started it may have been killed."""
 STILL_S: Final = 0.4
 """The store must have been empty for so long."""
 
@@ -65,7 +68,6 @@ def run_node(directory: Path, url: str, seed: int) -> None:
 
 def run_ground(directory: Path, url: str) -> None:
     """Run the ground's end; never returns before SIGTERM."""
-    hil.ground.REACK_S = 0.3
     _run(directory, "ground.log", _ground(directory, url))
 
 
@@ -79,7 +81,7 @@ async def _until_sigterm(main: Coroutine[None, None, None]) -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     task = asyncio.ensure_future(main)
     stopping = asyncio.ensure_future(stop.wait())
-    done, _ = await asyncio.wait({task, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    done, _ = await asyncio.wait({task, stopping}, timeout=LIFE_S, return_when=asyncio.FIRST_COMPLETED)
     for each in (task, stopping):
         each.cancel()
     await asyncio.gather(task, stopping, return_exceptions=True)
@@ -149,7 +151,7 @@ async def _ground(directory: Path, url: str) -> None:
     archive = Archive.open(directory / ARCHIVE_DB)
     try:
         ring = KeyRing.load(directory / KEYS)
-        station = GroundStation(url, NODE, archive, ring, now_ns=time.time_ns)
+        station = GroundStation(url, NODE, archive, ring, now_ns=time.time_ns, reack_s=REACK_S)
         station.in_contact = True
         async with asyncio.TaskGroup() as group:
             group.create_task(station.run(), name="link_ends.station")

@@ -195,6 +195,27 @@ async def test_commands_go_up_in_contact_only_and_are_repeated_until_accepted(ch
     assert [open_command(c, RING).name for c in chain.node.commands][-1] == "ping"
 
 
+async def test_a_full_disk_holds_commands_back_and_loses_none(
+    chain: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = chain.archive.next_sequence
+    tried = 0
+
+    def full(node: str, key_id: str) -> int:
+        nonlocal tried
+        tried += 1
+        raise StoreFull("disk full")
+
+    monkeypatch.setattr("hil.ground.FULL_S", 0.05)
+    monkeypatch.setattr(chain.archive, "next_sequence", full)
+    chain.ground.uplink.queue([Ping()])
+    await chain.contact(True)
+    await until(lambda: tried >= 2)
+    assert chain.node.commands == []
+    monkeypatch.setattr(chain.archive, "next_sequence", real)
+    await until(lambda: chain.ground.uplink.counts.accepted == 1)
+
+
 async def test_acknowledgement_lost_with_the_link_is_repeated_in_the_next_contact(chain: Chain) -> None:
     await chain.contact(True)
     await asyncio.wait_for(chain.node.link.connected.wait(), 5)

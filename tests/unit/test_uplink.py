@@ -100,6 +100,24 @@ def test_sequence_numbers_can_be_carried_on() -> None:
     assert one(up.tick(0.0, T0, in_contact=True)).seq == 40
 
 
+def test_a_command_that_cannot_be_numbered_waits() -> None:
+    fail = True
+
+    def number(key_id: str) -> int:
+        if fail:
+            raise OSError("disk full")
+        return 7
+
+    up = Uplink("penumbra-1", RING, number)
+    up.queue([Ping()])
+    with pytest.raises(OSError, match="full"):
+        up.tick(0.0, T0, in_contact=True)
+    assert up.pending == 1
+    fail = False
+    assert one(up.tick(1.0, T0, in_contact=True)).seq == 7
+    assert up.pending == 1
+
+
 def test_a_node_that_takes_no_more_in_the_time_is_asked_again() -> None:
     up = uplink()
     first = one(up.tick(0.0, T0, in_contact=True))
