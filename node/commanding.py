@@ -44,6 +44,8 @@ BURST = 64
 """New commands taken at once after a quiet time (assumed)."""
 SCHEDULE_TICK_S = 0.05
 """How often the schedule is looked at, s (assumed: small beside what commands take)."""
+SCHEDULE_REST_S = 1.0
+"""The same while the store takes nothing, s (assumed)."""
 KEY_COMMANDS = (commands.ActivateKey, commands.RetireKey, commands.Resync)
 OK = "ok"
 
@@ -140,6 +142,8 @@ class Commanding:
         self._rejections = {authentic: Throttle(1.0, burst=5) for authentic in (False, True)}
         self._repetitions = Throttle(1.0, burst=16)
         self._rate = Throttle(1 / RATE_HZ, burst=BURST)
+        self._stored = True
+        """Whether the store took the last scheduled command."""
 
     def offer(self, payload: bytes, topic: str | None = None) -> None:
         """Take a message, topic None for that of commands. Nobody without a key gets into the queue."""
@@ -166,7 +170,7 @@ class Commanding:
     async def _watch_schedule(self) -> None:
         """Wake the task that executes when the time of a scheduled command has come."""
         while True:
-            await asyncio.sleep(SCHEDULE_TICK_S)
+            await asyncio.sleep(SCHEDULE_TICK_S if self._stored else SCHEDULE_REST_S)
             if self._due_ns() is not None:
                 self._wake()
 
@@ -179,9 +183,8 @@ class Commanding:
         while True:
             authentic = await self._inbox.get()
             self.pulse.beat()
-            while (due_ns := self._due_ns()) is not None:
-                if not await self._execute_entry(due_ns):
-                    break
+            while (due_ns := self._due_ns()) is not None and await self._execute_entry(due_ns):
+                pass
             if authentic is None:
                 continue
             now_ns = self._recorder.now_ns()
@@ -199,9 +202,10 @@ class Commanding:
                     self._report_rejected(rejected)
 
     def _report_rejected(self, rejected: Rejected) -> None:
-        _log.warning("command rejected (%s): %s", rejected.code, rejected.text)
-        if self._rejections[rejected.authentic].admit(time.monotonic()) is None:
+        count = self._rejections[rejected.authentic].admit(time.monotonic())
+        if count is None:
             return
+        _log.warning("command rejected (%s, %d of late): %s", rejected.code, count, rejected.text)
         self._recorder.post(self._authenticator.report())
         if rejected.authentic and rejected.key_id is not None and rejected.seq is not None:
             # Its sender holds the key, and waits for an answer.
@@ -254,9 +258,11 @@ class Commanding:
         try:
             executed = await self._database.run(lambda c: self._transact_entry(c, now_ns))
         except (StoreFull, sqlite3.Error) as error:
+            self._stored = False
             _log.error("scheduled command not executed: %s", error)
             await self._database.run(self._follow_disk)
             return False
+        self._stored = True
         if executed is not None:
             self._on_executed(executed)
         return True
@@ -269,7 +275,7 @@ class Commanding:
         late_ns = now_ns - entry.t_ns
         if not entry.sound:
             answer = Answer(
-                [order.report(Stage.STARTED, "damaged", "not what was sent: it has another CRC-32C")]
+                [order.report(Stage.STARTED, "damaged", "its copies on board are struck beyond a vote")]
             )
         elif late_ns > SKIP_AFTER_NS:
             answer = Answer(
@@ -284,14 +290,14 @@ class Commanding:
     def _execute_in(self, connection: sqlite3.Connection, order: Order) -> Answer:
         """Check the arguments and take the durable effect, reporting each stage."""
         answer = Answer([])
-        accepted = [] if order.entry is not None else [Stage.ACCEPTED]
+        stages = (Stage.ACCEPTED, Stage.STARTED) if order.entry is None else (Stage.STARTED,)
         try:
             arguments = commands.parse_arguments(order.name, order.args)
         except CommandError as error:
             code = error.code or commands.ArgumentCode.BAD_ARGUMENT
-            answer.reports.append(order.report([*accepted, Stage.STARTED][0], code, str(error)))
+            answer.reports.append(order.report(stages[0], code, str(error)))
             return answer
-        for stage in (*accepted, Stage.STARTED):
+        for stage in stages:
             answer.reports.append(order.report(stage))
         if isinstance(arguments, commands.Ping):
             answer.reports.append(order.report(Stage.PROGRESS))

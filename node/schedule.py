@@ -1,8 +1,9 @@
 """Commands for later: a durable schedule by mission time, and named sequences that are put into it.
 
 A sequence is stored under its name, each step with the CRC-32C the ground gave it; starting it puts its steps
-into the schedule, stopping it takes them out. Every entry is checked against its CRC before it is executed.
-All methods take the connection and are meant for `telemetry.database.Database.run`.
+into the schedule, stopping it takes them out. Entries and sequences are kept in three copies and voted when
+they are read: a struck copy is outvoted, and what is beyond a vote is reported and not executed. All methods
+take the connection and are meant for `telemetry.database.Database.run`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import msgspec
 
 from telemetry.commands import SequenceStep, step_crc
 from telemetry.packets import CommandSchedule, ScheduledCommand
+from telemetry.voting import Unvoted, decode3, encode3
 
 MAX_ENTRIES = 256
 """Entries the schedule holds (assumed: a day of contacts, and room)."""
@@ -27,14 +29,21 @@ _SCHEMA = (
     """CREATE TABLE IF NOT EXISTS schedule (
         entry INTEGER PRIMARY KEY AUTOINCREMENT,
         t_ns INTEGER NOT NULL,
-        name TEXT NOT NULL,
-        args BLOB NOT NULL,
-        crc INTEGER NOT NULL,
-        key_id TEXT NOT NULL,
-        seq INTEGER NOT NULL,
-        sequence TEXT)""",
+        sequence TEXT,
+        record BLOB NOT NULL)""",
     "CREATE TABLE IF NOT EXISTS sequences (name TEXT PRIMARY KEY, steps BLOB NOT NULL)",
 )
+
+
+class _Record(msgspec.Struct, frozen=True, array_like=True):
+    """An entry as stored, three times. The columns beside it are for finding it."""
+
+    t_ns: int
+    name: str
+    args: dict[str, Any]
+    key_id: str
+    seq: int
+    sequence: str | None
 
 
 class ScheduleError(ValueError):
@@ -63,7 +72,7 @@ class Entry:
     args: dict[str, Any]
     origin: Origin
     sound: bool
-    """Whether it is what the ground sent."""
+    """Whether it is what the ground sent; if not, all but its number is unknown."""
 
 
 class Schedule:
@@ -87,35 +96,17 @@ class Schedule:
         self, connection: sqlite3.Connection, t_ns: int, name: str, args: dict[str, Any], origin: Origin
     ) -> int:
         """Add a command; return the number of its entry. Raises `ScheduleError` when the schedule is full."""
-        entry = self._insert(connection, t_ns, name, args, origin=origin, sequence=None)
+        entry = self._insert(connection, _Record(t_ns, name, args, origin.key_id, origin.seq, None))
         self.look(connection)
         return entry
 
-    def _insert(
-        self,
-        connection: sqlite3.Connection,
-        t_ns: int,
-        name: str,
-        args: dict[str, Any],
-        *,
-        origin: Origin,
-        sequence: str | None,
-    ) -> int:
+    def _insert(self, connection: sqlite3.Connection, record: _Record) -> int:
         (count,) = connection.execute("SELECT COUNT(*) FROM schedule").fetchone()
         if count >= MAX_ENTRIES:
             raise ScheduleError("schedule_full", f"{count} entries already")
         cursor = connection.execute(
-            "INSERT INTO schedule (t_ns, name, args, crc, key_id, seq, sequence) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (
-                t_ns,
-                name,
-                msgspec.msgpack.encode(args),
-                step_crc(name, args),
-                origin.key_id,
-                origin.seq,
-                sequence,
-            ),
+            "INSERT INTO schedule (t_ns, sequence, record) VALUES (?, ?, ?)",
+            (record.t_ns, record.sequence, _encode(record)),
         )
         return int(cursor.lastrowid or 0)
 
@@ -133,40 +124,41 @@ class Schedule:
         ScheduleError
             There is no such entry, or one would come to lie in the past: then none is moved.
         """
-        found = connection.execute(
-            "SELECT entry, t_ns FROM schedule WHERE entry = ? OR ? IS NULL", (entry, entry)
+        rows = connection.execute(
+            "SELECT entry, record FROM schedule WHERE entry = ? OR ? IS NULL", (entry, entry)
         ).fetchall()
-        if entry is not None and not found:
+        if entry is not None and not rows:
             raise ScheduleError("unknown_entry", f"no entry {entry} in the schedule")
-        for number, t_ns in found:
-            if not now_ns < t_ns + by_ns < 2**63:
+        # What is beyond a vote stays where it is, and is reported when its time comes.
+        found = [(number, record) for number, blob in rows if (record := _decode(blob)) is not None]
+        for number, record in found:
+            if not now_ns < record.t_ns + by_ns < 2**63:
                 raise ScheduleError("in_the_past", f"entry {number} would not lie ahead: none is moved")
-        for number, t_ns in found:
-            connection.execute("UPDATE schedule SET t_ns = ? WHERE entry = ?", (t_ns + by_ns, number))
+        for number, record in found:
+            moved = msgspec.structs.replace(record, t_ns=record.t_ns + by_ns)
+            connection.execute(
+                "UPDATE schedule SET t_ns = ?, record = ? WHERE entry = ?",
+                (moved.t_ns, _encode(moved), number),
+            )
         self.look(connection)
         return len(found)
 
     def take_due(self, connection: sqlite3.Connection, now_ns: int) -> Entry | None:
         """Take the earliest entry whose time has come out of the schedule; None if there is none."""
         row = connection.execute(
-            "SELECT entry, t_ns, name, args, crc, key_id, seq FROM schedule WHERE t_ns <= ? "
-            "ORDER BY t_ns, entry LIMIT 1",
-            (now_ns,),
+            "SELECT entry, t_ns, record FROM schedule WHERE t_ns <= ? ORDER BY t_ns, entry LIMIT 1", (now_ns,)
         ).fetchone()
         if row is None:
             self.look(connection)
             return None
-        number, t_ns, name, blob, crc, key_id, seq = row
+        number, t_ns, blob = row
         connection.execute("DELETE FROM schedule WHERE entry = ?", (number,))
         self.look(connection)
-        args: dict[str, Any] = {}
-        sound = False
-        try:
-            args = msgspec.msgpack.decode(blob, type=dict[str, Any])
-            sound = step_crc(name, args) == crc
-        except msgspec.DecodeError:
-            pass
-        return Entry(number, t_ns, name, args, Origin(key_id, seq), sound)
+        record = _decode(blob)
+        if record is None or record.t_ns != t_ns:
+            return Entry(number, t_ns, "", {}, Origin("", 0), sound=False)
+        origin = Origin(record.key_id, record.seq)
+        return Entry(number, t_ns, record.name, record.args, origin, sound=True)
 
     def load(self, connection: sqlite3.Connection, name: str, steps: Sequence[SequenceStep]) -> None:
         """Store a sequence, in the place of one of that name.
@@ -184,7 +176,7 @@ class Schedule:
             raise ScheduleError("too_many_sequences", f"{others} are loaded already")
         connection.execute(
             "INSERT INTO sequences VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET steps = excluded.steps",
-            (name, msgspec.msgpack.encode(list(steps))),
+            (name, encode3(msgspec.msgpack.encode(list(steps)))),
         )
 
     def start(self, connection: sqlite3.Connection, name: str, now_ns: int, origin: Origin) -> int:
@@ -200,14 +192,14 @@ class Schedule:
             raise ScheduleError("unknown_sequence", f"no sequence {name!r} is loaded")
         self._not_running(connection, name)
         try:
-            steps = msgspec.msgpack.decode(row[0], type=list[SequenceStep])
-        except msgspec.DecodeError:
+            steps = msgspec.msgpack.decode(decode3(row[0]).value, type=list[SequenceStep])
+        except (Unvoted, msgspec.DecodeError):
             raise ScheduleError("damaged", f"sequence {name!r} is damaged: load it again") from None
         t_ns = now_ns
         for number, step in enumerate(steps):
             _check_step(number, step)
             t_ns += round(step.delay_s * 1e9)
-            self._insert(connection, t_ns, step.command, step.args, origin=origin, sequence=name)
+            self._insert(connection, _Record(t_ns, step.command, step.args, origin.key_id, origin.seq, name))
         self.look(connection)
         return len(steps)
 
@@ -225,19 +217,35 @@ class Schedule:
 
     def report(self, connection: sqlite3.Connection) -> CommandSchedule:
         """Return what is scheduled and loaded."""
-        entries = connection.execute(
-            "SELECT entry, t_ns, name, key_id, seq, sequence FROM schedule ORDER BY t_ns, entry"
-        )
+        rows = connection.execute("SELECT entry, record FROM schedule ORDER BY t_ns, entry")
+        sound = [(entry, record) for entry, blob in rows if (record := _decode(blob)) is not None]
         sequences = connection.execute("SELECT name FROM sequences ORDER BY name")
         return CommandSchedule(
             entries=[
                 ScheduledCommand(
-                    entry=entry, execute_ns=t_ns, name=name, key_id=key_id, command_seq=seq, sequence=sequence
+                    entry=entry,
+                    execute_ns=record.t_ns,
+                    name=record.name,
+                    key_id=record.key_id,
+                    command_seq=record.seq,
+                    sequence=record.sequence,
                 )
-                for entry, t_ns, name, key_id, seq, sequence in entries
+                for entry, record in sound
             ],
             sequences=[name for (name,) in sequences],
         )
+
+
+def _encode(record: _Record) -> bytes:
+    return encode3(msgspec.msgpack.encode(record))
+
+
+def _decode(blob: bytes) -> _Record | None:
+    """Return an entry by the vote of its copies; None beyond a vote."""
+    try:
+        return msgspec.msgpack.decode(decode3(blob).value, type=_Record)
+    except (Unvoted, msgspec.DecodeError):
+        return None
 
 
 def _check_step(number: int, step: SequenceStep) -> None:

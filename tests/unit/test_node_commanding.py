@@ -392,22 +392,59 @@ async def test_a_sequence_runs_step_by_step_and_can_be_stopped(tmp_path: Path) -
         assert ground.schedule.next_ns is None
 
 
-async def test_a_struck_entry_is_not_executed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("copies", [1, 2, 3])
+async def test_a_struck_entry_is_outvoted_or_not_executed(tmp_path: Path, copies: int) -> None:
     insert = commands.ScheduleInsert(t_ns=NOW_NS + 500, command="set_power_cap", args={"power_w": 5.0})
     async with open_ground(tmp_path) as ground:
         await ground.send(ground.sign(insert))
 
         def strike(connection: sqlite3.Connection) -> None:
-            args = bytearray(connection.execute("SELECT args FROM schedule").fetchone()[0])
-            args[-3] ^= 1
-            connection.execute("UPDATE schedule SET args = ?", (bytes(args),))
+            record = bytearray(connection.execute("SELECT record FROM schedule").fetchone()[0])
+            for copy in range(copies):
+                record[copy * len(record) // 3 + 10] ^= 1
+            connection.execute("UPDATE schedule SET record = ?", (bytes(record),))
 
         await ground.database.run(strike)
         ground.mission_ns = NOW_NS + 500
         await until(lambda: ground.schedule.next_ns is None)
         answer = last(await ground.send())
-        assert (answer.entry, answer.code) == (1, "damaged")
+        executed = any(isinstance(a, commands.SetPowerCap) for a in ground.executed)
+        assert (answer.entry, answer.code, executed) == (
+            (1, "ok", True) if copies < 3 else (1, "damaged", False)
+        )
+
+
+async def test_an_entry_found_at_another_time_than_it_says_is_not_executed(tmp_path: Path) -> None:
+    insert = commands.ScheduleInsert(t_ns=NOW_NS + 10**9, command="set_power_cap", args={"power_w": 5.0})
+    async with open_ground(tmp_path) as ground:
+        await ground.send(ground.sign(insert))
+        await ground.database.run(lambda c: c.execute("UPDATE schedule SET t_ns = ?", (NOW_NS - 1,)))
+        await ground.database.run(ground.schedule.look)
+        await until(lambda: ground.schedule.next_ns is None)
+        assert last(await ground.send()).code == "damaged"
         assert not any(isinstance(a, commands.SetPowerCap) for a in ground.executed)
+
+
+async def test_a_full_disk_leaves_the_scheduled_command_where_it_is_and_it_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "SCHEDULE_REST_S", 0.2)
+    insert = commands.ScheduleInsert(t_ns=NOW_NS + 500, command="set_power_cap", args={"power_w": 5.0})
+    async with open_ground(tmp_path) as ground:
+        await ground.send(ground.sign(insert))
+        append = ground.spool.append
+
+        def full(*_: object) -> int:
+            raise StoreFull("no room")
+
+        monkeypatch.setattr(ground.spool, "append", full)
+        ground.mission_ns = NOW_NS + 500
+        await asyncio.sleep(0.7)
+        assert ground.executed == [insert]
+        assert ground.schedule.next_ns == NOW_NS + 500
+        assert 1 <= sum("not executed" in record.message for record in caplog.records) <= 6
+        monkeypatch.setattr(ground.spool, "append", append)
+        await until(lambda: commands.SetPowerCap(power_w=5.0) in ground.executed)
 
 
 async def test_rates_are_remembered(tmp_path: Path) -> None:
