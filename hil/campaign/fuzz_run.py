@@ -20,7 +20,8 @@ from typing import Final
 import crc32c
 import msgspec
 
-from hil.bench.link_load import NODE, T0_NS, backlog
+from hil.bench.link_load import NODE, T0_NS
+from hil.campaign.fuzz_seeds import examples
 from hil.campaign.hostile import KEY, RING, hostile_commands
 from hil.campaign.mutations import mutate
 from hil.campaign.records import SUMMARY, Header, write_header, write_json
@@ -32,7 +33,7 @@ from telemetry.envelope import encode_command, make_command
 from telemetry.errors import PenumbraError
 from telemetry.flow import Flow, decode_flow, encode_flow
 from telemetry.frame import FrameError, decode_frame, encode_frame
-from telemetry.packets import BY_TYPE, Stream
+from telemetry.packets import Stream
 from telemetry.signed import SignedError
 
 CORPUS: Final = "corpus.msgpack"
@@ -116,14 +117,10 @@ def _read_bus(data: bytes) -> object:
 
 def targets() -> list[Target]:
     """Return every decoder that takes bytes from outside, with sound seeds."""
-    of_type = {packet.type_name: packet for packet, _ in backlog(61) if packet.type_name != "product_chunk"}
-    missing = set(BY_TYPE) - set(of_type)
     frames = tuple(
         encode_frame(node=NODE, boot=1, seq=seq, t_ns=T0_NS, packet=packet)
-        for seq, packet in enumerate(of_type.values())
+        for seq, packet in enumerate(examples())
     )
-    if len(frames) < 6:
-        raise RuntimeError(f"no seeds for {missing}")
     block = encode_block(frames * 4)
     ack = encode_ack(Ack(node=NODE, boot=1, stream=Stream.EVENT, upto=90, gaps=[(3, 5), (8, 8)]), KEY)
     flow = encode_flow(Flow(node=NODE, t_ns=T0_NS, records=100, valid_s=3.0), KEY)
@@ -217,18 +214,18 @@ def fuzz_commands(count: int, chance: random.Random, corpus: Corpus) -> CommandR
     connection = sqlite3.connect(":memory:", isolation_level=None)
     authenticator = Authenticator(NODE, RING)
     authenticator.load(connection)
-    examples: list[commands.Arguments] = [
+    given: list[commands.Arguments] = [
         commands.Ping(),
         commands.Infer(job="j", prompt="Why is the sky blue?", max_tokens=64),
         commands.SetPowerCap(power_w=7.5),
         commands.SequenceLoad(sequence="dawn", steps=(commands.make_step(commands.Ping(), 1.0),)),
     ]
     seeds = []
-    for seq, arguments in enumerate(examples * 2):
+    for seq, arguments in enumerate(given * 2):
         command = make_command(
             arguments, key_id=KEY.id, seq=seq, t_issue_ns=T0_NS - 1, t_expire_ns=T0_NS + 10**12, node=NODE
         )
-        seeds.append(encode_command(command, RING, sealed=seq >= len(examples)))
+        seeds.append(encode_command(command, RING, sealed=seq >= len(given)))
     # Half of them are accepted already, as what a stranger has recorded: those may be answered, not executed.
     for payload in seeds[::2]:
         verdict = authenticator.check(payload, T0_NS)

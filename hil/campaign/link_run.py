@@ -22,7 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -282,6 +282,18 @@ def _check(connection: sqlite3.Connection, archive: Archive) -> tuple[LedgerChec
     return check, len({entry.boot for entry in ledger})
 
 
+def _without_amqtt(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Keep what the tasks of a killed amqtt die of off the terminal."""
+    if not type(context.get("exception")).__module__.startswith("amqtt"):
+        loop.default_exception_handler(context)
+
+
+def _first(group: BaseException) -> BaseException:
+    while isinstance(group, BaseExceptionGroup):
+        group = group.exceptions[0]
+    return group
+
+
 async def run_link(
     out: Path,
     *,
@@ -314,6 +326,12 @@ async def run_link(
                 count += 1
                 say(f"schedule {count} of {total}", count / total)
 
-        async with asyncio.TaskGroup() as group:
-            for _ in range(at_once):
-                group.create_task(work(), name="hil.campaign.link")
+        asyncio.get_running_loop().set_exception_handler(_without_amqtt)
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(at_once):
+                    group.create_task(work(), name="hil.campaign.link")
+        except ExceptionGroup as group:
+            if isinstance(error := _first(group), PenumbraError):
+                raise error from None
+            raise

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from hil.campaign import link_run
 from hil.campaign.link_ends import ARCHIVE_DB, NODE_DB
 from hil.campaign.link_run import LinkRecord, _read_books
 from hil.campaign.records import TRIALS, read_lines
 from hil.mosquitto import find_mosquitto
 from telemetry.archive import Archive
+from telemetry.errors import PenumbraError
 from telemetry.frame import encode_frame
 from telemetry.packets import Event, Severity
 from telemetry.spool import Spool
@@ -45,6 +47,18 @@ def test_a_few_schedules_keep_the_books_equal(tmp_path: Path) -> None:
         assert sum(record.faults.values()) >= 4
     assert "| all | 4 |" in done.stdout
     assert not list(out.glob("trial-*"))
+
+
+@pytest.mark.skipif(find_mosquitto() is None, reason="needs mosquitto")
+async def test_an_end_that_dies_by_itself_is_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(index: int, seed: int, root: Path, context: object) -> LinkRecord:
+        raise PenumbraError("the node's end died by itself, exit code 1")
+
+    monkeypatch.setattr(link_run, "run_trial", fail)
+    with pytest.raises(PenumbraError, match="died by itself"):
+        await link_run.run_link(tmp_path / "out", trials=3, seed=1, at_once=2)
 
 
 def test_a_record_that_is_missing_or_there_twice_is_found(tmp_path: Path) -> None:

@@ -10,11 +10,13 @@ import pytest
 
 from hil.campaign import fuzz_run
 from hil.campaign.fuzz_run import CORPUS, Corpus, FuzzResult, Target, fuzz_decoder, run_fuzz, targets
+from hil.campaign.fuzz_seeds import examples
 from hil.campaign.hostile import hostile_commands
 from hil.campaign.mutations import MUTATIONS, mutate
 from hil.campaign.records import SUMMARY
 from hil.campaign.report import make_report
 from telemetry.authenticator import Authenticator, Redelivered, Rejected
+from telemetry.packets import BY_TYPE
 
 KEPT = Path(__file__).parents[1] / "corpus" / "fuzz.msgpack"
 EXPECTED = {
@@ -34,6 +36,10 @@ EXPECTED = {
     "recovery key out of its rights": {"not_permitted"},
     "resync with a key for commands": {"not_permitted"},
 }
+
+
+def test_there_is_a_seed_of_every_packet_type() -> None:
+    assert sorted(packet.type_name for packet in examples()) == sorted(BY_TYPE)
 
 
 def test_each_attack_is_rejected_for_its_own_reason() -> None:
