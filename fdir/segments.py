@@ -59,17 +59,29 @@ def code_mappings(maps: str) -> list[CodeMapping]:
     -------
     In order of address; those that are not executable only of files that have an executable one as well.
     """
-    found: list[CodeMapping] = []
+    found = [mapping for rights, mapping in _mappings(maps) if rights in {"r-xp", "r--p"}]
+    code = {mapping.path for mapping in found if mapping.executable}
+    return [mapping for mapping in found if mapping.path in code]
+
+
+def file_mappings(maps: str, name: str) -> list[CodeMapping]:
+    """Find the mappings of files of a name, whatever their rights, in order of address."""
+    return [mapping for _, mapping in _mappings(maps) if mapping.path.rpartition("/")[2] == name]
+
+
+def _mappings(maps: str) -> list[tuple[str, CodeMapping]]:
+    """Return rights and place of every mapping of a file."""
+    found: list[tuple[str, CodeMapping]] = []
     for line in maps.splitlines():
         fields = line.split(maxsplit=5)
-        if len(fields) < 6 or not fields[5].startswith("/") or fields[1] not in {"r-xp", "r--p"}:
+        if len(fields) < 6 or not fields[5].startswith("/"):
             continue
         start, end = (int(part, 16) for part in fields[0].split("-"))
         path = fields[5].removesuffix(" (deleted)").replace("\\012", "\n")
-        deleted = fields[5].endswith(" (deleted)")
-        found.append(CodeMapping(start, end - start, int(fields[2], 16), path, fields[1] == "r-xp", deleted))
-    code = {mapping.path for mapping in found if mapping.executable}
-    return [mapping for mapping in found if mapping.path in code]
+        deleted, rights = fields[5].endswith(" (deleted)"), fields[1]
+        mapping = CodeMapping(start, end - start, int(fields[2], 16), path, rights == "r-xp", deleted)
+        found.append((rights, mapping))
+    return found
 
 
 @dataclass(slots=True)

@@ -261,9 +261,16 @@ def load_table(path: Path | None = None) -> Table:
     """
     path = PACKAGED if path is None else path
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
     except OSError as error:
         raise PenumbraError(f"{path}: {error.strerror}", "give the path of a readable TOML file") from error
+    return read_table(content, path)
+
+
+def read_table(content: bytes, path: Path) -> Table:
+    """Return the table that bytes of TOML hold; `path` is for messages. Raises as `load_table`."""
+    try:
+        raw = tomllib.loads(content.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise PenumbraError(
             f"{path}: no TOML: {error}", "mend the syntax where the message points"

@@ -5,24 +5,14 @@ The supervisor must not load the inference stack, so `node.inference.mending` do
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import tempfile
 import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, Literal
+from typing import Literal
 
 import msgspec
 
-from telemetry.errors import PenumbraError
-
-_POLL_S: Final = 0.05
-"""How often the process, the time and `cancel` are looked at, s."""
-_LOG_BYTES: Final = 2000
-"""What is kept of what a process said that failed, bytes."""
+from node.image_process import run_image_process
 
 
 class ImageRepair(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -44,11 +34,6 @@ class ImageRepair(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     notes: tuple[str, ...] = ()
     """What was tried before without success, and why not."""
     took_s: float = 0.0
-
-
-class _Failure(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    what: str
-    mend: str
 
 
 def repair_image(
@@ -103,37 +88,6 @@ def refill_slot(
 
 
 def _run(arguments: Sequence[str], timeout_s: float, cancel: threading.Event | None) -> ImageRepair:
-    command = [sys.executable, "-m", "node.inference.mending", "--parent", str(os.getpid()), *arguments]
-    deadline_s = time.monotonic() + timeout_s
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as log:
-        try:
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=log)
-        except OSError as error:
-            raise PenumbraError(f"image repair cannot be started: {error.strerror}") from error
-        try:
-            while process.poll() is None:
-                if cancel is not None and cancel.wait(_POLL_S):
-                    raise PenumbraError("image repair was cancelled")
-                if cancel is None:
-                    time.sleep(_POLL_S)
-                if time.monotonic() > deadline_s:
-                    raise PenumbraError(
-                        f"image repair took more than {timeout_s:g} s and was killed",
-                        "give it more time, or verify the slots: `penumbra model verify`",
-                    )
-        finally:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
-        out.seek(0)
-        answer = out.read()
-        log.seek(max(0, log.seek(0, os.SEEK_END) - _LOG_BYTES))
-        said = log.read().decode("utf-8", "replace")
-    try:
-        if process.returncode == 0:
-            return msgspec.json.decode(answer, type=ImageRepair)
-        failure = msgspec.json.decode(answer, type=_Failure)
-    except msgspec.DecodeError:
-        last = said.strip().splitlines()[-1:] or ["it said nothing"]
-        raise PenumbraError(f"image repair ended with code {process.returncode}: {last[0]}") from None
-    raise PenumbraError(failure.what, failure.mend)
+    return run_image_process(
+        "image repair", "node.inference.mending", arguments, ImageRepair, timeout_s=timeout_s, cancel=cancel
+    )

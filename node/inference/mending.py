@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import hashlib
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -36,13 +34,13 @@ from fdir.parity import DATA_PAGES, PARITY_PAGES, ParityFile, group_count
 from node.image_repair import ImageRepair
 from node.inference import manifest as m
 from node.inference.image import verify_image
+from node.inference.image_process_main import answer
 from node.inference.slot_files import copy_image, exclusive
 from node.inference.slots import ACTIVE, active_slot, switch_slot
 from telemetry.errors import PenumbraError
 
 _CHUNK: Final = 1 << 20
 """Bytes read at once."""
-_PR_SET_PDEATHSIG: Final = 1
 
 
 @dataclass
@@ -383,12 +381,6 @@ def _mend_parity(image: Path, other: Path, table: PageTable, done: Mended) -> No
         file.close()
 
 
-def _die_with_parent(parent: int) -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
-        raise SystemExit(1)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run; return the exit code."""
     parser = argparse.ArgumentParser(prog="penumbra-mending", description="Make the model image whole.")
@@ -398,21 +390,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--refill", action="store_true")
     parser.add_argument("--parent", type=int, help="end when this process does")
     args = parser.parse_args(argv)
-    if args.parent is not None:
-        _die_with_parent(args.parent)
-    # Libraries may print; stdout is for the outcome.
-    out = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        done = (
+    return answer(
+        lambda: (
             refill(args.images, args.slot) if args.refill else repair_slots(args.images, args.slot, args.gguf)
-        )
-        answer, code = msgspec.json.encode(done), 0
-    except PenumbraError as error:
-        answer, code = msgspec.json.encode({"what": error.what, "mend": error.mend}), 2
-    with os.fdopen(out, "wb") as file:
-        file.write(answer)
-    return code
+        ),
+        args.parent,
+    )
 
 
 if __name__ == "__main__":

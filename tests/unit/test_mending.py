@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from fdir.golden import PAGE_SIZE
-from node import image_repair
+from node import image_process
 from node.image_repair import ImageRepair, refill_slot, repair_image
 from node.inference import mending
 from node.inference.image import verify_image
@@ -303,7 +303,7 @@ def _python(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     def start(command: list[str], **kwargs: object) -> subprocess.Popen[bytes]:
         return real([command[0], "-c", code], **kwargs)  # type: ignore[call-overload, no-any-return]
 
-    monkeypatch.setattr(image_repair.subprocess, "Popen", start)
+    monkeypatch.setattr(image_process.subprocess, "Popen", start)
 
 
 def test_a_process_that_crashes_is_told_with_its_last_words(tmp_path, monkeypatch):
@@ -397,8 +397,9 @@ def test_it_ends_with_its_parent(images):
     """Its parent is a process that starts it and is killed."""
     code = (
         "import subprocess, sys, os;"
-        "p = subprocess.Popen([sys.executable, '-c', 'import time, os; from node.inference import mending;"
-        ' mending._die_with_parent(int(os.environ["P"])); print(1, flush=True); time.sleep(60)\'],'
+        "p = subprocess.Popen([sys.executable, '-c', 'import time, os;"
+        " from node.inference.image_process_main import die_with_parent;"
+        ' die_with_parent(int(os.environ["P"])); print(1, flush=True); time.sleep(60)\'],'
         " env=os.environ | {'P': str(os.getpid())}, stdout=subprocess.PIPE);"
         "p.stdout.readline(); print(p.pid, flush=True); import time; time.sleep(60)"
     )
