@@ -32,6 +32,7 @@ from telemetry import (
     spool,
     summary,
     topics,
+    upload,
 )
 
 PATH = Path(__file__).resolve().parent.parent / "docs" / "icd.md"
@@ -196,6 +197,7 @@ def _topic_section() -> str:
     rows.append((f"`{topics.tc(node)}`", "ground to node", "telecommand"))
     rows.append((f"`{topics.ack(node)}`", "ground to node", "acknowledgement of the archive"))
     rows.append((f"`{topics.flow(node)}`", "ground to node", "flow control"))
+    rows.append((f"`{topics.up(node)}`", "ground to node", "chunk of an upload"))
     for channel in topics.BUS_CHANNELS:
         way = "node to bus" if channel in bus.FROM_NODE else "bus to node"
         rows.append(
@@ -293,6 +295,7 @@ def generate() -> str:
         packets.RowReport,
         packets.PlanSegment,
         packets.ScheduledCommand,
+        packets.ProductPart,
         packets.StreamLedger,
         packets.KeyReport,
     ]
@@ -332,6 +335,8 @@ def generate() -> str:
         f"and the array. At most {ack.MAX_GAPS} gaps.\n\n{_fields(ack.Ack)}",
         f"## Flow control\n\n{_module_text(flow)}\nThe MAC covers the text `penumbra flow 1`, a zero byte, "
         f"and the array.\n\n{_fields(flow.Flow)}",
+        f"## Chunk of an upload\n\n{_module_text(upload)}\nThe MAC covers the text `penumbra upload 1`, a "
+        f"zero byte, and the array.\n\n{_fields(upload.Chunk)}",
         _command_section(),
         f"## Summary of a flight\n\n{inspect.cleandoc(summary.__doc__ or '')}\n",
         _struct(summary.Summary, "summary.json"),

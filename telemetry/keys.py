@@ -70,6 +70,7 @@ class Domain(StrEnum):
     COMMAND = "penumbra command 2"
     ACK = "penumbra ack 1"
     FLOW = "penumbra flow 1"
+    UPLOAD = "penumbra upload 1"
 
 
 class Key:

@@ -300,6 +300,27 @@ class Verification(Packet, frozen=True, kw_only=True):
     the telecommand that put it there. None for the telecommand itself."""
 
 
+class UploadReport(Packet, frozen=True, kw_only=True):
+    """What has arrived of the upload that is open, asked for by `upload_status`."""
+
+    stream: ClassVar[Stream] = Stream.VERIFICATION
+    type_name: ClassVar[str] = "upload"
+
+    sha256: str
+    """SHA-256 of the whole, hexadecimal; empty when no upload is open."""
+    kind: str = ""
+    """`image` or `fdir_table`."""
+    chunks: Count = 0
+    """Chunks it has."""
+    received: Count = 0
+    """Of these, how many the node holds on its disk."""
+    missing: list[tuple[int, int]] = []
+    """Ranges (first, last) of chunks it lacks, both included, ascending; the first 256 of them."""
+    refused: Count = 0
+    """Messages on the topic of uploads that were not taken, since boot: not authentic, of another upload, of
+    the wrong size, or more than could wait."""
+
+
 class ScheduledCommand(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """An entry of the schedule."""
 
@@ -585,6 +606,18 @@ ProductId = Annotated[
 ]
 
 
+class ProductPart(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A stretch of a memory dump."""
+
+    first_byte: Annotated[int, Meta(ge=0, description="byte")]
+    """Where it begins within the product."""
+    size_bytes: Annotated[int, Meta(ge=0, description="byte")]
+    file: str
+    """File it is mapped from."""
+    offset: Annotated[int, Meta(ge=0, description="byte")]
+    """Where it begins in that file."""
+
+
 class Product(Packet, frozen=True, kw_only=True):
     """Head of a large product: sent before its chunks, and all that is needed to verify the whole."""
 
@@ -597,6 +630,10 @@ class Product(Packet, frozen=True, kw_only=True):
     """`memory_dump` or `file`."""
     name: str
     """What it holds: name of the memory region, or of the file."""
+    first_byte: Annotated[int, Meta(ge=0, description="byte")] = 0
+    """Where it begins within the region."""
+    parts: list[ProductPart] = []
+    """Where its bytes come from, in order, for a region that is mapped from files."""
     size_bytes: Annotated[int, Meta(ge=0, description="byte")]
     chunk_bytes: Annotated[int, Meta(ge=1, description="byte")]
     """Size of every chunk but the last."""
@@ -617,8 +654,8 @@ class ProductChunk(Packet, frozen=True, kw_only=True):
 
 
 PACKETS: tuple[type[Packet], ...] = (
-    Housekeeping, Event, Result, Verification, CommandSchedule, FdirReport, FlightRecord, FdirStatus,
-    BootReport, PowerPlan, Ledger, SecurityReport, Product, ProductChunk,
+    Housekeeping, Event, Result, Verification, CommandSchedule, UploadReport, FdirReport, FlightRecord,
+    FdirStatus, BootReport, PowerPlan, Ledger, SecurityReport, Product, ProductChunk,
 )  # fmt: skip
 """Every packet type, in the order of the ICD."""
 

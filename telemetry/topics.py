@@ -58,6 +58,11 @@ def flow(node: str) -> str:
     return f"{ROOT}/{node}/flow"
 
 
+def up(node: str) -> str:
+    """Chunks of an upload, ground to node."""
+    return f"{ROOT}/{node}/up"
+
+
 def bus(node: str, channel: str) -> str:
     """Spacecraft bus channel, from the bus to the node; `load` and `request` go the other way."""
     return f"{ROOT}/{node}/bus/{channel}"

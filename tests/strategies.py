@@ -17,6 +17,8 @@ from telemetry.commands import (
     Arguments,
     Arm,
     Cancel,
+    DeleteProduct,
+    DumpMemory,
     ExternalControl,
     Infer,
     LoadFdir,
@@ -25,10 +27,12 @@ from telemetry.commands import (
     RearmFdir,
     RecomputeBaseline,
     ReportLedger,
+    ResendProduct,
     ResetCounters,
     RestartWorker,
     Resync,
     RetireKey,
+    RollbackImage,
     ScheduleDelete,
     ScheduleInsert,
     ScheduleList,
@@ -42,6 +46,11 @@ from telemetry.commands import (
     SetMode,
     SetPowerCap,
     SetRates,
+    SwitchImage,
+    UploadAbort,
+    UploadBegin,
+    UploadCommit,
+    UploadStatus,
 )
 from telemetry.envelope import Command, make_command
 from telemetry.sampling import MAX_TOP_K, Sampling
@@ -262,11 +271,25 @@ PACKETS: dict[str, st.SearchStrategy[p.Packet]] = {
         last_reason=st.none() | texts,
         keys=st.dictionaries(texts, key_reports, max_size=2),
     ),
+    "upload": st.builds(
+        p.UploadReport,
+        sha256=texts,
+        kind=texts,
+        chunks=counts,
+        received=counts,
+        missing=st.lists(st.tuples(counts, counts), max_size=3),
+        refused=counts,
+    ),
     "product": st.builds(
         p.Product,
         product=job_ids,
         kind=st.sampled_from(["memory_dump", "file"]),
         name=texts,
+        first_byte=counts,
+        parts=st.lists(
+            st.builds(p.ProductPart, first_byte=counts, size_bytes=counts, file=texts, offset=counts),
+            max_size=2,
+        ),
         size_bytes=counts,
         chunk_bytes=st.integers(1, 2**31),
         sha256=texts,
@@ -299,6 +322,8 @@ steps = st.builds(
     crc32c=st.integers(0, 2**32 - 1),
 )
 key_ids = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}", fullmatch=True)
+sha256s = st.from_regex(r"[0-9a-f]{64}", fullmatch=True)
+chunk_indexes = st.integers(0, 2**32 - 1)
 row_ids = st.sampled_from(["*", "weights.digest", "node.memory", "a.b_2.c"])
 arguments: st.SearchStrategy[Arguments] = st.one_of(
     st.builds(Ping),
@@ -319,7 +344,7 @@ arguments: st.SearchStrategy[Arguments] = st.one_of(
     st.builds(RearmFdir, row=row_ids),
     st.builds(ExternalControl, on=st.booleans()),
     st.builds(ResetCounters),
-    st.builds(LoadFdir),
+    st.builds(LoadFdir, source=st.sampled_from(["configured", "uplinked", "previous"])),
     st.builds(ScrubNow, region=st.sampled_from(["supervisor.code", "config"])),
     st.builds(QueryFdir, recorder=st.booleans()),
     st.builds(ActivateKey, key=key_ids),
@@ -337,6 +362,26 @@ arguments: st.SearchStrategy[Arguments] = st.one_of(
     st.builds(RestartWorker),
     st.builds(RecomputeBaseline, region=st.sampled_from(["supervisor.code", "config"])),
     st.builds(SetRates, housekeeping_s=st.none() | st.floats(0.05, 3600)),
+    st.builds(
+        DumpMemory,
+        region=st.sampled_from(["supervisor.code", "worker.weights"]),
+        first_byte=st.integers(0, 2**40),
+        size_bytes=st.integers(1, 16 << 20),
+    ),
+    st.builds(ResendProduct, product=job_ids, first=chunk_indexes, last=st.none() | chunk_indexes),
+    st.builds(DeleteProduct, product=job_ids),
+    st.builds(
+        UploadBegin,
+        kind=st.sampled_from(["image", "fdir_table"]),
+        sha256=sha256s,
+        size_bytes=st.integers(1, 16 << 30),
+        chunk_bytes=st.integers(256, 65536),
+    ),
+    st.builds(UploadStatus),
+    st.builds(UploadAbort),
+    st.builds(UploadCommit, sha256=sha256s),
+    st.builds(SwitchImage, slot=st.sampled_from(["a", "b"])),
+    st.builds(RollbackImage),
 )
 """Of every command that any key may give."""
 resyncs = st.builds(Resync, key=key_ids, last_seq=sequences)

@@ -35,6 +35,7 @@ from telemetry.flow import Flow, decode_flow, encode_flow
 from telemetry.frame import FrameError, decode_frame, encode_frame
 from telemetry.packets import Stream
 from telemetry.signed import SignedError
+from telemetry.upload import Chunk, decode_chunk, encode_chunk
 
 CORPUS: Final = "corpus.msgpack"
 MAX_CORPUS: Final = 250
@@ -44,7 +45,7 @@ RESEALED: Final = 4
 _DETAIL: Final = re.compile(r"'[^']*'|`[^`]*`|\(.*?\)|\d+")
 SLOW_MS: Final = 1000.0
 """An input that takes longer is a finding: no message of these sizes may hold the event loop up so long."""
-SHARES: Final = {"frame": 0.9, "block": 0.02, "ack": 0.03, "flow": 0.03, "bus": 0.02}
+SHARES: Final = {"frame": 0.9, "block": 0.02, "ack": 0.02, "flow": 0.02, "upload": 0.02, "bus": 0.02}
 
 
 class DecoderResult(msgspec.Struct, kw_only=True):
@@ -124,6 +125,7 @@ def targets() -> list[Target]:
     block = encode_block(frames * 4)
     ack = encode_ack(Ack(node=NODE, boot=1, stream=Stream.EVENT, upto=90, gaps=[(3, 5), (8, 8)]), KEY)
     flow = encode_flow(Flow(node=NODE, t_ns=T0_NS, records=100, valid_s=3.0), KEY)
+    chunk = encode_chunk(Chunk(node=NODE, sha256=bytes(range(32)), index=3, data=bytes(range(200))), KEY)
     eps = bus.encode(
         bus.BusEps(
             t_ns=T0_NS, battery_soc=0.9, battery_v=14.0, battery_a=0.0, battery_wh=80.0, array_w=60.0,
@@ -135,6 +137,7 @@ def targets() -> list[Target]:
         Target("block", () if block is None else (block,), decode_block, (BlockError,)),
         Target("ack", (ack,), lambda data: decode_ack(data, RING), (AckError, SignedError)),
         Target("flow", (flow,), lambda data: decode_flow(data, RING), (SignedError,)),
+        Target("upload", (chunk,), lambda data: decode_chunk(data, RING, NODE), (SignedError,)),
         Target("bus", (eps,), _read_bus, (ValueError, PenumbraError), guarded=False),
     ]
 
@@ -267,10 +270,10 @@ def run_fuzz(
     begun, corpus = time.monotonic(), Corpus()
     results = []
     for number, target in enumerate(targets()):
-        say(f"decoder of {target.name}", number / 6)
+        say(f"decoder of {target.name}", number / 7)
         chance = random.Random(f"{seed} {target.name}")  # noqa: S311 - damage, not secrets
         results.append(fuzz_decoder(target, round(SHARES[target.name] * inputs), chance, corpus))
-    say("commands", 5 / 6)
+    say("commands", 6 / 7)
     chance = random.Random(f"{seed} command")  # noqa: S311 - as above
     judged = fuzz_commands(command_inputs, chance, corpus)
     (out / CORPUS).write_bytes(

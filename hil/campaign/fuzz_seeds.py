@@ -17,9 +17,11 @@ from telemetry.packets import (
     Packet,
     Product,
     ProductChunk,
+    ProductPart,
     RowReport,
     ScheduledCommand,
     SecurityReport,
+    UploadReport,
 )
 
 _SHA256: Final = "0123456789abcdef" * 4
@@ -53,9 +55,11 @@ def examples() -> list[Packet]:
             accepted=3, redelivered=1, rejected={"bad_mac": 2}, last_key_id="ground-1", last_seq=41,
             last_reason="bad_mac", keys={"ground-1": _KEY},
         ),
+        UploadReport(sha256=_SHA256, kind="image", chunks=9, received=4, missing=[(1, 2), (6, 8)], refused=3),
         CommandSchedule(entries=[_ENTRY], sequences=["dawn"]),
         Product(product="dump-1", kind="memory_dump", name="config", size_bytes=90, chunk_bytes=32,
-                sha256=_SHA256),
+                sha256=_SHA256,
+                parts=[ProductPart(first_byte=0, size_bytes=90, file="libc.so.6", offset=4096)]),
         ProductChunk(product="dump-1", index=1, data=bytes(range(64))),
     ]  # fmt: skip
     return list({**of_type, **{packet.type_name: packet for packet in others}}.values())

@@ -111,7 +111,7 @@ async def _node(directory: Path, url: str, seed: int) -> None:
             on_executed=lambda _: None, schedule=schedule, mission_ns=time.time_ns,
         )  # fmt: skip
         intake = Intake(
-            NODE, ring, recorder, on_command=commanding.offer,
+            NODE, ring, recorder, on_command=commanding.offer, on_upload=lambda _: None,
             on_ack=lambda ack: downlink.on_ack(ack), on_flow=lambda flow: downlink.on_flow(flow),  # noqa: PLW0108
             on_bus=lambda _: None,
         )  # fmt: skip

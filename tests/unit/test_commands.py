@@ -12,6 +12,7 @@ from telemetry import commands as c
 from telemetry.sampling import Sampling
 
 DEADLINE_NS = 1_700_000_060_000_000_000
+SHA256 = "0123456789abcdef" * 4
 EXAMPLES: list[c.Arguments] = [
     c.Ping(),
     c.Infer(job="job-1", prompt="Why is the sky blue?", max_tokens=64),
@@ -48,8 +49,18 @@ EXAMPLES: list[c.Arguments] = [
     c.RestartWorker(),
     c.RecomputeBaseline(region="config"),
     c.SetRates(housekeeping_s=5.0),
+    c.DumpMemory(region="worker.weights", first_byte=4096, size_bytes=4096),
+    c.ResendProduct(product="dump-1-1", first=3, last=5),
+    c.DeleteProduct(product="dump-1-1"),
+    c.UploadBegin(kind="image", sha256=SHA256, size_bytes=1 << 20, chunk_bytes=16384),
+    c.UploadStatus(),
+    c.UploadAbort(),
+    c.UploadCommit(sha256=SHA256),
+    c.SwitchImage(slot="b"),
+    c.RollbackImage(),
 ]
 
+UPLOAD: dict[str, object] = {"kind": "image", "sha256": SHA256, "size_bytes": 9, "chunk_bytes": 256}
 JOB: dict[str, object] = {"job": "a", "prompt": "x", "max_tokens": 1}
 
 
@@ -137,6 +148,22 @@ def test_taking_the_power_cap_away() -> None:
         ("recompute_baseline", {"region": "*"}),
         ("set_rates", {"housekeeping_s": 0.04}),
         ("set_rates", {"ledger_s": 1e6}),
+        ("load_fdir", {"source": "/etc/passwd"}),
+        ("dump_memory", {"region": "0x7f001000"}),
+        ("dump_memory", {"region": "config", "first_byte": -1}),
+        ("dump_memory", {"region": "config", "size_bytes": 0}),
+        ("dump_memory", {"region": "config", "size_bytes": (16 << 20) + 1}),
+        ("resend_product", {"product": "../x"}),
+        ("delete_product", {}),
+        ("upload_begin", {**UPLOAD, "kind": "software"}),
+        ("upload_begin", {**UPLOAD, "sha256": "0" * 63}),
+        ("upload_begin", {**UPLOAD, "sha256": "G" * 64}),
+        ("upload_begin", {**UPLOAD, "size_bytes": 0}),
+        ("upload_begin", {**UPLOAD, "chunk_bytes": 255}),
+        ("upload_begin", {**UPLOAD, "chunk_bytes": 65537}),
+        ("upload_commit", {}),
+        ("switch_image", {"slot": "c"}),
+        ("rollback_image", {"slot": "a"}),
     ],
 )
 def test_arguments_out_of_range_are_refused(name: str, args: dict[str, object]) -> None:
