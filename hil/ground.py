@@ -23,7 +23,8 @@ from telemetry.flow import Flow, encode_flow
 from telemetry.frame import Frame, FrameError, decode_frame
 from telemetry.keys import KeyRing
 from telemetry.link import LinkDown, MqttLink
-from telemetry.packets import Packet, Verification
+from telemetry.packets import Packet, UploadReport, Verification
+from telemetry.upload import Chunk, encode_chunk
 
 _log = logging.getLogger(__name__)
 
@@ -102,6 +103,10 @@ class GroundStation:
         self._now_ns = now_ns
         self._on_packet = on_packet
         self._archive_full = False
+        self.upload: UploadReport | None = None
+        """What the node said last of the upload that is open."""
+        self.upload_reports = 0
+        """How often it did."""
         self._frames: asyncio.Queue[bytes] = asyncio.Queue()
         self._link = MqttLink(url, f"ground-{node}", [topics.tm(node, "#")], self._on_message)
 
@@ -114,6 +119,13 @@ class GroundStation:
     def backlog(self) -> int:
         """Frames received and not yet archived."""
         return self._frames.qsize()
+
+    async def send_chunk(self, sha256: bytes, index: int, data: bytes) -> bool:
+        """Send a chunk of an upload up; return whether the link took it; the node tells what arrived."""
+        if not self.in_contact:
+            return False
+        chunk = Chunk(node=self._node, sha256=sha256, index=index, data=data)
+        return await self._publish(topics.up(self._node), encode_chunk(chunk, self._ring.signing_key()))
 
     async def run(self) -> None:
         """Serve until cancelled."""
@@ -152,6 +164,9 @@ class GroundStation:
             return
         if isinstance(packet, Verification):
             self.uplink.on_verification(packet)
+        elif isinstance(packet, UploadReport):
+            self.upload = packet
+            self.upload_reports += 1
         self._on_packet(frame, packet)
 
     async def _archive_frames(self) -> None:
@@ -205,9 +220,11 @@ class GroundStation:
                 await self._publish(topics.tc(self._node), send.payload)
             await asyncio.sleep(UPLINK_TICK_S)
 
-    async def _publish(self, topic: str, payload: bytes) -> None:
+    async def _publish(self, topic: str, payload: bytes) -> bool:
         try:
             await self._link.publish(topic, payload)
         except LinkDown as error:
             # Acknowledgements and commands are both repeated: nothing is lost with this one.
             _log.info("not sent on %s: %s", topic, error)
+            return False
+        return True

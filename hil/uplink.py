@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from telemetry.authenticator import RejectCode
-from telemetry.commands import ActivateKey, Arguments, RetireKey
+from telemetry.commands import ActivateKey, Arguments, CommandError, RetireKey
 from telemetry.envelope import encode_command, make_command
 from telemetry.keys import KeyRing, KeyState
 from telemetry.packets import Stage, Verification
@@ -48,9 +48,29 @@ class UplinkCounts:
     """Times a command was sent again."""
 
 
+@dataclass
+class Ticket:
+    """A command, from its place in the queue to its completion."""
+
+    arguments: Arguments
+    not_sent: str = ""
+    """Why it was never sent: the dictionary refuses it; empty otherwise."""
+    expired: bool = False
+    """True when it was not accepted within its lifetime."""
+    reports: list[Verification] = field(default_factory=list)
+    """What the node said about it, in order of arrival."""
+
+    @property
+    def outcome(self) -> Verification | None:
+        """The report that ends it: the completion, or the first stage that failed; None while it goes on."""
+        ends = (r for r in self.reports if r.stage is Stage.COMPLETED or not r.ok)
+        return next((r for r in ends if r.code != RejectCode.RATE_LIMITED), None)
+
+
 @dataclass(frozen=True)
 class _Outstanding:
     payload: bytes
+    ticket: Ticket
     name: str
     key_id: str
     seq: int
@@ -87,7 +107,9 @@ class Uplink:
         self._next_seq = next_seq if next_seq is not None else _counter()
         self._sealed = sealed
         self._key_changes: dict[tuple[str, int], ActivateKey | RetireKey] = {}
-        self._waiting: deque[Arguments] = deque()
+        self._waiting: deque[Ticket] = deque()
+        self._tickets: dict[tuple[str, int], Ticket] = {}
+        """Of commands that were sent and are not over, by key and number."""
         self._outstanding: _Outstanding | None = None
         self._sent_s: float | None = None
 
@@ -96,9 +118,11 @@ class Uplink:
         """Commands queued or not answered yet."""
         return len(self._waiting) + (self._outstanding is not None)
 
-    def queue(self, commands: Sequence[Arguments]) -> None:
-        """Add commands to be sent, in order."""
-        self._waiting.extend(commands)
+    def queue(self, commands: Sequence[Arguments]) -> list[Ticket]:
+        """Add commands to be sent, in order; return what will tell of each."""
+        tickets = [Ticket(arguments) for arguments in commands]
+        self._waiting.extend(tickets)
+        return tickets
 
     def tick(self, now_s: float, t_ns: int, *, in_contact: bool) -> list[Send]:
         """Return what to send now.
@@ -123,12 +147,13 @@ class Uplink:
         out = self._outstanding
         if out is not None and t_ns >= out.expire_ns:
             self.counts.expired += 1
+            out.ticket.expired = True
+            self._tickets.pop((out.key_id, out.seq), None)
             out = self._outstanding = None
         if out is None:
-            if not self._waiting:
+            out = self._outstanding = self._issue_next(t_ns)
+            if out is None:
                 return []
-            out = self._outstanding = self._issue(self._waiting[0], t_ns)
-            self._waiting.popleft()
             self._sent_s = now_s
             return [Send(out.payload, out.name, out.seq, again=False)]
         if self._sent_s is None or now_s - self._sent_s >= RETRY_S:
@@ -140,6 +165,7 @@ class Uplink:
     def on_verification(self, report: Verification) -> bool:
         """Take a verification; return True when it settles the command under way."""
         self._follow_keys(report)
+        self._note(report)
         out = self._outstanding
         if (
             out is None
@@ -154,6 +180,30 @@ class Uplink:
         else:
             self.counts.refused += 1
         return True
+
+    def _note(self, report: Verification) -> None:
+        key = (report.key_id, report.command_seq)
+        ticket = self._tickets.get(key)
+        if ticket is None or report.entry is not None or report in ticket.reports:
+            return
+        ticket.reports.append(report)
+        if ticket.outcome is not None:
+            del self._tickets[key]
+
+    def _issue_next(self, t_ns: int) -> _Outstanding | None:
+        """Return the next command that the dictionary takes, numbered and signed; None if none waits."""
+        while self._waiting:
+            ticket = self._waiting[0]
+            try:
+                out = self._issue(ticket, t_ns)
+            except CommandError as error:
+                ticket.not_sent = str(error)
+                self._waiting.popleft()
+                continue
+            self._waiting.popleft()
+            self._tickets[out.key_id, out.seq] = ticket
+            return out
+        return None
 
     def _follow_keys(self, report: Verification) -> None:
         """Use the keys as the node does, once it has carried out a change of them."""
@@ -170,7 +220,8 @@ class Uplink:
         others = [key.id for key in self._ring.active() if key.id != leaving]
         return others[0] if others else self._ring.signing_key().id
 
-    def _issue(self, arguments: Arguments, t_ns: int) -> _Outstanding:
+    def _issue(self, ticket: Ticket, t_ns: int) -> _Outstanding:
+        arguments = ticket.arguments
         expire_ns = t_ns + round(LIFETIME_S * 1e9)
         key_id = self._signer(arguments)
         command = make_command(
@@ -185,7 +236,7 @@ class Uplink:
         if isinstance(arguments, (ActivateKey, RetireKey)):
             self._key_changes[key_id, command.seq] = arguments
         payload = encode_command(command, self._ring, sealed=self._sealed)
-        return _Outstanding(payload, arguments.name, key_id, command.seq, expire_ns)
+        return _Outstanding(payload, ticket, arguments.name, key_id, command.seq, expire_ns)
 
 
 def _counter() -> Callable[[str], int]:

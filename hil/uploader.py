@@ -1,0 +1,169 @@
+"""An upload from the ground's side: open it, send what is missing until nothing is, commit it.
+
+What is sent may be lost anywhere on its way: the node says what it lacks, and that is sent again. So an
+upload that was broken off, by a contact's end or a restart of either side, goes on when it is begun again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO, Final, Literal
+
+from hil.ground import GroundStation
+from hil.uplink import Ticket
+from telemetry.commands import Arguments, Arm, UploadBegin, UploadCommit, UploadStatus
+from telemetry.errors import PenumbraError
+from telemetry.packets import UploadReport, Verification
+
+CHUNK_BYTES: Final = 16 * 1024
+"""Size of a chunk (assumed: an eighth of a second at 1 Mbit/s)."""
+ROUND: Final = 128
+"""Chunks sent before the node is asked what it lacks (assumed: no more than it lets wait)."""
+AT_ONCE: Final = 16
+"""Chunks handed to the link at the same time."""
+GO_ON: Final = ("damaged", "incomplete", "interrupted", "not_armed")
+"""Codes of a commit that is tried again: chunks were struck on board, or the node restarted meanwhile."""
+POLL_S: Final = 0.05
+REPORT_S: Final = 10.0
+"""Time after which a report that did not come is asked for again, s."""
+
+
+async def upload(
+    station: GroundStation,
+    source: Path,
+    kind: Literal["image", "fdir_table"],
+    *,
+    chunk_bytes: int = CHUNK_BYTES,
+    say: Callable[[str, float], None] = lambda _text, _share: None,
+) -> Verification:
+    """Send a file up and have it taken over; return the completion of `upload_commit`.
+
+    Parameters
+    ----------
+    station
+        Runs; it need not be in contact.
+    source
+        The file.
+    kind
+        What it holds.
+    chunk_bytes
+        Size of a chunk, 256 to 65,536 bytes.
+    say
+        Told what is being done, and which share of the chunks the node has.
+
+    Raises
+    ------
+    PenumbraError
+        The file cannot be read, or the node refuses the upload.
+    """
+    try:
+        size_bytes, sha256 = await asyncio.to_thread(_measure, source)
+    except OSError as error:
+        raise PenumbraError(f"{source}: {error.strerror}", "give the path of a readable file") from None
+    begin = UploadBegin(kind=kind, sha256=sha256, size_bytes=size_bytes, chunk_bytes=chunk_bytes)
+    say("opening the upload", 0.0)
+    _need(await _execute(station, begin))
+    while True:
+        await _send_missing(station, source, begin, say)
+        say("committing", 1.0)
+        _need(await _execute(station, Arm(command=UploadCommit.name, args={"sha256": sha256})))
+        outcome = await _execute(station, UploadCommit(sha256=sha256))
+        if outcome.code not in GO_ON:
+            _need(outcome)
+            return outcome
+        say(f"not committed, goes on: {outcome.reason}", 0.0)
+
+
+async def _send_missing(
+    station: GroundStation, source: Path, begin: UploadBegin, say: Callable[[str, float], None]
+) -> None:
+    whole = bytes.fromhex(begin.sha256)
+    while True:
+        report = await _ask(station)
+        if report.sha256 != begin.sha256:
+            raise PenumbraError(
+                f"the node has closed the upload of {source}", "see who else commands it, and begin again"
+            )
+        if not report.missing:
+            return
+        say("sending", report.received / report.chunks)
+        wanted = list(_first(report.missing, ROUND))
+        with source.open("rb") as file:
+            for at in range(0, len(wanted), AT_ONCE):
+                some = wanted[at : at + AT_ONCE]
+                pieces = [_piece(file, index, begin.chunk_bytes) for index in some]
+                sends = (station.send_chunk(whole, i, data) for i, data in zip(some, pieces, strict=True))
+                if not all(await asyncio.gather(*sends)):
+                    break
+
+
+async def _ask(station: GroundStation) -> UploadReport:
+    """Ask what is missing, until the answer comes."""
+    while True:
+        before = station.upload_reports
+        _need(await _execute(station, UploadStatus()))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(REPORT_S):
+                while station.upload_reports == before:  # noqa: ASYNC110 - the station tells by a count
+                    await asyncio.sleep(POLL_S)
+        if station.upload is not None and station.upload_reports > before:
+            return station.upload
+
+
+async def _execute(station: GroundStation, arguments: Arguments) -> Verification:
+    """Have a command executed; return how it ended."""
+    (ticket,) = station.uplink.queue([arguments])
+    return await outcome_of(ticket)
+
+
+async def outcome_of(ticket: Ticket, bound_s: float | None = None) -> Verification:
+    """Wait until a command is over.
+
+    Raises
+    ------
+    PenumbraError
+        It was never sent, expired, or took longer than `bound_s`.
+    """
+    name, since_s = ticket.arguments.name, time.monotonic()
+    while True:
+        outcome = ticket.outcome
+        if outcome is not None:
+            return outcome
+        if ticket.not_sent:
+            raise PenumbraError(f"{name} is not sent: {ticket.not_sent}", "see docs/icd.md for its arguments")
+        if ticket.expired:
+            raise PenumbraError(f"{name} expired before the node answered", "send it again in contact")
+        if bound_s is not None and time.monotonic() - since_s > bound_s:
+            raise PenumbraError(f"{name}: no end of it within {bound_s:g} s")
+        await asyncio.sleep(POLL_S)
+
+
+def _need(outcome: Verification) -> None:
+    if not outcome.ok:
+        raise PenumbraError(f"the node refuses {outcome.name}: {outcome.code}: {outcome.reason}")
+
+
+def _first(ranges: list[tuple[int, int]], count: int) -> Iterator[int]:
+    for first, last in ranges:
+        for index in range(first, last + 1):
+            if count == 0:
+                return
+            count -= 1
+            yield index
+
+
+def _piece(file: BinaryIO, index: int, size: int) -> bytes:
+    file.seek(index * size)
+    return file.read(size)
+
+
+def _measure(path: Path) -> tuple[int, str]:
+    """Return size, bytes, and SHA-256."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+        return file.tell(), digest.hexdigest()
