@@ -6,7 +6,7 @@ import sqlite3
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from fdir.table import RowState
 from node import state
@@ -26,12 +26,19 @@ NOT_FOR_LATER = (
 """Commands that need somebody at the console, or would make the schedule feed itself."""
 
 
-class CommandFailed(Exception):
-    """An authentic command could not be executed; carries the code of its verification."""
+Effect: TypeAlias = Callable[[sqlite3.Connection], None]
 
-    def __init__(self, code: str, reason: str) -> None:
+
+class CommandFailed(Exception):
+    """An authentic command could not be executed; carries the code of its verification.
+
+    `effect` is what a command that takes long changes all the same, with its completion.
+    """
+
+    def __init__(self, code: str, reason: str, effect: Effect | None = None) -> None:
         super().__init__(reason)
         self.code = code
+        self.effect = effect
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,10 @@ class Done:
     """For the verification: what the ground could not know."""
     packet: Packet | None = None
     """To be sent down with it."""
+    later: bool = False
+    """Whether the command is only begun: what it does, and its completion, follow after the commit."""
+    effect: Effect | None = None
+    """Of a command that was carried out after its commit: what becomes durable with its completion."""
 
 
 class CommandEffects:
@@ -55,6 +66,8 @@ class CommandEffects:
         Returns mission time, UTC ns; None while the bus has not told it.
     check
         Called before the effect; raises `CommandFailed` for what cannot be done.
+    take_other
+        Takes the effect of a command that is not about jobs, keys or the schedule; None if it is none of its.
     """
 
     def __init__(
@@ -65,12 +78,14 @@ class CommandEffects:
         *,
         mission_ns: Callable[[], int | None],
         check: Callable[[sqlite3.Connection, Arguments], None],
+        take_other: Callable[[sqlite3.Connection, Arguments], Done | None],
     ) -> None:
         self._jobs = jobs
         self._authenticator = authenticator
         self._schedule = schedule
         self._mission_ns = mission_ns
         self._check = check
+        self._take_other = take_other
 
     def take(self, connection: sqlite3.Connection, origin: Origin, arguments: Arguments) -> Done:
         """Do what a command does, in its transaction. Raises `CommandFailed`."""
@@ -89,6 +104,7 @@ class CommandEffects:
                     done = self._change_schedule(connection, origin, arguments)
                 except ScheduleError as error:
                     raise CommandFailed(error.code, str(error)) from None
+                done = done or self._take_other(connection, arguments)
                 if done is not None:
                     return done
                 _remember(connection, arguments)

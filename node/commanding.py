@@ -13,10 +13,11 @@ import sqlite3
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-from node.command_effects import CommandEffects, CommandFailed
+from node import open_commands
+from node.command_effects import CommandEffects, CommandFailed, Done
 from node.jobs import JobQueue
+from node.open_commands import INTERRUPTED, OK, Order
 from node.pulse import Pulse
 from node.recorder import Recorder, Throttle
 from node.schedule import SKIP_AFTER_NS, Origin, Schedule
@@ -47,31 +48,6 @@ SCHEDULE_TICK_S = 0.05
 SCHEDULE_REST_S = 1.0
 """The same while the store takes nothing, s (assumed)."""
 KEY_COMMANDS = (commands.ActivateKey, commands.RetireKey, commands.Resync)
-OK = "ok"
-
-
-@dataclass(frozen=True)
-class Order:
-    """A command to be executed, and where it comes from."""
-
-    origin: Origin
-    name: str
-    args: dict[str, Any]
-    entry: int | None = None
-    """Entry of the schedule; None for a telecommand itself."""
-
-    def report(self, stage: Stage, code: str = OK, reason: str = "") -> Verification:
-        """Return the verification of a stage."""
-        return Verification(
-            key_id=self.origin.key_id,
-            command_seq=self.origin.seq,
-            name=self.name,
-            stage=stage,
-            ok=code == OK,
-            code=code,
-            reason=reason,
-            entry=self.entry,
-        )
 
 
 @dataclass
@@ -81,7 +57,9 @@ class Answer:
     reports: list[Verification]
     packet: Packet | None = None
     executed: Arguments | None = None
-    """The arguments, if the command was executed."""
+    """The arguments, if the command was executed, or begun."""
+    begun: Order | None = None
+    """The order, if it is only begun."""
 
     @property
     def packets(self) -> list[Packet]:
@@ -102,13 +80,14 @@ class Commanding:
         For security reports, and the mission clock.
     on_executed
         Called after the commit with the arguments of each command executed.
+    on_begun
+        Called after the commit with each command that takes longer; `finish` is to be called for it.
     schedule
         Its tables exist; owned by this class from here on.
     mission_ns
         Returns mission time, UTC ns; None while the bus has not told it: the schedule waits.
-    check
-        Called before the effect, in the database's thread and the command's transaction; raises
-        `CommandFailed` for what cannot be done.
+    check, take_other
+        See `CommandEffects`; called in the database's thread and the command's transaction.
     """
 
     def __init__(
@@ -122,7 +101,9 @@ class Commanding:
         on_executed: Callable[[Arguments], None],
         schedule: Schedule,
         mission_ns: Callable[[], int | None],
+        on_begun: Callable[[Order, Arguments], None] = lambda _, __: None,
         check: Callable[[sqlite3.Connection, Arguments], None] = lambda _, __: None,
+        take_other: Callable[[sqlite3.Connection, Arguments], Done | None] = lambda _, __: None,
     ) -> None:
         self.dropped = 0
         """Authentic commands dropped because too many were waiting."""
@@ -133,7 +114,10 @@ class Commanding:
         self._on_executed = on_executed
         self._schedule = schedule
         self._mission_ns = mission_ns
-        self._effects = CommandEffects(jobs, authenticator, schedule, mission_ns=mission_ns, check=check)
+        self._on_begun = on_begun
+        self._effects = CommandEffects(
+            jobs, authenticator, schedule, mission_ns=mission_ns, check=check, take_other=take_other
+        )
         self._inbox: asyncio.Queue[Authentic | None] = asyncio.Queue(MAX_WAITING)
         """Commands; None wakes the task to answer a health ping."""
         self.pulse = Pulse("commanding", self._wake)
@@ -163,9 +147,50 @@ class Commanding:
 
     async def run(self) -> None:
         """Handle commands until cancelled."""
+        await self._patiently(self._close_interrupted)
         async with asyncio.TaskGroup() as group:
             group.create_task(self._watch_schedule(), name="node.commanding.schedule")
             group.create_task(self._handle(), name="node.commanding.handle")
+
+    async def progress(self, order: Order, text: str) -> None:
+        """Store how far a command is that was begun."""
+        await self._patiently(lambda c: self._answer_later(c, order, order.report(Stage.PROGRESS, OK, text)))
+
+    async def finish(self, order: Order, code: str, done: Done) -> None:
+        """Store the completion of a command that was begun, its effect, and what it sends down."""
+
+        def finish(connection: sqlite3.Connection) -> None:
+            if done.effect is not None:
+                done.effect(connection)
+            self._answer_later(connection, order, order.report(Stage.COMPLETED, code, done.note))
+            if done.packet is not None:
+                self._spool.append(connection, done.packet, self._recorder.now_ns())
+            open_commands.remove(connection, order)
+
+        await self._patiently(finish)
+
+    def _close_interrupted(self, connection: sqlite3.Connection) -> None:
+        open_commands.create(connection)
+        for order in open_commands.all_open(connection):
+            text = "the node ended while it was carried out"
+            self._answer_later(connection, order, order.report(Stage.COMPLETED, INTERRUPTED, text))
+            open_commands.remove(connection, order)
+
+    def _answer_later(self, connection: sqlite3.Connection, order: Order, report: Verification) -> None:
+        self._spool.append(connection, report, self._recorder.now_ns())
+        if order.entry is None:
+            self._authenticator.record(connection, report)
+
+    async def _patiently(self, function: Callable[[sqlite3.Connection], None]) -> None:
+        """Run a transaction, again and again while the store takes nothing."""
+        while True:
+            try:
+                await self._database.run(function)
+            except (StoreFull, sqlite3.Error) as error:
+                _log.error("a command's report is not stored yet: %s", error)
+                await asyncio.sleep(SCHEDULE_REST_S)
+            else:
+                return
 
     async def _watch_schedule(self) -> None:
         """Wake the task that executes when the time of a scheduled command has come."""
@@ -223,25 +248,31 @@ class Commanding:
 
     async def _execute(self, accepted: Accepted, now_ns: int) -> None:
         try:
-            executed = await self._database.run(lambda c: self._transact(c, accepted, now_ns))
+            answer = await self._database.run(lambda c: self._transact(c, accepted, now_ns))
         except (StoreFull, ReplayError, sqlite3.Error) as error:
             # Not durable, so not executed. Memory must not be ahead of the disk.
             _log.error("command %s not executed: %s", accepted.command.name, error)
             await self._database.run(self._follow_disk)
             return
-        if isinstance(executed, KEY_COMMANDS):
+        if isinstance(answer.executed, KEY_COMMANDS):
             # The ring and the numbers in memory follow the disk.
             await self._database.run(self._authenticator.load)
             self._recorder.post(self._authenticator.report())
-        if executed is not None:
-            self._on_executed(executed)
+        self._go_on(answer)
+
+    def _go_on(self, answer: Answer) -> None:
+        """Do what follows the commit."""
+        if answer.begun is not None and answer.executed is not None:
+            self._on_begun(answer.begun, answer.executed)
+        elif answer.executed is not None:
+            self._on_executed(answer.executed)
 
     def _follow_disk(self, connection: sqlite3.Connection) -> None:
         self._authenticator.load(connection)
         self._schedule.look(connection)
 
-    def _transact(self, connection: sqlite3.Connection, accepted: Accepted, now_ns: int) -> Arguments | None:
-        """Do all that must be durable; return the arguments if the command was executed."""
+    def _transact(self, connection: sqlite3.Connection, accepted: Accepted, now_ns: int) -> Answer:
+        """Do all that must be durable."""
         command = accepted.command
         order = Order(Origin(command.key_id, command.seq), command.name, command.args)
         answer = self._execute_in(connection, order)
@@ -251,23 +282,23 @@ class Commanding:
         self._authenticator.commit(connection, accepted)
         for verification in answer.reports:
             self._authenticator.record(connection, verification)
-        return answer.executed
+        return answer
 
     async def _execute_entry(self, now_ns: int) -> bool:
         """Execute the earliest entry of the schedule that is due; return whether there may be another."""
         try:
-            executed = await self._database.run(lambda c: self._transact_entry(c, now_ns))
+            answer = await self._database.run(lambda c: self._transact_entry(c, now_ns))
         except (StoreFull, sqlite3.Error) as error:
             self._stored = False
             _log.error("scheduled command not executed: %s", error)
             await self._database.run(self._follow_disk)
             return False
         self._stored = True
-        if executed is not None:
-            self._on_executed(executed)
+        if answer is not None:
+            self._go_on(answer)
         return True
 
-    def _transact_entry(self, connection: sqlite3.Connection, now_ns: int) -> Arguments | None:
+    def _transact_entry(self, connection: sqlite3.Connection, now_ns: int) -> Answer | None:
         entry = self._schedule.take_due(connection, now_ns)
         if entry is None:
             return None
@@ -285,7 +316,7 @@ class Commanding:
             answer = self._execute_in(connection, order)
         for packet in answer.packets:
             self._spool.append(connection, packet, now_ns)
-        return answer.executed
+        return answer
 
     def _execute_in(self, connection: sqlite3.Connection, order: Order) -> Answer:
         """Check the arguments and take the durable effect, reporting each stage."""
@@ -306,7 +337,11 @@ class Commanding:
         except CommandFailed as error:
             answer.reports.append(order.report(Stage.COMPLETED, error.code, str(error)))
             return answer
+        answer.executed = arguments
+        if done.later:
+            open_commands.add(connection, order)
+            answer.begun = order
+            return answer
         answer.reports.append(order.report(Stage.COMPLETED, OK, done.note))
         answer.packet = done.packet
-        answer.executed = arguments
         return answer

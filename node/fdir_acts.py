@@ -22,6 +22,7 @@ from node import state
 from node.config import NodeConfig
 from node.findings import Finding
 from node.image_repair import ImageRepair, refill_slot, repair_image
+from node.image_slots import ImageSlots
 from node.inference.manifest import Slot
 from node.recorder import Evidence, Recorder
 from node.worker_service import WorkerService
@@ -59,8 +60,8 @@ class Acts:
     ----------
     config
         Sections node, model and fdir.
-    slot
-        Image slot the worker runs from; None when there is none.
+    slots
+        Image slots.
     worker, recorder, database, link
         Who restarts the worker, where reports and state go, the link of the bus.
     orders
@@ -70,7 +71,7 @@ class Acts:
     def __init__(
         self,
         config: NodeConfig,
-        slot: Slot | None,
+        slots: ImageSlots,
         *,
         worker: WorkerService,
         recorder: Recorder,
@@ -82,7 +83,7 @@ class Acts:
         self.failed: Callable[[str, str], None] = lambda _row, _why: None
         self.group: asyncio.TaskGroup | None = None
         self._config = config
-        self._slot: Slot = slot or "a"
+        self._slots = slots
         self._worker = worker
         self._recorder = recorder
         self._database = database
@@ -150,6 +151,19 @@ class Acts:
 
     async def _make_image_whole(self, act: Act, finding: Finding) -> None:
         """Level 3: stop the worker, mend or replace its image, and let it run again."""
+        async with self._slots.lock:
+            done = await self._repair(act, finding)
+        if done is None:
+            return
+        self._report(act, finding, Outcome.REPAIRED, recovered=True, evidence=_told(done))
+        self.recovered(act.row.id)
+        if done.method == "whole":
+            text = f"{act.row.id}: the image in slot {done.slot} is whole, it is not what is wrong"
+            self._recorder.event(Severity.MEDIUM, "image.whole", text)
+        elif done.method != "page_copy":
+            self._spawn(self._refill(self._slots.other), "node.fdir.refill")
+
+    async def _repair(self, act: Act, finding: Finding) -> ImageRepair | None:
         fdir = self._config.fdir
         cancel = threading.Event()
         try:
@@ -158,8 +172,8 @@ class Acts:
             gguf = Path(fdir.model_file) if fdir.model_file else None
             done = await asyncio.to_thread(
                 repair_image,
-                Path(self._config.model.images_dir),
-                self._slot,
+                self._slots.images,
+                self._slots.slot,
                 gguf=gguf,
                 timeout_s=fdir.repair_timeout_s,
                 cancel=cancel,
@@ -168,30 +182,25 @@ class Acts:
             self._worker.release()
             self._report(act, finding, Outcome.FAILED, recovered=False, evidence={"error": error.what[:300]})
             self.failed(act.row.id, error.what)
-            return
+            return None
         finally:
             # Also when the node stops: the thread ends with the process it waits for.
             cancel.set()
-        await self._use(done)
-        self._report(act, finding, Outcome.REPAIRED, recovered=True, evidence=_told(done))
-        self.recovered(act.row.id)
-        if done.method == "whole":
-            text = f"{act.row.id}: the image in slot {done.slot} is whole, it is not what is wrong"
-            self._recorder.event(Severity.MEDIUM, "image.whole", text)
-        elif done.method != "page_copy":
-            self._spawn(self._refill("b" if done.slot == "a" else "a"), "node.fdir.refill")
+        await self._slots.use(done.slot)
+        return done
 
     async def _refill(self, slot: Slot) -> None:
         """Make the slot that was left whole again: until then there is none to fall back on."""
         cancel = threading.Event()
         try:
-            done = await asyncio.to_thread(
-                refill_slot,
-                Path(self._config.model.images_dir),
-                slot,
-                timeout_s=self._config.fdir.repair_timeout_s,
-                cancel=cancel,
-            )
+            async with self._slots.lock:
+                done = await asyncio.to_thread(
+                    refill_slot,
+                    self._slots.images,
+                    slot,
+                    timeout_s=self._config.fdir.repair_timeout_s,
+                    cancel=cancel,
+                )
         except PenumbraError as error:
             self._recorder.event(Severity.HIGH, "image.not_refilled", f"slot {slot}: {error.what}"[:500])
         else:
@@ -199,12 +208,6 @@ class Acts:
             self._recorder.event(Severity.INFO, "image.refilled", text, {"slot": slot})
         finally:
             cancel.set()
-
-    async def _use(self, done: ImageRepair) -> None:
-        self._slot = done.slot
-        with contextlib.suppress(StoreFull, sqlite3.Error):
-            await self._database.run(lambda c: state.set_slot(c, done.slot))
-        self._worker.release(Path(self._config.model.images_dir) / done.slot)
 
     async def _restart_node(self, act: Act, finding: Finding) -> None:
         self._report(act, finding, Outcome.STARTED, recovered=False)

@@ -25,6 +25,7 @@ from node.fdir_items import ItemSources, Value, sample
 from node.fdir_service import FdirService
 from node.findings import Finding
 from node.health_service import HealthService
+from node.image_slots import ImageSlots
 from node.latchup_service import LatchupService
 from node.power_service import PowerService
 from node.pulse import Pulse
@@ -59,6 +60,7 @@ class Parts:
     """Components that find, are sampled, or are asked."""
 
     worker: WorkerService
+    slots: ImageSlots
     power: PowerService
     view: BusView
     clock: MissionClock
@@ -122,7 +124,7 @@ class Fdir:
         self._lag_s = 0.0
         settings, worker = config.fdir, parts.worker
         acts = Acts(
-            config, decision.slot, worker=worker, recorder=recorder, database=database, link=link,
+            config, parts.slots, worker=worker, recorder=recorder, database=database, link=link,
             orders=Orders(orders.enter_safe, self._restart_node, lambda: self.service.resets),
         )  # fmt: skip
         self._end_node = orders.restart
@@ -147,10 +149,13 @@ class Fdir:
             budget_s=settings.scrub_budget_s,
             period_s=settings.scrub_period_s,
         )
-        self.scrubber.protect(CONFIG_REGION, lambda: msgspec.msgpack.encode(config, order="deterministic"))
-        # A lambda, because the table in force may be another one later.
-        encode = lambda: self.service.table.encode()  # noqa: E731, PLW0108
-        self.scrubber.protect(TABLE_REGION, encode, self._restore_table)
+        self.tables: dict[str, Callable[[], bytes]] = {
+            CONFIG_REGION: lambda: msgspec.msgpack.encode(config, order="deterministic"),
+            TABLE_REGION: lambda: self.service.table.encode(),  # noqa: PLW0108 - of the one in force
+        }
+        """What encodes the tables in use, by name of their region."""
+        self.scrubber.protect(CONFIG_REGION, self.tables[CONFIG_REGION])
+        self.scrubber.protect(TABLE_REGION, self.tables[TABLE_REGION], self._restore_table)
         self.latchup = LatchupService(
             Path(settings.latchup_profile) if settings.latchup_profile else None,
             worker_pid=lambda: worker.pid,
@@ -247,12 +252,8 @@ class Fdir:
             ):
                 known = ", ".join(REGIONS)
                 raise CommandFailed("unknown_region", f"no region {region!r}; there are {known}")
-            case commands.LoadFdir():
-                try:
-                    self._loaded = load_configured(self._config)
-                except PenumbraError as error:
-                    raise CommandFailed("table_refused", error.what) from None
-                state.keep_table(connection, self._loaded.encode())
+            case commands.LoadFdir(source=source):
+                self._load(connection, state.TableSource(source))
             case _:
                 pass
 
@@ -290,6 +291,20 @@ class Fdir:
     async def close(self, *, ordered: bool) -> None:
         """Let go of the watchdogs; disarmed only after an ordered stop."""
         await self.health.close(ordered=ordered)
+
+    def _load(self, connection: sqlite3.Connection, source: state.TableSource) -> None:
+        """Read a table that a command puts in force, and keep it. Raises `CommandFailed`."""
+        try:
+            if source is state.TableSource.CONFIGURED:
+                self._loaded = load_configured(self._config)
+            else:
+                encoded = state.other_table(connection, source)
+                if not encoded:
+                    raise CommandFailed("no_table", f"there is no {source} table on board")
+                self._loaded = decode_table(encoded)
+        except PenumbraError as error:
+            raise CommandFailed("table_refused", error.what) from None
+        state.change_table(connection, self._loaded.encode(), source)
 
     def _use_loaded(self) -> None:
         table, self._loaded = self._loaded, None

@@ -40,6 +40,8 @@ class Intake:
         For events.
     on_command
         Takes the bytes of a telecommand, and the topic they came on.
+    on_upload
+        Takes the bytes of a chunk of an upload; raises SignedError when it is not authentic.
     on_ack
         Takes an authenticated acknowledgement.
     on_flow
@@ -55,6 +57,7 @@ class Intake:
         recorder: Recorder,
         *,
         on_command: Callable[[bytes, str], None],
+        on_upload: Callable[[bytes], None],
         on_ack: Callable[[Ack], None],
         on_flow: Callable[[Flow], None],
         on_bus: Callable[[BusMessage], None],
@@ -64,6 +67,7 @@ class Intake:
         self._ring = ring
         self._recorder = recorder
         self._on_command = on_command
+        self._on_upload = on_upload
         self._on_ack = on_ack
         self._on_flow = on_flow
         self._on_bus = on_bus
@@ -72,13 +76,14 @@ class Intake:
         self._tc = topics.tc(node)
         self._ack = topics.ack(node)
         self._flow = topics.flow(node)
+        self._up = topics.up(node)
         self._bus = {topics.bus(node, channel): channel for channel in BUS_CHANNELS}
         self._throttles: dict[str, Throttle] = {}
 
     @property
     def link_topics(self) -> list[str]:
         """Topics to subscribe to on the space link."""
-        return [self._tc, self._ack, self._flow]
+        return [self._tc, self._ack, self._flow, self._up]
 
     @property
     def bus_topics(self) -> list[str]:
@@ -98,6 +103,8 @@ class Intake:
                 self._on_command(payload, topic)
             elif topic == self._ack:
                 self._on_ack(decode_ack(payload, self._ring))
+            elif topic == self._up:
+                self._on_upload(payload)
             elif topic == self._flow:
                 self._take_flow(decode_flow(payload, self._ring))
             elif topic in self._bus:
@@ -125,7 +132,7 @@ class Intake:
     def _report(self, topic: str, why: str) -> None:
         self.garbage += 1
         # A topic nobody expects is named by its sender: all such share one throttle.
-        known = topic in (self._ack, self._flow) or topic in self._bus
+        known = topic in (self._ack, self._flow, self._up) or topic in self._bus
         throttle = self._throttles.setdefault(topic if known else "", Throttle(REPORT_PERIOD_S))
         count = throttle.admit(time.monotonic())
         if count is not None:

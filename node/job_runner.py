@@ -132,6 +132,18 @@ class JobRunner:
         """Tell that the queue or the batch has changed."""
         self._inbox.put_nowait(_Look())
 
+    async def fail_begun(self, reason: str) -> None:
+        """End the jobs that have tokens already; there is no worker now, and the next could not go on."""
+
+        def begun(connection: sqlite3.Connection) -> list[str]:
+            active, queued = self._queue.tasks(connection)
+            jobs = [self._queue.get(connection, task.job) for task in (*active, *queued)]
+            return [job.id for job in jobs if job is not None and job.tokens]
+
+        for job in await self._patiently(begun):
+            await self._fail(job, reason)
+        self.look()
+
     def offer(self, message: JobMessage) -> None:
         """Take a message of the worker."""
         if self._inbox.qsize() >= MAX_WAITING:

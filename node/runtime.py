@@ -22,7 +22,7 @@ from typing import Any
 from fdir import boot as boot_manager
 from fdir.boot import Slot
 from fdir.table import RowState, Table, decode_table
-from node import state
+from node import state, transfers
 from node.boards import open_board
 from node.config import NodeConfig
 from node.fdir_wiring import load_configured
@@ -132,6 +132,7 @@ async def run_node(config: NodeConfig, stop: asyncio.Event, command: Sequence[st
             authenticator.load(connection)
             schedule = Schedule()
             schedule.create(connection)
+            transfers.create(connection)
             return table, boot, decision, spool, jobs, authenticator, schedule
 
         try:
@@ -190,13 +191,19 @@ def _load_table(config: NodeConfig) -> tuple[Table | None, PenumbraError | None]
 def _table_in_force(
     connection: sqlite3.Connection, loaded: Table | None, refused: PenumbraError | None
 ) -> Table:
-    """Return the table of this boot, and keep it: where its file is refused, the one of the boot before.
+    """Return the table of this boot, and keep it.
+
+    That is the one a command has put in force, else the configured one; where its file is refused, the one of
+    the boot before.
 
     Raises
     ------
     PenumbraError
         It is refused, and there is none before.
     """
+    if state.kept_source(connection) is not state.TableSource.CONFIGURED:
+        with suppress(PenumbraError):
+            return decode_table(state.kept_table(connection))
     if loaded is not None:
         state.keep_table(connection, loaded.encode())
         return loaded

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 import msgspec
@@ -22,6 +23,14 @@ from fdir.voting import Unvoted, decode3, encode3
 _TABLE = "CREATE TABLE IF NOT EXISTS node_values (key TEXT PRIMARY KEY, value BLOB NOT NULL)"
 _OLD_TABLE = "node_state"
 """Held one copy of each value, in software before the vote."""
+
+
+class TableSource(StrEnum):
+    """Where an FDIR table in force came from; see the command `load_fdir`."""
+
+    CONFIGURED = "configured"
+    UPLINKED = "uplinked"
+    PREVIOUS = "previous"
 
 
 class Rates(msgspec.Struct, frozen=True):
@@ -270,6 +279,29 @@ def keep_table(connection: sqlite3.Connection, encoded: bytes) -> None:
 def kept_table(connection: sqlite3.Connection) -> bytes:
     """Return the FDIR table that was in force last; empty when there was none, or it is lost."""
     return bytes(_Reader(connection).get("fdir_table", bytes, b""))
+
+
+def kept_source(connection: sqlite3.Connection) -> TableSource:
+    """Return where the FDIR table in force came from; `configured` when that is lost."""
+    source: TableSource = _Reader(connection).get("fdir_source", TableSource, TableSource.CONFIGURED)
+    return source
+
+
+def change_table(connection: sqlite3.Connection, encoded: bytes, source: TableSource) -> None:
+    """Remember the FDIR table that is put in force by command, and the one it takes the place of."""
+    _set(connection, "fdir_previous", kept_table(connection))
+    _set(connection, "fdir_source", source)
+    keep_table(connection, encoded)
+
+
+def keep_uplinked_table(connection: sqlite3.Connection, encoded: bytes) -> None:
+    """Remember an FDIR table that came up; it is not in force."""
+    _set(connection, "fdir_uplinked", encoded)
+
+
+def other_table(connection: sqlite3.Connection, source: TableSource) -> bytes:
+    """Return the uplinked table, or the one before that in force; empty if there is none, or it is lost."""
+    return bytes(_Reader(connection).get(f"fdir_{source}", bytes, b""))
 
 
 def set_external_control(connection: sqlite3.Connection, on: bool) -> None:

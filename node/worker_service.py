@@ -81,6 +81,8 @@ class WorkerService:
         """Called with the row whose fault is over."""
         self.on_machine: Callable[[object, Sequence[object]], None] = lambda _event, _actions: None
         """Called with each event of the life-cycle and the actions it led to, before they are carried out."""
+        self.image_id: str | None = None
+        """Image of the worker that was ready last; None before the first."""
         self.may_mend = protocol.Repair(weights=True, kv=True, compute=True)
         self.pulse = Pulse("worker")
         """Health of the task that carries out, which turns by itself."""
@@ -126,6 +128,11 @@ class WorkerService:
             recovery.WorkerState.RUNNING,
         }
         return recovery.WorkerState.LOST if gone else state
+
+    @property
+    def wanted(self) -> bool:
+        """Whether a worker is to run: it is allowed, and its image is not being worked on."""
+        return self._allowed and not self._held
 
     @property
     def pid(self) -> int | None:
@@ -377,6 +384,7 @@ class WorkerService:
             self.on_recovered("worker.start")
         if self._process is not None:
             self._board.set_worker(self._process.pid)
+        self.image_id = message.image_id
         self.send(self.may_mend)
         self._watch(health.Arm())
         self._events.put_nowait(recovery.Ready())

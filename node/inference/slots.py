@@ -40,6 +40,18 @@ def active_image(images: Path) -> Path:
     return images / active_slot(images)
 
 
+def slot_before(images: Path) -> m.Slot | None:
+    """Return the slot that was active before the last switch, None if there was none.
+
+    Raises
+    ------
+    PenumbraError
+        The file names no slot.
+    """
+    _, *before = _read(images)
+    return before[0] if before else None
+
+
 def switch_slot(images: Path, slot: m.Slot) -> m.Slot:
     """Make a slot the active one, once its image is proven whole and built for this machine.
 
@@ -87,14 +99,14 @@ def rollback(images: Path) -> m.Slot:
     PenumbraError
         There was no switch, or the image of the slot before is damaged (nothing is changed then).
     """
-    now, *before = _read(images)
-    if not before:
+    before = slot_before(images)
+    if before is None:
         raise PenumbraError(
-            f"{images}: there is no slot to go back to: {now} was always active",
+            f"{images}: there is no slot to go back to: {active_slot(images)} was always active",
             "switch with `penumbra model switch`",
         )
-    switch_slot(images, before[0])
-    return before[0]
+    switch_slot(images, before)
+    return before
 
 
 def _read(images: Path) -> tuple[m.Slot, ...]:

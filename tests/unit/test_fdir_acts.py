@@ -17,6 +17,7 @@ from node import fdir_acts, state
 from node.fdir_acts import Acts, Orders
 from node.findings import Finding
 from node.image_repair import ImageRepair
+from node.image_slots import ImageSlots
 from telemetry import bus
 from telemetry.database import Database
 from telemetry.errors import PenumbraError
@@ -46,8 +47,10 @@ class Parts:
         self.sent: list[tuple[str, bus.BusMessage]] = []
         self.holds = True
         self.database = database
+        self.image_id = None
+        slots = ImageSlots(Config(), "a", worker=self, database=database)  # type: ignore[arg-type]
         self.acts = Acts(
-            Config(), "a", worker=self, recorder=self, database=database, link=self,  # type: ignore[arg-type]
+            Config(), slots, worker=self, recorder=self, database=database, link=self,  # type: ignore[arg-type]
             orders=Orders(
                 lambda reason: self.done.append(("safe", reason)), self.end, lambda: 2
             ),

@@ -15,6 +15,7 @@ from telemetry.errors import PenumbraError
 from telemetry.flow import Flow, encode_flow
 from telemetry.keys import Key, KeyRing
 from telemetry.packets import Stream
+from telemetry.upload import Chunk, decode_chunk, encode_chunk
 
 KEY = Key("g", b"k" * 32)
 OTHER = Key("g", b"x" * 32)
@@ -45,10 +46,14 @@ class Sink:
             KeyRing([KEY]),
             recorder,
             on_command=lambda payload, topic: self.taken.append((payload, topic)),
+            on_upload=self.on_upload,
             on_ack=self.taken.append,
             on_flow=self.taken.append,
             on_bus=self.on_bus,
         )
+
+    def on_upload(self, payload: bytes) -> None:
+        self.taken.append(decode_chunk(payload, KeyRing([KEY]), "n"))
 
     def on_bus(self, message: bus.BusMessage) -> None:
         if self.error is not None:
@@ -65,9 +70,13 @@ def test_each_topic_goes_to_its_handler() -> None:
     sink.intake.on_message(topics.bus("n", "time"), bus.encode(time))
     flow = Flow(node="n", t_ns=NOW_NS, records=3, valid_s=1.0)
     sink.intake.on_message(topics.flow("n"), encode_flow(flow, KEY))
-    assert sink.taken == [(b"anything", topics.tc("n")), ack, time, flow]
+    chunk = Chunk(node="n", sha256=bytes(32), index=7, data=b"piece")
+    sink.intake.on_message(topics.up("n"), encode_chunk(chunk, KEY))
+    assert sink.taken == [(b"anything", topics.tc("n")), ack, time, flow, chunk]
     assert sink.intake.garbage == 0
-    assert set(sink.intake.link_topics) == {topics.tc("n"), topics.ack("n"), topics.flow("n")}
+    assert set(sink.intake.link_topics) == {
+        each("n") for each in (topics.tc, topics.ack, topics.flow, topics.up)
+    }
     assert set(sink.intake.bus_topics) == {topics.bus("n", c) for c in BUS_CHANNELS}
     assert "load" not in BUS_CHANNELS
 
@@ -76,9 +85,10 @@ def test_a_command_on_another_topic_goes_to_the_authenticator_to_be_counted() ->
     sink = Sink()
     command = make_command(Ping(), key_id="k", seq=1, t_issue_ns=0, t_expire_ns=1, node="n")
     payload = encode_command(command, KeyRing([Key("k", b"k" * 32)]))
-    for topic in (topics.ack("n"), topics.flow("n")):
+    others = (topics.ack("n"), topics.flow("n"), topics.up("n"))
+    for topic in others:
         sink.intake.on_message(topic, payload)
-    assert sink.taken == [(payload, topics.ack("n")), (payload, topics.flow("n"))]
+    assert sink.taken == [(payload, topic) for topic in others]
     assert sink.intake.garbage == 0
 
 
@@ -101,6 +111,15 @@ def test_a_word_on_flow_that_is_forged_or_misled_or_old_holds_nothing_up(
     sink = Sink()
     flow = Flow(node=node, t_ns=t_ns, records=0, valid_s=1.0)
     sink.intake.on_message(topics.flow("n"), encode_flow(flow, key))
+    assert sink.taken == []
+    assert sink.intake.garbage == 1
+
+
+@pytest.mark.parametrize(("node", "key"), [("n", OTHER), ("other", KEY)])
+def test_a_chunk_of_an_upload_that_is_forged_or_for_another_node_is_refused(node: str, key: Key) -> None:
+    sink = Sink()
+    chunk = Chunk(node=node, sha256=bytes(32), index=0, data=b"piece")
+    sink.intake.on_message(topics.up("n"), encode_chunk(chunk, key))
     assert sink.taken == []
     assert sink.intake.garbage == 1
 

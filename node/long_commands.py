@@ -1,0 +1,79 @@
+"""Carries out commands that take longer than their transaction, and reports how they end.
+
+A work ends with what it did, or raises `CommandFailed`. When the node ends first, the next boot reports the
+command as interrupted (`node.open_commands`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Protocol, TypeAlias
+
+from node.command_effects import CommandFailed, Done
+from node.open_commands import OK, Order
+from telemetry.commands import Arguments
+
+Progress: TypeAlias = Callable[[str], Awaitable[None]]
+"""Reports how far a work is, in words."""
+Work: TypeAlias = Callable[[Arguments, Progress], Awaitable[Done]]
+
+
+class Reporter(Protocol):
+    """The part of `node.commanding.Commanding` that is needed."""
+
+    async def progress(self, order: Order, text: str) -> None:
+        """Store a report of progress."""
+
+    async def finish(self, order: Order, code: str, done: Done) -> None:
+        """Store the completion, with the effect of the command."""
+
+
+class LongCommands:
+    """Carries works out, each in a task of its own.
+
+    Parameters
+    ----------
+    work
+        Carries a command out; what must not run beside another waits in it.
+    reporter
+        Returns who stores reports.
+    on_done
+        Called when the completion is stored.
+    """
+
+    def __init__(
+        self, work: Work, reporter: Callable[[], Reporter], on_done: Callable[[Arguments], None]
+    ) -> None:
+        self._work = work
+        self._reporter = reporter
+        self._on_done = on_done
+        self._begun: asyncio.Queue[tuple[Order, Arguments]] = asyncio.Queue()
+
+    def begin(self, order: Order, arguments: Arguments) -> None:
+        """Take a command whose start is durable."""
+        self._begun.put_nowait((order, arguments))
+
+    async def run(self) -> None:
+        """Carry out until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            while True:
+                order, arguments = await self._begun.get()
+                group.create_task(self._carry_out(order, arguments), name=f"node.command.{order.name}")
+
+    async def _carry_out(self, order: Order, arguments: Arguments) -> None:
+        reporter = self._reporter()
+
+        async def progress(text: str) -> None:
+            await reporter.progress(order, text)
+
+        try:
+            done = await self._work(arguments, progress)
+        except CommandFailed as error:
+            await reporter.finish(order, error.code, Done(str(error), effect=error.effect))
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            await reporter.finish(order, "io_error", Done(f"{where}{error.strerror or error}"))
+        else:
+            await reporter.finish(order, OK, done)
+        self._on_done(arguments)
