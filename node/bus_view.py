@@ -77,6 +77,8 @@ class BusView:
         self.forecast: EclipseForecast | None = None
         """None until the bus has given orbital elements."""
         self.contact: BusContact | None = None
+        self.contact_heard_s = 0.0
+        """When it came, monotonic, s."""
         self.eps: BusEps | None = None
         """Made of voted values; None before the first, and when sensors are lost for longer than bridged."""
         self.eps_source = Source.NONE
@@ -115,7 +117,7 @@ class BusView:
             case BusThermal():
                 self._thermal = (message, now_s)
             case BusContact():
-                self.contact = message
+                self.contact, self.contact_heard_s = message, now_s
             case BusOrbit() if message != self._orbit:
                 if message.omm is not None:
                     self.forecast = EclipseForecast.from_omm(message.omm)

@@ -16,7 +16,7 @@ from pathlib import Path
 from fdir.boot import BootDecision, BootMode
 from fdir.table import Table
 from node import clock as mission_clock
-from node import modes, state
+from node import contacts, modes, state
 from node.boards import Board
 from node.bus_view import BusView
 from node.commanding import Commanding
@@ -405,6 +405,7 @@ class Node:
             self._steer_clock(message)
         else:
             self._view.handle(message, time.monotonic())
+            self._look_for_contact()
 
     def _steer_clock(self, event: BusTime | mission_clock.Tick) -> None:
         for action in self._clock.handle(event, time.monotonic_ns()):
@@ -419,10 +420,17 @@ class Node:
                     text = f"no time from the bus for {silent_s:.1f} s: the mission clock runs free"
                     self.recorder.event(Severity.LOW, "clock.free_running", text, {"silent_s": silent_s})
 
+    def _look_for_contact(self) -> None:
+        view, now_ns = self._view, self.recorder.now_ns()
+        self._space_link.expect(
+            contacts.is_expected(view.contact, view.contact_heard_s, now_ns, time.monotonic())
+        )
+
     async def _watch_clock(self) -> None:
         while True:
             await asyncio.sleep(CLOCK_TICK_S)
             self._steer_clock(mission_clock.Tick())
+            self._look_for_contact()
 
     def _enter_safe(self, reason: str) -> None:
         self._change_mode(modes.FdirSafe(reason))

@@ -41,6 +41,9 @@ GOODBYE_S = 0.5
 """How long an ordered disconnect may take, s (assumed)."""
 MISC_S = 0.25
 """Interval of looking at the keep-alive, s."""
+PROBE_S = 10.0
+"""Interval of trying to connect while nobody is expected at the far end, s (assumed: a pass that is not in the
+plan is found within a fraction of it)."""
 STEADY_S = 5.0
 """A connection that lasted this long starts the back-off anew, s (assumed)."""
 
@@ -285,6 +288,8 @@ class MqttLink:
         self.last_error: str | None = None
         """Why the link was last lost or not made."""
         self.url = url
+        self._expected = True
+        self._hurry = asyncio.Event()
         self._address = BrokerAddress.parse(url)
         self._tls = tls_context(self._address, tls)
         self._client_id = client_id
@@ -340,6 +345,16 @@ class MqttLink:
             self.connected.clear()
             self._broken.set()
 
+    def expect(self, expected: bool) -> None:
+        """Say whether somebody is expected at the far end.
+
+        If not, it is tried seldom; when that begins, at once. A connection that there is stays.
+        """
+        if expected and not self._expected:
+            self._backoff.reset()
+            self._hurry.set()
+        self._expected = expected
+
     async def run(self) -> None:
         """Keep the link up until cancelled. A broken link is no error: it is made anew after a back-off.
 
@@ -356,7 +371,11 @@ class MqttLink:
             log.info("link of %s is down: %s", self._client_id, self.last_error)
             if time.monotonic() - started > STEADY_S:
                 self._backoff.reset()
-            await asyncio.sleep(self._backoff.next(random.random()))  # noqa: S311 - spreads load, no secret
+            chance = random.random()  # noqa: S311 - spreads load, no secret
+            self._hurry.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._backoff.next(chance) if self._expected else PROBE_S):
+                    await self._hurry.wait()
 
     async def _session(self) -> None:
         version = aiomqtt.ProtocolVersion.V5 if self._address.version5 else aiomqtt.ProtocolVersion.V311
