@@ -12,6 +12,7 @@ import typer
 
 from hil.cli_bench import BoardKind, bench_app, calibrate
 from hil.cli_campaign import campaign_app
+from hil.cli_ground import ground, products
 from hil.cli_model import model_app
 from hil.cli_study import study_app
 from telemetry.errors import PenumbraError
@@ -28,6 +29,8 @@ app.add_typer(bench_app, name="bench")
 app.add_typer(campaign_app, name="campaign")
 app.add_typer(study_app, name="study")
 app.command()(calibrate)
+app.command()(ground)
+app.command()(products)
 
 
 def _show_version(wanted: bool) -> None:

@@ -155,6 +155,21 @@ def verify(images: Images = None, slot: ActiveOption = None, json: Json = None) 
 
 
 @model_app.command()
+def pack(
+    archive: Annotated[Path, typer.Argument(help="Tar to write.")],
+    images: Images = None,
+    slot: Annotated[OneSlot | None, typer.Option(help="Slot to pack; the active one if not given.")] = None,
+) -> None:
+    """Write an image into one file, for the way up."""
+    from node.inference.image_tar import pack_image  # noqa: PLC0415
+
+    directory = _directory(images)
+    chosen = _active(directory).value if slot is None else slot.value
+    pack_image(directory / chosen, archive)
+    typer.echo(f"{archive}: image of slot {chosen}, {archive.stat().st_size / 1e6:.0f} MB")
+
+
+@model_app.command()
 def info(images: Images = None, slot: ActiveOption = None, json: Json = None) -> None:
     """Describe images: what they were built from, and what each kind of tensor takes."""
     from rich.console import Console  # noqa: PLC0415

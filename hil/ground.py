@@ -24,6 +24,7 @@ from telemetry.frame import Frame, FrameError, decode_frame
 from telemetry.keys import KeyRing
 from telemetry.link import LinkDown, MqttLink
 from telemetry.packets import Packet, UploadReport, Verification
+from telemetry.tls import TlsFiles
 from telemetry.upload import Chunk, encode_chunk
 
 _log = logging.getLogger(__name__)
@@ -78,6 +79,8 @@ class GroundStation:
         Whether telecommands are encrypted.
     reack_s
         Interval of acknowledging everything anew, s.
+    tls
+        Files for TLS to the broker, where its URL asks for it.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class GroundStation:
         on_packet: Callable[[Frame, Packet], None] = lambda frame, packet: None,
         sealed: bool = False,
         reack_s: float = REACK_S,
+        tls: TlsFiles | None = None,
     ) -> None:
         self.counts = GroundCounts()
         self.uplink = Uplink(node, ring, lambda key_id: archive.next_sequence(node, key_id), sealed=sealed)
@@ -108,12 +112,17 @@ class GroundStation:
         self.upload_reports = 0
         """How often it did."""
         self._frames: asyncio.Queue[bytes] = asyncio.Queue()
-        self._link = MqttLink(url, f"ground-{node}", [topics.tm(node, "#")], self._on_message)
+        self._link = MqttLink(url, f"ground-{node}", [topics.tm(node, "#")], self._on_message, tls=tls)
 
     @property
     def connected(self) -> asyncio.Event:
         """Set while the station hears the broker."""
         return self._link.connected
+
+    @property
+    def link_error(self) -> str | None:
+        """Why the broker is not heard; None when that is not known, or it is."""
+        return self._link.last_error
 
     @property
     def backlog(self) -> int:

@@ -42,7 +42,7 @@ GOODBYE_S = 0.5
 MISC_S = 0.25
 """Interval of looking at the keep-alive, s."""
 PROBE_S = 10.0
-"""Interval of trying to connect while nobody is expected at the far end, s (assumed: a pass that is not in the
+"""Interval of trying to connect while nobody is expected at the far end, s (assumed: a pass not in the
 plan is found within a fraction of it)."""
 STEADY_S = 5.0
 """A connection that lasted this long starts the back-off anew, s (assumed)."""

@@ -56,7 +56,7 @@ def test_a_short_run_finds_nothing_and_is_reported(tmp_path: Path) -> None:
     for decoder in result.decoders:
         assert decoder.undetected == decoder.escaped == decoder.slow == decoder.flips_accepted == 0
         assert decoder.rejected + decoder.resealed + decoder.unchanged == decoder.inputs
-    assert {d.decoder for d in result.decoders} == {"frame", "block", "ack", "flow", "bus"}
+    assert {d.decoder for d in result.decoders} == {"frame", "block", "ack", "flow", "upload", "bus"}
     text = make_report([tmp_path])
     assert "**0 accepted**" in text
     assert "`wrong_topic` 1,000" in text

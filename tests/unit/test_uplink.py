@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from hil.uplink import LIFETIME_S, RETRY_S, Send, Uplink
-from telemetry.commands import ActivateKey, Arguments, CommandError, Infer, Ping, RetireKey
+from telemetry.commands import ActivateKey, Arguments, Infer, Ping, RetireKey
 from telemetry.envelope import open_command
 from telemetry.keys import Key, KeyRing, KeyState
 from telemetry.packets import Stage, Verification
@@ -169,6 +170,34 @@ def test_a_rollover_is_followed_once_the_node_has_carried_it_out() -> None:
 
 def test_argument_out_of_range_is_not_sent() -> None:
     up = Uplink("penumbra-1", RING)
-    up.queue([Infer(job="job", prompt="p", max_tokens=0)])
-    with pytest.raises(CommandError):
-        up.tick(0.0, T0, in_contact=True)
+    wrong, sound = up.queue([Infer(job="job", prompt="p", max_tokens=0), Ping()])
+    assert one(up.tick(0.0, T0, in_contact=True)).name == "ping"
+    assert "max_tokens" in wrong.not_sent
+    assert sound.not_sent == ""
+    assert up.pending == 1
+
+
+def test_a_ticket_tells_each_stage_and_how_it_ended() -> None:
+    up = Uplink("penumbra-1", RING)
+    first, second, third = up.queue([Ping(), Ping(), Ping()])
+    up.tick(0.0, T0, in_contact=True)
+    limited = msgspec.structs.replace(answer(1, ok=False), code="rate_limited")
+    for report in (
+        limited,
+        answer(1),
+        answer(1),
+        answer(1, Stage.STARTED),
+        msgspec.structs.replace(answer(1, Stage.COMPLETED, ok=False), entry=7),
+    ):
+        up.on_verification(report)
+    assert first.outcome is None
+    assert [report.stage for report in first.reports] == [Stage.ACCEPTED, Stage.ACCEPTED, Stage.STARTED]
+    up.on_verification(answer(1, Stage.COMPLETED))
+    assert first.outcome == answer(1, Stage.COMPLETED)
+    up.tick(1.0, T0, in_contact=True)
+    up.on_verification(answer(2, ok=False))
+    assert second.outcome == answer(2, ok=False)
+    up.tick(2.0, T0, in_contact=True)
+    up.tick(3.0, T0 + round(LIFETIME_S * 1e9), in_contact=True)
+    assert third.expired
+    assert third.outcome is None

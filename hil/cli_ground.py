@@ -1,0 +1,130 @@
+"""`penumbra ground` and `penumbra products`: a station at a broker, and what its archive holds."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeAlias
+
+import typer
+
+from telemetry.errors import PenumbraError
+
+if TYPE_CHECKING:
+    from hil.ground import GroundStation
+    from telemetry.archive import Archive
+    from telemetry.keys import KeyRing
+    from telemetry.tls import TlsFiles
+
+NodeName: TypeAlias = Annotated[str, typer.Option("--node", help="Name of the node.")]
+ArchivePath: TypeAlias = Annotated[
+    Path, typer.Option("--archive", help="The archive, made if it is missing.")
+]
+FINAL_S = 2.0
+"""Time for the last acknowledgements before the station leaves, s."""
+
+
+def ground(
+    keys: Annotated[Path, typer.Option(help="Key file of the node, mode 0600.")],
+    broker: Annotated[str, typer.Option(help="Broker, e.g. mqtt://127.0.0.1:1883.")] = "mqtt://127.0.0.1",
+    node: NodeName = "penumbra-1",
+    archive: ArchivePath = Path("ground.db"),
+    sealed: Annotated[bool, typer.Option(help="Encrypt telecommands (AES-256-GCM).")] = False,
+    tls_ca: Annotated[str, typer.Option(help="Certificate of the authority, for mqtts and mqtts5.")] = "",
+    tls_certificate: Annotated[str, typer.Option(help="Certificate of the station.")] = "",
+    tls_key: Annotated[str, typer.Option(help="Its private key, mode 0600.")] = "",
+) -> None:
+    """Run a ground station: archive, acknowledge, and give the commands that are read from standard input.
+
+    One command a line, arguments as JSON: `ping`, `set_power_cap {"power_w": 9}`,
+    `fire switch_image {"slot": "b"}`, `upload image images/b`, `products dumps`. At the end of the input the
+    station leaves; exit code 1 if a command failed. On a terminal, end it with Ctrl-D.
+    """
+    from telemetry.archive import Archive
+    from telemetry.keys import KeyRing
+    from telemetry.tls import TlsFiles
+    from telemetry.topics import check_node_name
+
+    ring, files = KeyRing.load(keys), TlsFiles.of(tls_ca, tls_certificate, tls_key)
+    opened = Archive.open(archive)
+    try:
+        failures = asyncio.run(_run(broker, check_node_name(node), opened, ring, files, sealed=sealed))
+    except KeyboardInterrupt:
+        failures = 0
+    finally:
+        opened.close()
+    raise typer.Exit(1 if failures else 0)
+
+
+def products(
+    archive: Annotated[Path, typer.Argument(help="Archive of a station, or of a flight.")],
+    node: NodeName = "penumbra-1",
+    out: Annotated[Path, typer.Option(help="Directory they are written to.")] = Path("products"),
+) -> None:
+    """Put dumped memory together out of an archive, and prove it against its SHA-256."""
+    from hil.operator import write_products
+    from telemetry.archive import Archive
+
+    if not archive.is_file():
+        raise PenumbraError(f"{archive}: no such file", "give the archive of a station or a flight")
+    opened = Archive.open(archive)
+    try:
+        for line in write_products(opened, node, out):
+            typer.echo(line)
+    finally:
+        opened.close()
+
+
+async def _run(
+    broker: str, node: str, archive: Archive, ring: KeyRing, files: TlsFiles | None, *, sealed: bool
+) -> int:
+    from hil.ground import GroundStation
+    from hil.operator import Operator
+
+    station = GroundStation(
+        broker,
+        node,
+        archive,
+        ring,
+        now_ns=time.time_ns,
+        on_packet=lambda _, packet: operator.tell(packet),
+        sealed=sealed,
+        tls=files,
+    )
+    operator = Operator(station, archive, node, typer.echo)
+    station.in_contact = True
+    async with asyncio.TaskGroup() as group:
+        running = group.create_task(station.run(), name="hil.ground.run")
+        saying = group.create_task(_say_link(station), name="hil.ground.say-link")
+        async for line in _lines():
+            await operator.execute(line)
+        await asyncio.sleep(FINAL_S)
+        for task in (running, saying):
+            task.cancel()
+    counts = station.counts
+    typer.echo(
+        f"{counts.archived} frames archived, {counts.duplicates} came again, {counts.garbage} were garbage; "
+        f"{operator.failures} commands failed",
+        err=True,
+    )
+    return operator.failures
+
+
+async def _say_link(station: GroundStation) -> None:
+    """Tell when the broker cannot be reached: else nothing would ever happen, and nobody know why."""
+    told: str | None = None
+    while True:
+        await asyncio.sleep(1.0)
+        error = None if station.connected.is_set() else station.link_error
+        if error != told:
+            told = error
+            typer.echo("connected" if error is None else f"no connection to the broker: {error}", err=True)
+
+
+async def _lines() -> AsyncIterator[str]:
+    """Yield the lines of standard input, whatever it is: a thread waits for them."""
+    while line := await asyncio.to_thread(sys.stdin.readline):
+        yield line

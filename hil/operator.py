@@ -1,0 +1,185 @@
+"""The operator's line: one command a line, what becomes of it printed, for a person or a script.
+
+    ping                                       a command of the dictionary (docs/icd.md)
+    infer {"job": "a", "prompt": "Why?", "max_tokens": 64}     with its arguments as JSON
+    fire switch_image {"slot": "b"}            a hazardous one: armed, then given
+    upload image DIR_OF_A_SLOT                 a model image, or a tar of `penumbra model pack`
+    upload fdir_table FILE.toml                an FDIR table
+    products DIR                               write down the products that are whole; tell the others
+
+Lines are executed one after the other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shlex
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from hil.ground import GroundStation
+from hil.products import products
+from hil.uploader import outcome_of, upload
+from node.inference.image_tar import pack_image
+from telemetry.archive import Archive
+from telemetry.commands import Arguments, Arm, CommandError, UploadStatus, parse_arguments
+from telemetry.errors import PenumbraError
+from telemetry.packets import Event, Packet, Severity, Verification
+
+UPLOADS: dict[str, Literal["image", "fdir_table"]] = {"image": "image", "fdir_table": "fdir_table"}
+
+
+class Operator:
+    """Executes lines.
+
+    Parameters
+    ----------
+    station
+        Runs.
+    archive
+        Its archive.
+    node
+        The node.
+    say
+        Prints a line.
+    """
+
+    def __init__(
+        self, station: GroundStation, archive: Archive, node: str, say: Callable[[str], None]
+    ) -> None:
+        self.failures = 0
+        """Lines that could not be executed, or whose command failed."""
+        self._station = station
+        self._archive = archive
+        self._node = node
+        self._say = say
+
+    async def execute(self, line: str) -> None:
+        """Execute a line; whatever is wrong with it is printed."""
+        line = line.strip()
+        if not line or line.startswith("#"):
+            return
+        try:
+            await self._execute(line)
+        except PenumbraError as error:
+            self.failures += 1
+            self._say(str(error))
+
+    def tell(self, packet: Packet) -> None:
+        """Print a packet that is for the operator."""
+        match packet:
+            case Verification(name=UploadStatus.name, ok=True):
+                pass  # The upload says how far it is.
+            case Verification():
+                about = f"entry {packet.entry}, {packet.name}" if packet.entry is not None else packet.name
+                reason = f": {packet.reason}" if packet.reason else ""
+                self._say(f"{about} {packet.command_seq} {packet.stage} {packet.code}{reason}")
+            case Event() if packet.severity >= Severity.MEDIUM:
+                self._say(f"event {packet.severity.name.lower()} {packet.name}: {packet.text}")
+            case _:
+                pass
+
+    async def _execute(self, line: str) -> None:
+        word, _, rest = line.partition(" ")
+        match word:
+            case "upload":
+                await self._upload(_words(rest))
+            case "products":
+                await self._write_products(_words(rest))
+            case "fire":
+                name, _, args = rest.strip().partition(" ")
+                arguments = _parse(name, args)
+                if await self._give(Arm(command=arguments.name, args=_plain(arguments))):
+                    await self._give(arguments)
+            case _:
+                await self._give(_parse(word, rest))
+
+    async def _give(self, arguments: Arguments) -> bool:
+        (ticket,) = self._station.uplink.queue([arguments])
+        outcome = await outcome_of(ticket)
+        self.failures += not outcome.ok
+        return outcome.ok
+
+    async def _upload(self, words: list[str]) -> None:
+        if len(words) != 2 or words[0] not in UPLOADS:
+            raise PenumbraError(
+                f"upload {' '.join(words)}: a kind ({', '.join(UPLOADS)}) and a path are expected",
+                "e.g. upload image images/a",
+            )
+        kind, path = UPLOADS[words[0]], Path(words[1])
+        with tempfile.TemporaryDirectory() as directory:
+            if kind == "image" and await asyncio.to_thread(path.is_dir):
+                packed = Path(directory) / "image.tar"
+                await asyncio.to_thread(pack_image, path, packed)
+                path = packed
+            await upload(self._station, path, kind, say=self._progress())
+
+    def _progress(self) -> Callable[[str, float], None]:
+        told = [-1]
+
+        def say(text: str, share: float) -> None:
+            step = int(share * 20)
+            if text != "sending" or step != told[0]:
+                told[0] = step
+                self._say(f"{text} ({100 * share:.0f} %)" if text == "sending" else text)
+
+        return say
+
+    async def _write_products(self, words: list[str]) -> None:
+        if len(words) != 1:
+            raise PenumbraError("products: one directory is expected", "e.g. products dumps")
+        for line in await asyncio.to_thread(write_products, self._archive, self._node, Path(words[0])):
+            self._say(line)
+
+
+def write_products(archive: Archive, node: str, directory: Path) -> list[str]:
+    """Write every product that is whole into a directory, its head beside it; return a line about each.
+
+    Raises
+    ------
+    PenumbraError
+        The directory cannot be written.
+    """
+    lines = []
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for found in products(archive, node):
+            head = found.head
+            text = f"{head.product}: {head.name} from byte {head.first_byte}, {head.size_bytes} bytes"
+            if found.content is not None:
+                (directory / f"{head.product}.bin").write_bytes(found.content)
+                described = msgspec.json.format(msgspec.json.encode(head), indent=2)
+                (directory / f"{head.product}.json").write_bytes(described)
+            chunks = ", ".join(str(a) if a == b else f"{a} to {b}" for a, b in found.missing[:8])
+            lines.append(f"{text}: {found.state}" + (f", chunks missing: {chunks}" if chunks else ""))
+    except OSError as error:
+        raise PenumbraError(f"{error.filename or directory}: {error.strerror}") from error
+    return lines or [f"no product of {node} is archived"]
+
+
+def _words(text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise PenumbraError(f"{text!r}: {error}") from None
+
+
+def _parse(name: str, args: str) -> Arguments:
+    try:
+        given = msgspec.json.decode(args or "{}", type=dict)
+        return parse_arguments(name, given)
+    except msgspec.DecodeError as error:
+        raise PenumbraError(
+            f"{name}: its arguments are no JSON object: {error}", f'e.g. {name} {{"key": "value"}}'
+        ) from None
+    except CommandError as error:
+        raise PenumbraError(str(error), "see docs/icd.md") from None
+
+
+def _plain(arguments: Arguments) -> dict[str, object]:
+    plain: dict[str, object] = msgspec.msgpack.decode(msgspec.msgpack.encode(arguments))
+    return plain

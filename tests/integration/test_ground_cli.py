@@ -1,0 +1,79 @@
+"""`penumbra ground` and `penumbra products` as a user runs them, against a node with a scripted worker."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+
+from node_bench import NODE, open_bench
+
+from fdir.table import PACKAGED
+
+
+async def penumbra(
+    directory: Path, *arguments: str, lines: str = "", bound_s: float = 60.0
+) -> tuple[int, str]:
+    """Run the command; return its exit code, and what it said."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "hil.cli", *arguments),
+        cwd=directory,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    async with asyncio.timeout(bound_s):
+        said, _ = await process.communicate(lines.encode())
+    return process.returncode or 0, said.decode()
+
+
+async def test_commands_uploads_and_products_from_the_command_line(tmp_path: Path) -> None:
+    table = tmp_path / "my table.toml"
+    table.write_text(PACKAGED.read_text(encoding="utf-8"), encoding="utf-8")
+    async with open_bench(tmp_path) as bench:
+        bench.ack = False
+        await bench.start()
+        station = (
+            "ground",
+            "--broker",
+            bench.url,
+            "--node",
+            NODE,
+            "--keys",
+            "keys.toml",
+            "--archive",
+            "my.db",
+        )
+        lines = [
+            "# a comment, and an empty line", "", "ping", 'dump_memory {"region": "config"}',
+            "upload fdir_table 'my table.toml'", 'load_fdir {"source": "uplinked"}', "products dumps",
+        ]  # fmt: skip
+        code, said = await penumbra(tmp_path, *station, lines="\n".join(lines))
+        assert code == 0, said
+        for each in ("ping 1 completed ok", "product dump-1-1 of", "upload_commit", "load_fdir"):
+            assert each in said
+        # Numbers go on where they were, and what is wrong is said and counted.
+        wrong = [
+            "ping", 'fire retire_key {"key": "nothing"}', "ping {", "sing", "upload image", "products",
+            "upload image nowhere",
+        ]  # fmt: skip
+        code, said = await penumbra(tmp_path, *station, lines="\n".join(wrong))
+        assert code == 1
+        assert "retire_key" in said
+        assert "key_unchanged" in said
+        assert "its arguments are no JSON object" in said
+        assert "no command 'sing'" in said
+        assert "a kind (image, fdir_table) and a path are expected" in said
+        assert "nowhere: No such file or directory" in said
+        assert "Traceback" not in said
+        assert "6 commands failed" in said
+        code, said = await penumbra(tmp_path, "products", "my.db", "--node", NODE, "--out", "again")
+        assert (code, "dump-1-1: config from byte 0" in said, said.count("whole")) == (0, True, 1), said
+        assert (tmp_path / "again" / "dump-1-1.bin").stat().st_size > 100
+
+
+async def test_what_cannot_be_used_is_one_message(tmp_path: Path) -> None:
+    code, said = await penumbra(tmp_path, "ground", "--keys", "none.toml")
+    assert (code, "none.toml" in said, "Traceback" in said) == (2, True, False), said
+    code, said = await penumbra(tmp_path, "products", "none.db")
+    assert (code, said.count("\n")) == (2, 2), said
