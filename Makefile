@@ -44,7 +44,8 @@ check: $(VENV)/.dev
 	$(BIN)/python -m fdir.table_docs --check
 
 # Unit tests and what waits most of its time share the cores; what keeps them busy has them alone.
-WAITING := $(addprefix tests/integration/,test_fdir_rows.py test_fdir_commands.py test_spool_kill.py test_telecommands.py)
+WAITING := $(addprefix tests/integration/,test_fdir_rows.py test_fdir_commands.py test_spool_kill.py \
+	test_telecommands.py test_transfers.py test_ground_cli.py test_broker_durability.py)
 
 test: $(VENV)/.dev model
 	$(BIN)/pytest -n 2 tests/unit tests/property $(WAITING)

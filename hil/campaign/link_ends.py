@@ -1,10 +1,11 @@
 """The two ends of the space link as processes of their own, so that SIGKILL means what it says.
 
-The node's end is the flight's own store, recorder, downlink, intake and commanding, without worker and bus;
-it makes telemetry of every stream as fast as a busy node. The ground's end is the station with its archive,
-and sends jobs. Both go on until SIGTERM. A file `quiet` in their directory ends the making; `answered` tells
-that no command waits for its answer any more, then `drained` that every record was acknowledged. Times are
-shorter than in flight, so that a schedule takes seconds.
+The node's end is the flight's own store, recorder, downlink, intake, commanding, products and uploads,
+without worker and bus; it makes telemetry of every stream as fast as a busy node. The ground's end is the
+station with its archive; it sends jobs, has memory dumped, and uploads tables. Both go on until SIGTERM. A
+file `quiet` in their directory ends the making; `answered` tells that no command waits for its answer any
+more, then `drained` that every record was acknowledged. Times are shorter than in flight, so that a schedule
+takes seconds.
 """
 
 from __future__ import annotations
@@ -19,25 +20,36 @@ import sqlite3
 import time
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
+from fdir.table import PACKAGED
 from hil.bench.link_load import NODE, backlog
 from hil.ground import GroundStation
-from node import state
+from hil.uploader import upload
+from node import open_commands, state, transfers
 from node.commanding import Commanding
 from node.downlink import Downlink, DownlinkWindow
+from node.image_slots import ImageSlots
 from node.intake import Intake
 from node.jobs import JobQueue
+from node.long_commands import LongCommands
+from node.memory_dump import MemoryRegions
+from node.products import Products
 from node.recorder import Recorder
 from node.schedule import Schedule
+from node.transfers import Transfers
+from node.uploads import Uploads
 from telemetry.archive import Archive
 from telemetry.authenticator import Authenticator
-from telemetry.commands import Infer
+from telemetry.commands import DumpMemory, Infer, UploadAbort
 from telemetry.database import Database
+from telemetry.errors import PenumbraError
 from telemetry.keys import KeyRing
 from telemetry.link import MqttLink
 from telemetry.packets import Packet
 from telemetry.spool import Spool
+
+_log = logging.getLogger(__name__)
 
 KEYS: Final = "keys.toml"
 NODE_DB: Final = "node.db"
@@ -57,6 +69,14 @@ MAKE_S: Final = 0.01
 COMMAND_S: Final = 0.1
 LIFE_S: Final = 600.0
 """An end stops by itself after so long: whoever started it may have been killed."""
+DUMP_EVERY: Final = 3
+"""One command of so many is a dump."""
+DUMP_BYTES: Final = 60_000
+REGION: Final = "random"
+"""What is dumped: other bytes each time."""
+TABLE: Final = "table.toml"
+CHUNK_BYTES: Final = 1024
+"""Of uploads: a table then has some twenty chunks."""
 STILL_S: Final = 0.4
 """The store must have been empty for so long."""
 
@@ -101,17 +121,31 @@ async def _node(directory: Path, url: str, seed: int) -> None:
         jobs, authenticator = JobQueue(spool), Authenticator(NODE, ring)
 
         def create(connection: sqlite3.Connection) -> None:
-            for each in (spool.create, jobs.create, authenticator.load, schedule.create):
+            for each in (
+                *(spool.create, jobs.create, authenticator.load, schedule.create),
+                *(transfers.create, open_commands.create),
+            ):
                 each(connection)
 
         await database.run(create)
         recorder = Recorder(database, spool, time.time_ns)
+        products = Products(directory / "products", boot, database=database, spool=spool, recorder=recorder)
+        uploads = Uploads(NODE, ring, directory, directory / "images", database)
+        regions = MemoryRegions(
+            worker_pid=lambda: None, arena=directory / "arena", code=("supervisor.code", "worker.code"),
+            tables={REGION: lambda: os.urandom(DUMP_BYTES)},
+        )  # fmt: skip
+        # No image is uploaded or switched here: that takes a worker.
+        slots = cast("ImageSlots", None)
+        moved = Transfers(regions=regions, products=products, incoming=uploads, slots=slots)
+        long_commands = LongCommands(moved.work, lambda: commanding, moved.executed)
         commanding = Commanding(
             database=database, spool=spool, jobs=jobs, authenticator=authenticator, recorder=recorder,
-            on_executed=lambda _: None, schedule=schedule, mission_ns=time.time_ns,
+            on_executed=moved.executed, on_begun=long_commands.begin, take_other=moved.take,
+            schedule=schedule, mission_ns=time.time_ns,
         )  # fmt: skip
         intake = Intake(
-            NODE, ring, recorder, on_command=commanding.offer, on_upload=lambda _: None,
+            NODE, ring, recorder, on_command=commanding.offer, on_upload=uploads.offer,
             on_ack=lambda ack: downlink.on_ack(ack), on_flow=lambda flow: downlink.on_flow(flow),  # noqa: PLW0108
             on_bus=lambda _: None,
         )  # fmt: skip
@@ -121,7 +155,7 @@ async def _node(directory: Path, url: str, seed: int) -> None:
         )  # fmt: skip
         downlink = Downlink(NODE, database, spool, link, DownlinkWindow(2048, RETRANSMIT_S))
         async with asyncio.TaskGroup() as group:
-            for service in (recorder, commanding, link, downlink):
+            for service in (recorder, commanding, long_commands, products, uploads, link, downlink):
                 group.create_task(service.run(), name=f"link_ends.{type(service).__name__}")
             await _make(directory, recorder, random.Random(f"{seed} {boot}"))  # noqa: S311 - contents
             await _watch(directory, database, spool)
@@ -140,11 +174,37 @@ async def _make(directory: Path, recorder: Recorder, chance: random.Random) -> N
 async def _watch(directory: Path, database: Database, spool: Spool) -> None:
     empty_s = time.monotonic()
     while True:
-        if (await database.run(spool.size))[0] or not (directory / ANSWERED).exists():
+        busy = await database.run(lambda c: spool.size(c)[0] + _unfinished(c))
+        if busy or not (directory / ANSWERED).exists():
             empty_s = time.monotonic()
         if time.monotonic() - empty_s > STILL_S:
             (directory / DRAINED).touch()
         await asyncio.sleep(POLL_S)
+
+
+async def _upload_tables(directory: Path, station: GroundStation) -> None:
+    """Upload tables that differ in a comment, one after the other, until there is peace."""
+    text, path = PACKAGED.read_text(encoding="utf-8"), directory / TABLE
+    # What a ground before this one has begun is ended first: one upload is open at a time.
+    if not path.exists():
+        path.write_text(text, encoding="utf-8")
+    while True:
+        try:
+            await upload(station, path, "fdir_table", chunk_bytes=CHUNK_BYTES)
+        except PenumbraError as error:
+            _log.warning("upload: %s", error)
+            station.uplink.queue([UploadAbort()])
+        if (directory / QUIET).exists():
+            return
+        new = path.with_suffix(".new")
+        new.write_text(f"{text}\n# {time.time_ns()}\n", encoding="utf-8")
+        new.replace(path)
+
+
+def _unfinished(connection: sqlite3.Connection) -> int:
+    """Return how much is still being carried out, or waits for room in the store."""
+    (due,) = connection.execute("SELECT COUNT(*) FROM product_due").fetchone()
+    return int(due) + len(open_commands.all_open(connection))
 
 
 async def _ground(directory: Path, url: str) -> None:
@@ -155,13 +215,17 @@ async def _ground(directory: Path, url: str) -> None:
         station.in_contact = True
         async with asyncio.TaskGroup() as group:
             group.create_task(station.run(), name="link_ends.station")
+            sending = group.create_task(_upload_tables(directory, station), name="link_ends.upload")
             for number in itertools.count():
                 quiet = (directory / QUIET).exists()
-                if quiet and not station.uplink.pending:
+                if quiet and not station.uplink.pending and sending.done():
                     (directory / ANSWERED).touch()
                 if not quiet and station.uplink.pending < 2:
                     job = f"job-{os.getpid()}-{number}"
-                    station.uplink.queue([Infer(job=job, prompt="p", max_tokens=1)])
+                    dump = number % DUMP_EVERY == DUMP_EVERY - 1
+                    station.uplink.queue(
+                        [DumpMemory(region=REGION) if dump else Infer(job=job, prompt="p", max_tokens=1)]
+                    )
                 await asyncio.sleep(COMMAND_S)
     finally:
         archive.close()

@@ -17,7 +17,7 @@ import signal
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerContext, ForkServerProcess
@@ -33,7 +33,10 @@ from hil.campaign.records import Header, Records
 from hil.link_faults import LinkFaults, Way
 from hil.link_proxy import LinkProxy
 from hil.mosquitto import Mosquitto, find_mosquitto
+from hil.products import Assembled, products
+from node.open_commands import INTERRUPTED, OK
 from telemetry.archive import Archive
+from telemetry.commands import DumpMemory, UploadCommit
 from telemetry.errors import PenumbraError
 from telemetry.keys import generate_key_file
 from telemetry.ledger import Key, LedgerCheck, reconcile, to_ranges
@@ -69,7 +72,28 @@ class LinkRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Telecommands answered as executed."""
     jobs: int
     """Jobs in the node's queue: each of those commands made one, once."""
+    dumps: int
+    """Dumps that were completed."""
+    dumps_broken: int
+    """Of these, not whole in the archive, or not there."""
+    uploads: int
+    """Uploads that were committed."""
+    interrupted: int
+    """Commands that take long which a kill interrupted: reported so by the next boot."""
+    unanswered: int
+    """Commands that take long which were begun, and have no completion in the archive, or two."""
     wall_s: float
+
+    @property
+    def is_right(self) -> bool:
+        """Whether nothing was lost, doubled or left without an answer."""
+        return (
+            self.drained
+            and self.consistent
+            and self.jobs == self.commands
+            and not self.dumps_broken
+            and not self.unanswered
+        )
 
 
 @dataclass
@@ -229,10 +253,12 @@ async def run_trial(index: int, seed: int, root: Path, context: ForkServerContex
         dropped=books.check.dropped, lost=books.check.lost,
         duplicated=books.check.duplicated + books.twice,
         consistent=books.check.consistent and books.check.stored == 0 and not books.twice,
-        problems=books.check.problems, commands=books.commands, jobs=books.jobs,
+        problems=books.check.problems, commands=books.commands, jobs=books.jobs, dumps=books.long.dumps,
+        dumps_broken=books.long.broken, uploads=books.long.uploads, interrupted=books.long.interrupted,
+        unanswered=books.long.unanswered,
         wall_s=time.monotonic() - begun_s,
     )  # fmt: skip
-    if record.drained and record.consistent and record.jobs == record.commands:
+    if record.is_right:
         shutil.rmtree(directory)
     return record
 
@@ -245,6 +271,16 @@ class _Books:
     twice: int
     commands: int
     jobs: int
+    long: _LongCommands
+
+
+@dataclass(frozen=True)
+class _LongCommands:
+    dumps: int
+    broken: int
+    uploads: int
+    interrupted: int
+    unanswered: int
 
 
 def _read_books(directory: Path) -> _Books:
@@ -254,9 +290,11 @@ def _read_books(directory: Path) -> _Books:
     try:
         check, boots = _check(connection, archive)
         (jobs,) = connection.execute("SELECT COUNT(*) FROM jobs").fetchone()
+        reports = [report for _, report in archive.packets(NODE, Verification)]
+        long = _read_long(reports, products(archive, NODE))
         executed = {
             (report.key_id, report.command_seq)
-            for _, report in archive.packets(NODE, Verification)
+            for report in reports
             if report.name == "infer" and report.stage is Stage.COMPLETED and report.ok
         }
         frames = archive.frames(NODE)
@@ -264,7 +302,35 @@ def _read_books(directory: Path) -> _Books:
         connection.close()
         archive.close()
     twice = len(frames) - len(set(frames))
-    return _Books(check, boots, len(frames), twice, len(executed), jobs)
+    return _Books(check, boots, len(frames), twice, len(executed), jobs, long)
+
+
+def _read_long(reports: Sequence[Verification], made: Sequence[Assembled]) -> _LongCommands:
+    """Hold what long commands said against what came of them.
+
+    A completion that was repeated, because the command was, counts once.
+    """
+    begun: set[int] = set()
+    ends: dict[int, set[tuple[str, str]]] = {}
+    for report in reports:
+        if report.name not in (DumpMemory.name, UploadCommit.name):
+            continue
+        if report.stage is Stage.STARTED and report.ok:
+            begun.add(report.command_seq)
+        elif report.stage is Stage.COMPLETED:
+            ends.setdefault(report.command_seq, set()).add((report.code, report.reason))
+    codes = {seq: next(iter(told))[0] for seq, told in ends.items()}
+    ok = {seq for seq, code in codes.items() if code == OK}
+    dumped = {r.command_seq for r in reports if r.name == DumpMemory.name} & ok
+    promised = {reason.split()[1] for seq in dumped for _, reason in ends[seq]}
+    whole = {found.head.product for found in made if found.state == "whole"}
+    return _LongCommands(
+        dumps=len(dumped),
+        broken=len(promised - whole),
+        uploads=len(ok - dumped),
+        interrupted=sum(code == INTERRUPTED for code in codes.values()),
+        unanswered=sum(len(ends.get(seq, ())) != 1 for seq in begun),
+    )
 
 
 def _check(connection: sqlite3.Connection, archive: Archive) -> tuple[LedgerCheck, int]:

@@ -216,7 +216,7 @@ def link_section(path: Path, header: Header) -> str:
     rows = []
     for broker in [*sorted({record.broker for record in records}), "all"]:
         mine = [record for record in records if broker in (record.broker, "all")]
-        wrong = sum(not (r.drained and r.consistent) for r in mine)
+        wrong = sum(not r.is_right for r in mine)
         rows.append(
             [
                 broker,
@@ -237,7 +237,7 @@ def link_section(path: Path, header: Header) -> str:
         faults.update(record.faults)
     told = ", ".join(f"`{kind}` {count:,}" for kind, count in sorted(faults.items()))
     problems = [f"- schedule {r.index}: {'; '.join(r.problems) or 'not drained'}" for r in records
-                if not (r.drained and r.consistent) or r.jobs != r.commands]  # fmt: skip
+                if not r.is_right]  # fmt: skip
     return "\n".join(
         [
             "## Space link: kills, cuts and lies\n",
@@ -247,9 +247,15 @@ def link_section(path: Path, header: Header) -> str:
             f"both sides. Strikes: {told}; {sum(r.boots for r in records):,} boots of the node.\n",
             table(
                 ["broker", "schedules", "generated", "archived", "dropped", "lost", "duplicated",
-                 "books not equal", "equal in at least, %", "commands executed", "jobs made of them"],
+                 "not right", "right in at least, %", "commands executed", "jobs made of them"],
                 rows,
             ),
+            "Carried out beside them, over the same kills: "
+            f"{sum(r.dumps for r in records):,} dumps of 60,000 bytes in chunks, "
+            f"{sum(r.dumps_broken for r in records)} of them not whole in the archive; "
+            f"{sum(r.uploads for r in records):,} tables uploaded in chunks and committed; "
+            f"{sum(r.interrupted for r in records)} such commands were interrupted by a kill and reported "
+            f"so by the next boot, {sum(r.unanswered for r in records)} were begun and not answered once.\n",
             *problems,
         ]
     )  # fmt: skip

@@ -11,13 +11,14 @@ import pytest
 
 from hil.campaign import link_run
 from hil.campaign.link_ends import ARCHIVE_DB, NODE_DB
-from hil.campaign.link_run import LinkRecord, _read_books
+from hil.campaign.link_run import LinkRecord, _read_books, _read_long
 from hil.campaign.records import TRIALS, read_lines
 from hil.mosquitto import find_mosquitto
+from hil.products import Assembled
 from telemetry.archive import Archive
 from telemetry.errors import PenumbraError
 from telemetry.frame import encode_frame
-from telemetry.packets import Event, Severity
+from telemetry.packets import Event, Product, Severity, Stage, Verification
 from telemetry.spool import Spool
 
 NODE = "penumbra-1"
@@ -78,3 +79,32 @@ def test_a_record_that_is_missing_or_there_twice_is_found(tmp_path: Path) -> Non
     books = _read_books(tmp_path)
     assert books.check.lost == 1
     assert not books.check.consistent
+
+
+def report(name: str, seq: int, stage: Stage, code: str = "ok", reason: str = "") -> Verification:
+    return Verification(
+        key_id="g", command_seq=seq, name=name, stage=stage, ok=code == "ok", code=code, reason=reason
+    )
+
+
+def test_a_dump_that_is_not_whole_and_a_command_without_an_end_are_found() -> None:
+    head = Product(product="dump-1-1", kind="memory_dump", name="x", size_bytes=1, chunk_bytes=1, sha256="")
+    reports = [
+        report("dump_memory", 1, Stage.STARTED),
+        report("dump_memory", 1, Stage.COMPLETED, reason="product dump-1-1 of 1 bytes"),
+        report("dump_memory", 1, Stage.COMPLETED, reason="product dump-1-1 of 1 bytes"),
+        report("dump_memory", 2, Stage.STARTED),
+        report("upload_commit", 3, Stage.STARTED),
+        report("upload_commit", 3, Stage.COMPLETED, "interrupted"),
+        report("upload_commit", 4, Stage.STARTED),
+        report("upload_commit", 4, Stage.COMPLETED),
+        report("upload_commit", 5, Stage.STARTED),
+        report("upload_commit", 5, Stage.COMPLETED),
+        report("upload_commit", 5, Stage.COMPLETED, "interrupted"),
+        report("infer", 6, Stage.STARTED),
+    ]
+    found = _read_long(reports, [Assembled(head, (), b"x")])
+    assert (found.dumps, found.broken) == (1, 0)
+    assert found.unanswered == 2  # 2 has no end, 5 has two.
+    assert _read_long(reports, [Assembled(head, ((0, 0),), None)]).broken == 1
+    assert _read_long(reports, []).broken == 1
