@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from telemetry.authenticator import RejectCode
-from telemetry.commands import ActivateKey, Arguments, CommandError, RetireKey
+from telemetry.commands import ActivateKey, Arguments, CommandError, Resync, RetireKey
 from telemetry.envelope import encode_command, make_command
-from telemetry.keys import KeyRing, KeyState
+from telemetry.keys import KeyRing, KeyState, KeyUse
 from telemetry.packets import Stage, Verification
 
 RETRY_S = 1.0
@@ -215,7 +215,18 @@ class Uplink:
             key.state = KeyState.ACTIVE if isinstance(change, ActivateKey) else KeyState.RETIRED
 
     def _signer(self, arguments: Arguments) -> str:
-        """Return the id of the key to sign with: none may retire itself."""
+        """Return the id of the key to sign with: none may retire itself, and one for recovery gives `resync`.
+
+        Raises
+        ------
+        CommandError
+            `resync` without such a key in the ring.
+        """
+        if isinstance(arguments, Resync):
+            recovery = [k.id for k in self._ring if k.use is KeyUse.RECOVERY and k.state is KeyState.ACTIVE]
+            if not recovery:
+                raise CommandError("resync needs a recovery key, and the station's key file has none")
+            return recovery[0]
         leaving = arguments.key if isinstance(arguments, RetireKey) else None
         others = [key.id for key in self._ring.active() if key.id != leaving]
         return others[0] if others else self._ring.signing_key().id

@@ -6,9 +6,9 @@ import msgspec
 import pytest
 
 from hil.uplink import LIFETIME_S, RETRY_S, Send, Uplink
-from telemetry.commands import ActivateKey, Arguments, Infer, Ping, RetireKey
+from telemetry.commands import ActivateKey, Arguments, Infer, Ping, Resync, RetireKey
 from telemetry.envelope import open_command
-from telemetry.keys import Key, KeyRing, KeyState
+from telemetry.keys import Key, KeyRing, KeyState, KeyUse
 from telemetry.packets import Stage, Verification
 
 KEY = Key("ground-1", bytes(range(32)))
@@ -175,6 +175,18 @@ def test_argument_out_of_range_is_not_sent() -> None:
     assert "max_tokens" in wrong.not_sent
     assert sound.not_sent == ""
     assert up.pending == 1
+
+
+def test_a_resync_is_signed_with_the_recovery_key_or_not_sent() -> None:
+    resync = Resync(key="ground-1", last_seq=9)
+    up = Uplink("penumbra-1", RING)
+    (ticket,) = up.queue([resync])
+    assert up.tick(0.0, T0, in_contact=True) == []
+    assert "recovery key" in ticket.not_sent
+    ring = KeyRing([KEY, Key("rescue", bytes(32), use=KeyUse.RECOVERY)])
+    up = Uplink("penumbra-1", ring)
+    up.queue([resync])
+    assert open_command(one(up.tick(0.0, T0, in_contact=True)).payload, ring).key_id == "rescue"
 
 
 def test_a_ticket_tells_each_stage_and_how_it_ended() -> None:
