@@ -12,6 +12,7 @@ from typing import Protocol, TypeAlias
 
 from node.command_effects import CommandFailed, Done
 from node.open_commands import OK, Order
+from node.pulse import Pulse
 from telemetry.commands import Arguments
 
 Progress: TypeAlias = Callable[[str], Awaitable[None]]
@@ -48,7 +49,9 @@ class LongCommands:
         self._work = work
         self._reporter = reporter
         self._on_done = on_done
-        self._begun: asyncio.Queue[tuple[Order, Arguments]] = asyncio.Queue()
+        self._begun: asyncio.Queue[tuple[Order, Arguments] | None] = asyncio.Queue()
+        self.pulse = Pulse("long-commands", lambda: self._begun.put_nowait(None))
+        """Health of the task that begins them."""
 
     def begin(self, order: Order, arguments: Arguments) -> None:
         """Take a command whose start is durable."""
@@ -58,7 +61,11 @@ class LongCommands:
         """Carry out until cancelled."""
         async with asyncio.TaskGroup() as group:
             while True:
-                order, arguments = await self._begun.get()
+                begun = await self._begun.get()
+                self.pulse.beat()
+                if begun is None:
+                    continue
+                order, arguments = begun
                 group.create_task(self._carry_out(order, arguments), name=f"node.command.{order.name}")
 
     async def _carry_out(self, order: Order, arguments: Arguments) -> None:

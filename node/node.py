@@ -230,7 +230,8 @@ class Node:
         self._mode_pulse = Pulse("modes", lambda: self._mode_actions.put_nowait(None))
         services = (
             *(self.recorder, self._worker, self._runner, self._commanding),
-            *(self._power, self._housekeeping, self._downlink, self._products),
+            *(self._power, self._housekeeping, self._downlink),
+            *(self._products, self._uploads, self._long_commands),
         )
         self._fdir = Fdir(
             config,

@@ -22,6 +22,7 @@ from typing import Final
 import xxhash
 
 from node.command_effects import CommandFailed
+from node.pulse import Pulse
 from telemetry.commands import UploadBegin
 from telemetry.database import Database, StoreFull
 from telemetry.keys import KeyRing
@@ -102,7 +103,10 @@ class Uploads:
         self._directory = directory
         self._images = images
         self._database = database
-        self._waiting: asyncio.Queue[Chunk] = asyncio.Queue(MAX_WAITING)
+        self._waiting: asyncio.Queue[Chunk | None] = asyncio.Queue(MAX_WAITING)
+        """Chunks; None wakes the task to answer a health ping."""
+        self.pulse = Pulse("uploads", self._wake)
+        """Health of the task that brings chunks to the disk."""
         self._changed = asyncio.Event()
 
     def path(self, upload: Upload) -> Path:
@@ -188,6 +192,11 @@ class Uploads:
         except asyncio.QueueFull:
             self.refused += 1
 
+    def _wake(self) -> None:
+        # A full queue is being worked off, and the task beats at each batch.
+        if not self._waiting.full():
+            self._waiting.put_nowait(None)
+
     def look(self) -> None:
         """Tell that an upload was closed."""
         self._changed.set()
@@ -206,9 +215,11 @@ class Uploads:
 
     async def _write_chunks(self) -> None:
         while True:
-            chunks = [await self._waiting.get()]
-            while len(chunks) < BATCH and not self._waiting.empty():
-                chunks.append(self._waiting.get_nowait())
+            waiting = [await self._waiting.get()]
+            self.pulse.beat()
+            while len(waiting) < BATCH and not self._waiting.empty():
+                waiting.append(self._waiting.get_nowait())
+            chunks = [chunk for chunk in waiting if chunk is not None]
             try:
                 await self._take(chunks)
             except (StoreFull, sqlite3.Error, OSError) as error:
