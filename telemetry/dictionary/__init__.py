@@ -1,0 +1,1 @@
+"""The telecommands by subject; `telemetry.commands` is all of them."""
