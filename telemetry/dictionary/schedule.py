@@ -29,7 +29,7 @@ class Arm(Arguments, frozen=True, kw_only=True):
     hazard: ClassVar[Hazard] = Hazard.NONE
 
     command: CommandName
-    args: dict[str, Any] = msgspec.field(default_factory=dict)
+    args: dict[str, Any] = {}
 
 
 class ScheduleInsert(Arguments, frozen=True, kw_only=True):
@@ -45,7 +45,7 @@ class ScheduleInsert(Arguments, frozen=True, kw_only=True):
     t_ns: MissionTime
     """Mission time (UTC) of execution, ahead of now, ns since 1970."""
     command: CommandName
-    args: dict[str, Any] = msgspec.field(default_factory=dict)
+    args: dict[str, Any] = {}
 
 
 Entry = Annotated[int, Meta(ge=1, le=2**63 - 1, description="number of an entry")]
@@ -84,7 +84,7 @@ class SequenceStep(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     delay_s: Annotated[float, Meta(ge=0, le=1e6, description="0 to 1,000,000 s")]
     """Mission time after the step before, or after the start."""
     command: CommandName
-    args: dict[str, Any] = msgspec.field(default_factory=dict)
+    args: dict[str, Any] = {}
     crc32c: Annotated[int, Meta(ge=0, lt=2**32, description="0 to 2^32 - 1")]
     """CRC-32C over msgpack [command, args], keys of all maps in order: proven when it is loaded, and again
     before it is executed."""

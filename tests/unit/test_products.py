@@ -186,6 +186,7 @@ async def test_the_oldest_that_is_sent_gives_way_and_none_that_is_not(
         await on.make(b"two")
         await until(on.is_spooled)
         await on.make(b"three")
+        await until(on.is_spooled)
         kept = await on.database.run(lambda c: c.execute("SELECT product FROM product").fetchall())
         assert kept == [("dump-1-2",), ("dump-1-3",)]
     async with board(tmp_path, 2, capacity=3 * CHUNK_BYTES) as on:

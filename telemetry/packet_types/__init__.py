@@ -1,0 +1,1 @@
+"""The packets by subject; `telemetry.packets` is all of them."""
