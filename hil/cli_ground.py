@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeAlias
 
@@ -16,6 +18,7 @@ from telemetry.errors import PenumbraError
 if TYPE_CHECKING:
     from hil.ground import GroundStation
     from telemetry.archive import Archive
+    from telemetry.ground_report import GroundReport
     from telemetry.keys import KeyRing
     from telemetry.tls import TlsFiles
 
@@ -23,6 +26,7 @@ NodeName: TypeAlias = Annotated[str, typer.Option("--node", help="Name of the no
 ArchivePath: TypeAlias = Annotated[
     Path, typer.Option("--archive", help="The archive, made if it is missing.")
 ]
+Json: TypeAlias = Annotated[Path | None, typer.Option("--json", help="Write the outcome here, as JSON.")]
 FINAL_S = 2.0
 """Time for the last acknowledgements before the station leaves, s."""
 
@@ -36,6 +40,7 @@ def ground(
     tls_ca: Annotated[str, typer.Option(help="Certificate of the authority, for mqtts and mqtts5.")] = "",
     tls_certificate: Annotated[str, typer.Option(help="Certificate of the station.")] = "",
     tls_key: Annotated[str, typer.Option(help="Its private key, mode 0600.")] = "",
+    json: Json = None,
 ) -> None:
     """Run a ground station: archive, acknowledge, and give the commands that are read from standard input.
 
@@ -45,44 +50,53 @@ def ground(
     """
     from telemetry.archive import Archive
     from telemetry.keys import KeyRing
+    from telemetry.summary import write_json
     from telemetry.tls import TlsFiles
     from telemetry.topics import check_node_name
 
     ring, files = KeyRing.load(keys), TlsFiles.of(tls_ca, tls_certificate, tls_key)
     opened = Archive.open(archive)
     try:
-        failures = asyncio.run(_run(broker, check_node_name(node), opened, ring, files, sealed=sealed))
+        report = asyncio.run(_run(broker, check_node_name(node), opened, ring, files, sealed=sealed))
     except KeyboardInterrupt:
-        failures = 0
+        raise typer.Exit(130) from None
     finally:
         opened.close()
-    raise typer.Exit(1 if failures else 0)
+    if json is not None:
+        write_json(json, report)
+    raise typer.Exit(1 if report.failures else 0)
 
 
 def products(
     archive: Annotated[Path, typer.Argument(help="Archive of a station, or of a flight.")],
     node: NodeName = "penumbra-1",
     out: Annotated[Path, typer.Option(help="Directory they are written to.")] = Path("products"),
+    json: Json = None,
 ) -> None:
     """Put dumped memory together out of an archive, and prove it against its SHA-256."""
-    from hil.operator import write_products
+    from hil.operator import describe_products, write_products
     from telemetry.archive import Archive
+    from telemetry.summary import write_json
 
     if not archive.is_file():
         raise PenumbraError(f"{archive}: no such file", "give the archive of a station or a flight")
     opened = Archive.open(archive)
     try:
-        for line in write_products(opened, node, out):
-            typer.echo(line)
+        report = write_products(opened, node, out)
     finally:
         opened.close()
+    for line in describe_products(report):
+        typer.echo(line)
+    if json is not None:
+        write_json(json, report)
 
 
 async def _run(
     broker: str, node: str, archive: Archive, ring: KeyRing, files: TlsFiles | None, *, sealed: bool
-) -> int:
+) -> GroundReport:
     from hil.ground import GroundStation
     from hil.operator import Operator
+    from telemetry.ground_report import GroundReport
 
     station = GroundStation(
         broker,
@@ -110,7 +124,14 @@ async def _run(
         f"{operator.failures} commands failed",
         err=True,
     )
-    return operator.failures
+    return GroundReport(
+        node=node,
+        archived=counts.archived,
+        duplicates=counts.duplicates,
+        garbage=counts.garbage,
+        failures=operator.failures,
+        commands=operator.ends,
+    )
 
 
 async def _say_link(station: GroundStation) -> None:
@@ -125,6 +146,18 @@ async def _say_link(station: GroundStation) -> None:
 
 
 async def _lines() -> AsyncIterator[str]:
-    """Yield the lines of standard input, whatever it is: a thread waits for them."""
-    while line := await asyncio.to_thread(sys.stdin.readline):
+    """Yield the lines of standard input, whatever it is.
+
+    A thread waits for them, which nobody has to wait for: Ctrl-C ends the command although no line comes.
+    """
+    loop, lines = asyncio.get_running_loop(), asyncio.Queue[str]()
+
+    def read() -> None:
+        while line := sys.stdin.readline():
+            loop.call_soon_threadsafe(lines.put_nowait, line)
+        with suppress(RuntimeError):  # The loop may be gone by now.
+            loop.call_soon_threadsafe(lines.put_nowait, "")
+
+    threading.Thread(target=read, name="hil.ground.stdin", daemon=True).start()
+    while line := await lines.get():
         yield line

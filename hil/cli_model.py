@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,6 +58,16 @@ class SwitchReport(msgspec.Struct, frozen=True, kw_only=True):
 
     before: str
     active: str
+    image_id: str
+
+
+class PackReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What `penumbra model pack` wrote."""
+
+    archive: str
+    size_bytes: int
+    sha256: str
+    """Of the archive: what an upload of it is named by."""
     image_id: str
 
 
@@ -159,14 +170,25 @@ def pack(
     archive: Annotated[Path, typer.Argument(help="Tar to write.")],
     images: Images = None,
     slot: Annotated[OneSlot | None, typer.Option(help="Slot to pack; the active one if not given.")] = None,
+    json: Json = None,
 ) -> None:
     """Write an image into one file, for the way up."""
     from node.inference.image_tar import pack_image  # noqa: PLC0415
+    from node.inference.manifest import image_id, load_manifest  # noqa: PLC0415
 
     directory = _directory(images)
     chosen = _active(directory).value if slot is None else slot.value
     pack_image(directory / chosen, archive)
-    typer.echo(f"{archive}: image of slot {chosen}, {archive.stat().st_size / 1e6:.0f} MB")
+    with archive.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    report = PackReport(
+        archive=str(archive),
+        size_bytes=archive.stat().st_size,
+        sha256=sha256,
+        image_id=image_id(load_manifest(directory / chosen)),
+    )
+    typer.echo(f"{archive}: image {report.image_id} of slot {chosen}, {report.size_bytes / 1e6:.0f} MB")
+    _write(json, report)
 
 
 @model_app.command()

@@ -28,9 +28,14 @@ from node.inference.image_tar import pack_image
 from telemetry.archive import Archive
 from telemetry.commands import Arguments, Arm, CommandError, UploadStatus, parse_arguments
 from telemetry.errors import PenumbraError
-from telemetry.packets import Event, Packet, Severity, Verification
+from telemetry.ground_report import CommandEnd, ProductsReport, ProductState
+from telemetry.packets import Event, Packet, Severity, Stage, Verification
 
 UPLOADS: dict[str, Literal["image", "fdir_table"]] = {"image": "image", "fdir_table": "fdir_table"}
+
+
+MAX_TOLD = 10_000
+"""Reports that are remembered, so that a repeated one is not told twice (assumed)."""
 
 
 class Operator:
@@ -53,10 +58,13 @@ class Operator:
     ) -> None:
         self.failures = 0
         """Lines that could not be executed, or whose command failed."""
+        self.ends: list[CommandEnd] = []
+        """How commands ended, in this order."""
         self._station = station
         self._archive = archive
         self._node = node
         self._say = say
+        self._told: set[Verification] = set()
 
     async def execute(self, line: str) -> None:
         """Execute a line; whatever is wrong with it is printed."""
@@ -70,7 +78,23 @@ class Operator:
             self._say(str(error))
 
     def tell(self, packet: Packet) -> None:
-        """Print a packet that is for the operator."""
+        """Print a packet that is for the operator, a report that was repeated once."""
+        if isinstance(packet, Verification):
+            if packet in self._told:
+                return
+            if len(self._told) >= MAX_TOLD:
+                self._told.clear()
+            self._told.add(packet)
+        if isinstance(packet, Verification) and (packet.stage is Stage.COMPLETED or not packet.ok):
+            self.ends.append(
+                CommandEnd(
+                    name=packet.name,
+                    command_seq=packet.command_seq,
+                    ok=packet.ok,
+                    code=packet.code,
+                    reason=packet.reason,
+                )
+            )
         match packet:
             case Verification(name=UploadStatus.name, ok=True):
                 pass  # The upload says how far it is.
@@ -132,33 +156,56 @@ class Operator:
     async def _write_products(self, words: list[str]) -> None:
         if len(words) != 1:
             raise PenumbraError("products: one directory is expected", "e.g. products dumps")
-        for line in await asyncio.to_thread(write_products, self._archive, self._node, Path(words[0])):
+        report = await asyncio.to_thread(write_products, self._archive, self._node, Path(words[0]))
+        for line in describe_products(report):
             self._say(line)
 
 
-def write_products(archive: Archive, node: str, directory: Path) -> list[str]:
-    """Write every product that is whole into a directory, its head beside it; return a line about each.
+def write_products(archive: Archive, node: str, directory: Path) -> ProductsReport:
+    """Write every product that is whole into a directory, its head beside it; return what there is.
 
     Raises
     ------
     PenumbraError
         The directory cannot be written.
     """
-    lines = []
+    states = []
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for found in products(archive, node):
-            head = found.head
-            text = f"{head.product}: {head.name} from byte {head.first_byte}, {head.size_bytes} bytes"
+            head, file = found.head, None
             if found.content is not None:
-                (directory / f"{head.product}.bin").write_bytes(found.content)
+                file = directory / f"{head.product}.bin"
+                file.write_bytes(found.content)
                 described = msgspec.json.format(msgspec.json.encode(head), indent=2)
                 (directory / f"{head.product}.json").write_bytes(described)
-            chunks = ", ".join(str(a) if a == b else f"{a} to {b}" for a, b in found.missing[:8])
-            lines.append(f"{text}: {found.state}" + (f", chunks missing: {chunks}" if chunks else ""))
+            states.append(
+                ProductState(
+                    product=head.product,
+                    name=head.name,
+                    first_byte=head.first_byte,
+                    size_bytes=head.size_bytes,
+                    sha256=head.sha256,
+                    state=found.state,
+                    missing=list(found.missing),
+                    file=None if file is None else str(file),
+                )
+            )
     except OSError as error:
         raise PenumbraError(f"{error.filename or directory}: {error.strerror}") from error
-    return lines or [f"no product of {node} is archived"]
+    return ProductsReport(node=node, products=states)
+
+
+def describe_products(report: ProductsReport) -> list[str]:
+    """Return a line about each product."""
+    lines = []
+    for one in report.products:
+        chunks = ", ".join(str(a) if a == b else f"{a} to {b}" for a, b in one.missing[:8])
+        lines.append(
+            f"{one.product}: {one.name} from byte {one.first_byte}, {one.size_bytes} bytes: {one.state}"
+            + (f", chunks missing: {chunks}" if chunks else "")
+        )
+    return lines or [f"no product of {report.node} is archived"]
 
 
 def _words(text: str) -> list[str]:

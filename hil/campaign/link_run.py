@@ -9,6 +9,7 @@ record, from the two databases.
 from __future__ import annotations
 
 import asyncio
+import logging
 import multiprocessing
 import os
 import random
@@ -393,6 +394,8 @@ async def run_link(
                 say(f"schedule {count} of {total}", count / total)
 
         asyncio.get_running_loop().set_exception_handler(_without_amqtt)
+        # It warns of every write to a peer that was killed.
+        logging.getLogger("asyncio").setLevel(logging.ERROR)
         try:
             async with asyncio.TaskGroup() as group:
                 for _ in range(at_once):

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
 from pathlib import Path
 
+import msgspec
 from node_bench import NODE, open_bench
 
 from fdir.table import PACKAGED
+from telemetry.ground_report import GroundReport, ProductsReport
+from telemetry.keys import generate_key_file
 
 
 async def penumbra(
@@ -48,10 +52,13 @@ async def test_commands_uploads_and_products_from_the_command_line(tmp_path: Pat
             "# a comment, and an empty line", "", "ping", 'dump_memory {"region": "config"}',
             "upload fdir_table 'my table.toml'", 'load_fdir {"source": "uplinked"}', "products dumps",
         ]  # fmt: skip
-        code, said = await penumbra(tmp_path, *station, lines="\n".join(lines))
+        code, said = await penumbra(tmp_path, *station, "--json", "ground.json", lines="\n".join(lines))
         assert code == 0, said
         for each in ("ping 1 completed ok", "product dump-1-1 of", "upload_commit", "load_fdir"):
             assert each in said
+        told = msgspec.json.decode((tmp_path / "ground.json").read_bytes(), type=GroundReport)
+        assert (told.failures, told.archived > 10, told.garbage) == (0, True, 0)
+        assert [end.name for end in told.commands][:2] == ["ping", "dump_memory"]
         # Numbers go on where they were, and what is wrong is said and counted.
         wrong = [
             "ping", 'fire retire_key {"key": "nothing"}', "ping {", "sing", "upload image", "products",
@@ -67,8 +74,14 @@ async def test_commands_uploads_and_products_from_the_command_line(tmp_path: Pat
         assert "nowhere: No such file or directory" in said
         assert "Traceback" not in said
         assert "6 commands failed" in said
-        code, said = await penumbra(tmp_path, "products", "my.db", "--node", NODE, "--out", "again")
+        code, said = await penumbra(
+            tmp_path, "products", "my.db", "--node", NODE, "--out", "again", "--json", "products.json"
+        )
         assert (code, "dump-1-1: config from byte 0" in said, said.count("whole")) == (0, True, 1), said
+        report = msgspec.json.decode((tmp_path / "products.json").read_bytes(), type=ProductsReport)
+        assert [(one.product, one.state, one.file) for one in report.products] == [
+            ("dump-1-1", "whole", "again/dump-1-1.bin")
+        ]
         assert (tmp_path / "again" / "dump-1-1.bin").stat().st_size > 100
 
 
@@ -77,3 +90,19 @@ async def test_what_cannot_be_used_is_one_message(tmp_path: Path) -> None:
     assert (code, "none.toml" in said, "Traceback" in said) == (2, True, False), said
     code, said = await penumbra(tmp_path, "products", "none.db")
     assert (code, said.count("\n")) == (2, 2), said
+
+
+async def test_it_ends_on_interrupt_although_no_line_comes(tmp_path: Path) -> None:
+    generate_key_file(tmp_path / "keys.toml")
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "hil.cli", "ground", "--keys", "keys.toml", "--broker", "mqtt://127.0.0.1:1"),
+        cwd=tmp_path,
+        stdin=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    assert process.stderr is not None
+    async with asyncio.timeout(30):
+        # Nobody listens there: it says so, and goes on trying.
+        assert b"no connection to the broker" in await process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        assert await process.wait() == 130
