@@ -45,11 +45,6 @@ BLOCK_FROM = 8
 URGENT_PRIORITY = 1
 """Records up to this priority do not share a block with others, but go ahead of it."""
 
-
-DEAF_AFTER = 12
-"""Time of sending without any acknowledgement after which the link is made anew, in units of `retransmit_s`;
-it doubles each time, up to `MAX_DEAF` of them (assumed: a ground that is there acknowledges every 2 s)."""
-MAX_DEAF = 200
 MAX_BACKOFF = 64
 """Most that the wait for an acknowledgement grows, in units of `retransmit_s` (assumed)."""
 
@@ -92,9 +87,6 @@ class DownlinkWindow:
         self.retransmit_s = retransmit_s
         self._sent: dict[int, InFlight] = {}
         self._flow: tuple[Flow, float] | None = None
-        self._unanswered_s: float | None = None
-        """When the first record since the last acknowledgement was sent."""
-        self._deaf_s = DEAF_AFTER * retransmit_s
         self._swept_s = 0.0
 
     def room(self, now_s: float) -> int:
@@ -127,23 +119,10 @@ class DownlinkWindow:
         most_s = self.retransmit_s * MAX_BACKOFF
         wait_s = self.retransmit_s if before is None else min(2 * before.wait_s, most_s)
         self._sent[record.rowid] = InFlight(record.stream, record.boot, record.seq, now_s, wait_s)
-        if self._unanswered_s is None:
-            self._unanswered_s = now_s
         if now_s - self._swept_s >= self.retransmit_s:
             # What the spool dropped meanwhile is never sent again, and forgotten here.
             self._swept_s = now_s
             self._sent = {row: r for row, r in self._sent.items() if now_s - r.sent_s <= 2 * most_s}
-
-    def deaf(self, now_s: float) -> bool:
-        """Tell, once, that the link is to be made anew: much was sent, and no acknowledgement heard.
-
-        A connection can be up and half dead: a flipped bit in its SUBSCRIBE is enough. Without a ground
-        it is made anew in vain, ever more seldom.
-        """
-        if self._unanswered_s is None or now_s - self._unanswered_s < self._deaf_s:
-            return False
-        self._deaf_s = min(2 * self._deaf_s, MAX_DEAF * self.retransmit_s)
-        return True
 
     def on_confirmed(self, record: SpoolRecord, now_s: float) -> None:
         """Note that the link has taken a record: on a slow link its wait begins now."""
@@ -157,8 +136,6 @@ class DownlinkWindow:
 
     def on_ack(self, ack: Ack) -> int:
         """Forget acknowledged records; return how many."""
-        self._unanswered_s = None
-        self._deaf_s = DEAF_AFTER * self.retransmit_s
         done = [row for row, r in self._sent.items() if covers(ack, r.stream, r.boot, r.seq)]
         for row in done:
             del self._sent[row]
@@ -167,7 +144,6 @@ class DownlinkWindow:
     def on_disconnected(self) -> None:
         """Forget what was under way: it may have died with the connection."""
         self._sent.clear()
-        self._unanswered_s = None
 
 
 class Turns:
@@ -281,9 +257,6 @@ class Downlink:
             if not self._link.connected.is_set():
                 self._window.on_disconnected()
                 await asyncio.sleep(POLL_S)
-                continue
-            if self._window.deaf(time.monotonic()):
-                self._link.renew("records are sent, and no acknowledgement is heard")
                 continue
             limit = min(self._window.room(time.monotonic()), BATCH)
             records = await self._take(limit) if limit > 0 else []

@@ -41,9 +41,12 @@ GOODBYE_S = 0.5
 """How long an ordered disconnect may take, s (assumed)."""
 MISC_S = 0.25
 """Interval of looking at the keep-alive, s."""
+RENEW_S = 10.0
+"""Interval of subscribing anew, s (assumed). A flipped bit in a SUBSCRIBE is a subscription to something
+else, which the broker confirms: the link is up, and deaf to a topic. Said again, it is right."""
 PROBE_S = 10.0
-"""Interval of trying to connect while nobody is expected at the far end, s (assumed: a pass not in the
-plan is found within a fraction of it)."""
+"""Interval of trying to connect while nobody is expected at the far end, s (assumed: a fraction of a pass
+that is not in the plan)."""
 STEADY_S = 5.0
 """A connection that lasted this long starts the back-off anew, s (assumed)."""
 
@@ -66,9 +69,6 @@ class Link(Protocol):
 
     async def publish(self, topic: str, payload: bytes) -> None:
         """Hand a message to the broker; raise `LinkDown` if it did not confirm it in time."""
-
-    def renew(self, why: str) -> None:
-        """Give the connection up, for a new one: the owner knows better that it carries nothing."""
 
     async def run(self) -> None:
         """Keep the link up until cancelled."""
@@ -262,6 +262,8 @@ class MqttLink:
         Files for TLS, needed for a URL that asks for it; only that one may have them.
     max_backoff_s
         Longest wait between two attempts to connect, s.
+    renew_s
+        Interval of subscribing anew, s.
 
     Raises
     ------
@@ -280,6 +282,7 @@ class MqttLink:
         publish_timeout_s: float = 4.0,
         max_inflight: int = 16,
         max_backoff_s: float = 2.0,
+        renew_s: float = RENEW_S,
         tls: TlsFiles | None = None,
     ) -> None:
         self.connected = asyncio.Event()
@@ -298,6 +301,7 @@ class MqttLink:
         self._keepalive_s = keepalive_s
         self._publish_timeout_s = publish_timeout_s
         self._max_inflight = max_inflight
+        self._renew_s = renew_s
         self._slots = asyncio.Semaphore(max_inflight)
         self._backoff = Backoff(max_s=max_backoff_s)
         self._client: _Client | None = None
@@ -332,10 +336,6 @@ class MqttLink:
             if time.monotonic() - self._confirmed_s >= self._publish_timeout_s:
                 self._lose(self._client, text)
             raise LinkDown(text) from None
-
-    def renew(self, why: str) -> None:
-        """Give the connection up, for a new one. Nothing happens while there is none."""
-        self._lose(self._client, why)
 
     def _lose(self, client: _Client | None, why: str) -> None:
         if client is not None and client is self._client:
@@ -417,10 +417,27 @@ class MqttLink:
 
     async def _open(self, client: _Client) -> None:
         await client.__aenter__()
+        await self._subscribe(client)
+
+    async def _subscribe(self, client: _Client) -> None:
         if self._topics:
             granted = await client.subscribe([(topic, QOS) for topic in self._topics])
             if any((code if isinstance(code, int) else code.value) >= FAILURE for code in granted):
                 raise aiomqtt.MqttError(f"the broker refused to subscribe to {', '.join(self._topics)}")
+
+    async def _renew(self, client: _Client) -> None:
+        """Subscribe anew again and again; a broker that does not confirm it is not there any more."""
+        while True:
+            await asyncio.sleep(self._renew_s)
+            try:
+                async with asyncio.timeout(self._publish_timeout_s):
+                    await self._subscribe(client)
+            except aiomqtt.MqttError as error:
+                self._lose(client, str(error))
+                return
+            except TimeoutError:
+                self._lose(client, f"no answer to SUBSCRIBE within {self._publish_timeout_s:g} s")
+                return
 
     async def _receive_until_broken(self, client: _Client) -> None:
         failure: aiomqtt.MqttError | None = None
@@ -444,8 +461,12 @@ class MqttLink:
             self._broken.set()
 
         async with asyncio.TaskGroup() as group:
-            receiver = group.create_task(receive(), name=f"{self._client_id}.link.receive")
+            tasks = [
+                group.create_task(receive(), name=f"{self._client_id}.link.receive"),
+                group.create_task(self._renew(client), name=f"{self._client_id}.link.renew"),
+            ]
             await self._broken.wait()
-            receiver.cancel()
+            for task in tasks:
+                task.cancel()
         if failure is not None:
             raise failure

@@ -14,7 +14,6 @@ class MemoryLink:
         self.connected = asyncio.Event()
         self.published: list[tuple[str, bytes]] = []
         self.failing = False
-        self.renewals: list[str] = []
         if up:
             self.connected.set()
 
@@ -23,9 +22,6 @@ class MemoryLink:
         if self.failing or not self.connected.is_set():
             raise LinkDown("down")
         self.published.append((topic, payload))
-
-    def renew(self, why: str) -> None:
-        self.renewals.append(why)
 
     async def run(self) -> None:
         await asyncio.Event().wait()

@@ -13,9 +13,7 @@ from waiting import until
 
 from node.downlink import (
     BLOCK_FROM,
-    DEAF_AFTER,
     MAX_BACKOFF,
-    MAX_DEAF,
     Downlink,
     DownlinkWindow,
     Turns,
@@ -73,27 +71,6 @@ def test_acknowledgements_of_other_boots_and_streams_free_nothing() -> None:
         assert window.on_ack(Ack(node="n", boot=boot, stream=stream, upto=9)) == 0
     assert window.on_ack(Ack(node="n", boot=1, stream=Stream.EVENT, upto=9, gaps=[(1, 1)])) == 0
     assert window.waiting(0.0) == {1}
-
-
-def test_a_link_that_brings_no_acknowledgement_is_given_up_ever_more_seldom() -> None:
-    window = DownlinkWindow(2, 1.0)
-    assert not window.deaf(1e6)  # Nothing was sent.
-    window.on_sent(record(1), 0.0)
-    assert not window.deaf(DEAF_AFTER - 0.1)
-    assert window.deaf(DEAF_AFTER)
-    window.on_disconnected()
-    now_s, waits = 100.0, []
-    for _ in range(6):
-        window.on_sent(record(1), now_s)
-        waits.append(next(w for w in range(1, 1000) if window.deaf(now_s + w)))
-        now_s += waits[-1]
-        window.on_disconnected()
-    assert waits == [24, 48, 96, 192, MAX_DEAF, MAX_DEAF]
-    window.on_sent(record(1), now_s)
-    window.on_ack(Ack(node="n", boot=9, stream=Stream.FDIR, upto=0))  # Any word of the ground will do.
-    assert not window.deaf(now_s + 1e6)
-    window.on_sent(record(2), now_s)
-    assert window.deaf(now_s + DEAF_AFTER)
 
 
 @pytest.mark.parametrize(("limit", "retransmit_s"), [(0, 1.0), (1, 0.0), (1, -1.0)])
@@ -158,17 +135,6 @@ async def test_what_the_link_did_not_take_is_sent_again(tmp_path: Path) -> None:
         link.failing = False
         await until(lambda: len(link.published) >= 2)
         assert sequences(link)[:2] == [0, 1]
-
-
-async def test_a_deaf_link_is_made_anew(tmp_path: Path) -> None:
-    link = MemoryLink()
-    async with open_downlink(tmp_path, link, DownlinkWindow(10, 0.02), 4):
-        await until(lambda: len(link.renewals) == 1)
-    link = MemoryLink()
-    (tmp_path / "other").mkdir()
-    async with open_downlink(tmp_path / "other", link, DownlinkWindow(10, 60.0), 4):
-        await asyncio.sleep(0.3)
-        assert link.renewals == []
 
 
 def stored(stream: Stream, seq: int, text: str = "as before") -> SpoolRecord:
