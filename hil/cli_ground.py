@@ -37,6 +37,9 @@ def ground(
     node: NodeName = "penumbra-1",
     archive: ArchivePath = Path("ground.db"),
     sealed: Annotated[bool, typer.Option(help="Encrypt telecommands (AES-256-GCM).")] = False,
+    chunk_bytes: Annotated[
+        int, typer.Option(min=256, max=65536, help="Bytes of a chunk of an upload: less for a slow link.")
+    ] = 16384,
     tls_ca: Annotated[str, typer.Option(help="Certificate of the authority, for mqtts and mqtts5.")] = "",
     tls_certificate: Annotated[str, typer.Option(help="Certificate of the station.")] = "",
     tls_key: Annotated[str, typer.Option(help="Its private key, mode 0600.")] = "",
@@ -57,7 +60,11 @@ def ground(
     ring, files = KeyRing.load(keys), TlsFiles.of(tls_ca, tls_certificate, tls_key)
     opened = Archive.open(archive)
     try:
-        report = asyncio.run(_run(broker, check_node_name(node), opened, ring, files, sealed=sealed))
+        report = asyncio.run(
+            _run(
+                broker, check_node_name(node), opened, ring, files, sealed=sealed, chunk_bytes=chunk_bytes
+            )
+        )  # fmt: skip
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     finally:
@@ -92,7 +99,14 @@ def products(
 
 
 async def _run(
-    broker: str, node: str, archive: Archive, ring: KeyRing, files: TlsFiles | None, *, sealed: bool
+    broker: str,
+    node: str,
+    archive: Archive,
+    ring: KeyRing,
+    files: TlsFiles | None,
+    *,
+    sealed: bool,
+    chunk_bytes: int,
 ) -> GroundReport:
     from hil.ground import GroundStation
     from hil.operator import Operator
@@ -108,7 +122,7 @@ async def _run(
         sealed=sealed,
         tls=files,
     )
-    operator = Operator(station, archive, node, typer.echo)
+    operator = Operator(station, archive, node, typer.echo, chunk_bytes=chunk_bytes)
     station.in_contact = True
     async with asyncio.TaskGroup() as group:
         running = group.create_task(station.run(), name="hil.ground.run")

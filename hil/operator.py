@@ -23,7 +23,7 @@ import msgspec
 
 from hil.ground import GroundStation
 from hil.products import products
-from hil.uploader import outcome_of, upload
+from hil.uploader import CHUNK_BYTES, outcome_of, upload
 from node.inference.image_tar import pack_image
 from telemetry.archive import Archive
 from telemetry.commands import Arguments, Arm, CommandError, UploadStatus, parse_arguments
@@ -34,6 +34,8 @@ from telemetry.packets import Event, Packet, Severity, Stage, Verification
 UPLOADS: dict[str, Literal["image", "fdir_table"]] = {"image": "image", "fdir_table": "fdir_table"}
 
 
+SILENCE_S = 10.0
+"""Time after which a command that has not ended is spoken of, s."""
 MAX_TOLD = 10_000
 """Reports that are remembered, so that a repeated one is not told twice (assumed)."""
 
@@ -51,10 +53,18 @@ class Operator:
         The node.
     say
         Prints a line.
+    chunk_bytes
+        Size of the chunks of uploads.
     """
 
     def __init__(
-        self, station: GroundStation, archive: Archive, node: str, say: Callable[[str], None]
+        self,
+        station: GroundStation,
+        archive: Archive,
+        node: str,
+        say: Callable[[str], None],
+        *,
+        chunk_bytes: int = CHUNK_BYTES,
     ) -> None:
         self.failures = 0
         """Lines that could not be executed, or whose command failed."""
@@ -64,6 +74,7 @@ class Operator:
         self._archive = archive
         self._node = node
         self._say = say
+        self._chunk_bytes = chunk_bytes
         self._told: set[Verification] = set()
 
     async def execute(self, line: str) -> None:
@@ -124,7 +135,14 @@ class Operator:
 
     async def _give(self, arguments: Arguments) -> bool:
         (ticket,) = self._station.uplink.queue([arguments])
-        outcome = await outcome_of(ticket)
+        waiting = asyncio.create_task(outcome_of(ticket), name="hil.operator.wait")
+        try:
+            await asyncio.wait({waiting}, timeout=SILENCE_S)
+            if not waiting.done():
+                self._say(f"{arguments.name}: no end of it yet; it is sent again until the node answers")
+            outcome = await waiting
+        finally:
+            waiting.cancel()
         self.failures += not outcome.ok
         return outcome.ok
 
@@ -140,7 +158,7 @@ class Operator:
                 packed = Path(directory) / "image.tar"
                 await asyncio.to_thread(pack_image, path, packed)
                 path = packed
-            await upload(self._station, path, kind, say=self._progress())
+            await upload(self._station, path, kind, chunk_bytes=self._chunk_bytes, say=self._progress())
 
     def _progress(self) -> Callable[[str, float], None]:
         told = [-1]

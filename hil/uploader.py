@@ -22,8 +22,13 @@ from telemetry.packets import UploadReport, Verification
 
 CHUNK_BYTES: Final = 16 * 1024
 """Size of a chunk (assumed: an eighth of a second at 1 Mbit/s)."""
-ROUND: Final = 128
-"""Chunks sent before the node is asked what it lacks (assumed: no more than it lets wait)."""
+ROUND_S: Final = 1.0
+"""Time in which what is sent at once is to arrive, s (assumed: below the keep-alive of the node's link, whose
+answers wait behind it)."""
+FIRST_ROUND: Final = 4
+MAX_ROUND: Final = 128
+"""Chunks sent before the node is asked what it lacks, at first and at most (assumed: half of what it lets
+wait)."""
 AT_ONCE: Final = 16
 """Chunks handed to the link at the same time."""
 GO_ON: Final = ("damaged", "incomplete", "interrupted", "not_armed")
@@ -31,6 +36,23 @@ GO_ON: Final = ("damaged", "incomplete", "interrupted", "not_armed")
 POLL_S: Final = 0.05
 REPORT_S: Final = 10.0
 """Time after which a report that did not come is asked for again, s."""
+
+
+class Rounds:
+    """How many chunks to send before the node is asked: what arrives in about `ROUND_S` on this link.
+
+    The chunks wait in the broker, and so does all else that is for the node: more of them at once, and its
+    keep-alive would run out.
+    """
+
+    def __init__(self) -> None:
+        self.chunks = FIRST_ROUND
+
+    def took(self, chunks: int, time_s: float) -> None:
+        """Take how long a round of so many chunks took, the answer included."""
+        fitting = chunks * ROUND_S / max(time_s, 1e-3)
+        bounded = min(max(fitting, self.chunks / 4), self.chunks * 2)
+        self.chunks = max(1, min(MAX_ROUND, round(bounded)))
 
 
 async def upload(
@@ -82,9 +104,12 @@ async def upload(
 async def _send_missing(
     station: GroundStation, source: Path, begin: UploadBegin, say: Callable[[str, float], None]
 ) -> None:
-    whole = bytes.fromhex(begin.sha256)
+    whole, rounds = bytes.fromhex(begin.sha256), Rounds()
+    sent, begun_s = 0, 0.0
     while True:
         report = await _ask(station)
+        if sent:
+            rounds.took(sent, time.monotonic() - begun_s)
         if report.sha256 != begin.sha256:
             raise PenumbraError(
                 f"the node has closed the upload of {source}", "see who else commands it, and begin again"
@@ -92,7 +117,8 @@ async def _send_missing(
         if not report.missing:
             return
         say("sending", report.received / report.chunks)
-        wanted = list(_first(report.missing, ROUND))
+        wanted = list(_first(report.missing, rounds.chunks))
+        sent, begun_s = len(wanted), time.monotonic()
         with source.open("rb") as file:
             for at in range(0, len(wanted), AT_ONCE):
                 some = wanted[at : at + AT_ONCE]

@@ -33,7 +33,7 @@ from node.jobs import JobQueue
 from node.long_commands import LongCommands
 from node.memory_dump import MemoryRegions
 from node.power_service import PowerService
-from node.products import Products
+from node.products import CHUNK_BYTES, Products
 from node.pulse import Pulse
 from node.recorder import Recorder
 from node.schedule import Schedule
@@ -172,6 +172,7 @@ class Node:
             database=database,
             spool=spool,
             recorder=self.recorder,
+            chunk_bytes=min(CHUNK_BYTES, config.link.batch_bytes),
         )
         self._slots = ImageSlots(config, self._identity.decision.slot, worker=self._worker, database=database)
         self._slots.end_begun = self._runner.fail_begun

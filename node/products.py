@@ -30,7 +30,7 @@ from telemetry.spool import Spool, SpoolRefused
 _log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 16 * 1024
-"""Size of a chunk (assumed: an eighth of a second at 1 Mbit/s)."""
+"""Size of a chunk, at most (assumed: an eighth of a second at 1 Mbit/s)."""
 BATCH = 16
 """Chunks spooled in one transaction (assumed)."""
 MAX_PRODUCTS = 16
@@ -72,18 +72,30 @@ class Products:
         Boot counter: names of products are never used again.
     database, spool, recorder
         Where chunks go, and reports.
+    chunk_bytes
+        Size of a chunk: what the link may have under way at once, or less.
     """
 
     def __init__(
-        self, directory: Path, boot: int, *, database: Database, spool: Spool, recorder: Recorder
+        self,
+        directory: Path,
+        boot: int,
+        *,
+        database: Database,
+        spool: Spool,
+        recorder: Recorder,
+        chunk_bytes: int = CHUNK_BYTES,
     ) -> None:
         self._directory = directory
         self._boot = boot
         self._database = database
         self._spool = spool
         self._recorder = recorder
+        self._chunk_bytes = chunk_bytes
         self._made = 0
         self._wake = asyncio.Event()
+        self._changed = True
+        """Whether products came or went since files were last looked at."""
         self.pulse = Pulse("products", self._wake.set)
         """Health of the task that spools chunks."""
 
@@ -108,7 +120,7 @@ class Products:
             first_byte=first_byte,
             parts=parts,
             size_bytes=len(content),
-            chunk_bytes=CHUNK_BYTES,
+            chunk_bytes=self._chunk_bytes,
             sha256=hashlib.sha256(content).hexdigest(),
         )
         await asyncio.to_thread(_write, self._directory / head.product, content)
@@ -143,6 +155,7 @@ class Products:
 
     def look(self) -> None:
         """Tell that something has changed."""
+        self._changed = True
         self._wake.set()
 
     async def run(self) -> None:
@@ -150,7 +163,9 @@ class Products:
         while True:
             self._wake.clear()
             self.pulse.beat()
-            await self._remove_files()
+            if self._changed:
+                self._changed = False
+                await self._remove_files()
             while await self._feed():
                 self.pulse.beat()
             with suppress(TimeoutError):

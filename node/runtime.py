@@ -202,8 +202,12 @@ def _table_in_force(
         It is refused, and there is none before.
     """
     if state.kept_source(connection) is not state.TableSource.CONFIGURED:
-        with suppress(PenumbraError):
+        try:
             return decode_table(state.kept_table(connection))
+        except PenumbraError as error:
+            # Its copies are struck beyond a vote.
+            _log.error("the FDIR table that was put in force by command is lost: %s", error.what)
+            state.forget_source(connection)
     if loaded is not None:
         state.keep_table(connection, loaded.encode())
         return loaded

@@ -294,6 +294,11 @@ def change_table(connection: sqlite3.Connection, encoded: bytes, source: TableSo
     keep_table(connection, encoded)
 
 
+def forget_source(connection: sqlite3.Connection) -> None:
+    """Remember that the FDIR table in force is the configured one."""
+    _set(connection, "fdir_source", TableSource.CONFIGURED)
+
+
 def keep_uplinked_table(connection: sqlite3.Connection, encoded: bytes) -> None:
     """Remember an FDIR table that came up; it is not in force."""
     _set(connection, "fdir_uplinked", encoded)

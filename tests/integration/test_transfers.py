@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import shutil
 import time
 from collections.abc import AsyncIterator, Callable
@@ -11,12 +12,14 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from node_bench import NODE, Bench, open_bench
+from node_bench import NODE, Bench, config_text, open_bench
 
 from fdir.table import PACKAGED
 from hil.ground import GroundStation
+from hil.link_faults import LinkFaults
+from hil.link_proxy import LinkProxy
 from hil.products import products
-from hil.uploader import outcome_of, upload
+from hil.uploader import FIRST_ROUND, MAX_ROUND, Rounds, outcome_of, upload
 from node.config import NodeConfig
 from node.inference.builder import build_image
 from node.inference.image import verify_image
@@ -293,3 +296,39 @@ async def test_a_table_goes_up_is_put_in_force_and_taken_back(tmp_path: Path) ->
         await site.bench.kill()
         await site.bench.start()
         assert await sha256(site) == packaged
+
+
+async def test_an_upload_over_a_slow_link_does_not_starve_what_keeps_the_link_up(tmp_path: Path) -> None:
+    # The content is no image: what matters here is how it comes up.
+    junk = tmp_path / "junk.tar"
+    junk.write_bytes(random.Random(3).randbytes(300_000))
+    async with open_site(tmp_path) as site, LinkProxy(int(site.bench.url.rpartition(":")[2])) as proxy:
+        await proxy.open()
+        proxy.faults = LinkFaults(to_node_bit_s=400e3, to_ground_bit_s=400e3)
+        site.bench.config.write_text(config_text(site.bench.url, link__url=f'"{proxy.url}"'))
+        await site.bench.start()
+        started_s = time.monotonic()
+        with pytest.raises(PenumbraError, match="image_refused: no tar"):
+            await upload(site.station, junk, "image")
+        assert proxy.counts.connections == 1
+        # 6 s if the link did nothing else.
+        assert time.monotonic() - started_s > 6
+
+
+def test_rounds_grow_to_what_fits_and_shrink_at_once() -> None:
+    rounds = Rounds()
+    taken = []
+    for _ in range(20):  # 40 chunks a second, and 0.2 s for the answer
+        taken.append(rounds.chunks)
+        rounds.took(rounds.chunks, rounds.chunks / 40 + 0.2)
+    assert taken[0] == FIRST_ROUND
+    assert all(chunks / 40 < 2 for chunks in taken)
+    assert 25 <= taken[-1] <= 40
+    rounds.took(rounds.chunks, 60.0)  # The contact ended meanwhile.
+    assert rounds.chunks <= 10
+    for _ in range(20):
+        rounds.took(rounds.chunks, 0.0)
+    assert rounds.chunks == MAX_ROUND
+    for _ in range(20):
+        rounds.took(rounds.chunks, 1e6)
+    assert rounds.chunks == 1

@@ -152,6 +152,15 @@ async def test_what_fails_is_completed_as_failed(
         assert (await on.until_stages(4))[-1] == (Stage.COMPLETED, code, reason)
 
 
+async def test_one_that_fails_may_change_something_all_the_same(tmp_path: Path) -> None:
+    async with board(tmp_path) as on:
+        on.result = CommandFailed("damaged", "sent anew", lambda c: state.set_cap(c, 2.5))
+        on.go_on.set()
+        on.commanding.offer(on.sign(DUMP, 1))
+        assert (await on.until_stages(4))[-1][1] == "damaged"
+        assert (await on.database.run(state.begin_boot)).cap_w == 2.5
+
+
 async def test_a_boot_reports_what_the_one_before_did_not_end(tmp_path: Path) -> None:
     async with board(tmp_path) as on:
         on.commanding.offer(on.sign(DUMP, 1))

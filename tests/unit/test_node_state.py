@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import sqlite3
 
+from fdir.table import Table, decode_table, load_table
 from node import state
+from node.runtime import _table_in_force
 from node.state import BootState
 
 
@@ -53,4 +55,20 @@ def test_a_struck_copy_is_outvoted_mended_and_named_and_a_lost_value_has_the_cau
     again = state.begin_boot(connection)
     assert (again.resets, again.restart_requested, again.safe) == (2, "", True)
     assert (again.repaired, again.lost) == ((), ())
+    connection.close()
+
+
+def test_a_table_in_force_by_command_outlives_a_boot_and_gives_way_when_it_is_lost() -> None:
+    connection = sqlite3.connect(":memory:", isolation_level=None)
+    state.create(connection)
+    configured = load_table()
+    commanded = Table(configured.rows[:3])
+    assert _table_in_force(connection, configured, None) is configured
+    state.change_table(connection, commanded.encode(), state.TableSource.UPLINKED)
+    assert _table_in_force(connection, configured, None).sha256 == commanded.sha256
+    assert decode_table(state.other_table(connection, state.TableSource.PREVIOUS)).sha256 == configured.sha256
+    connection.execute("UPDATE node_values SET value = 'struck' WHERE key = 'fdir_table'")
+    assert _table_in_force(connection, configured, None) is configured
+    assert state.kept_source(connection) is state.TableSource.CONFIGURED
+    assert state.kept_table(connection) == configured.encode()
     connection.close()
