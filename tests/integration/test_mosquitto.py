@@ -23,6 +23,7 @@ from telemetry.tls import TlsFiles
 pytestmark = needs_mosquitto
 
 NODE = "penumbra-1"
+UPWARDS = (topics.tc, topics.ack, topics.flow, topics.up)
 DENIED_S = 0.4
 """How long a message that must not come is waited for, s; a message that may takes a few milliseconds."""
 
@@ -101,7 +102,7 @@ class Site:
 
     def node(self) -> Client:
         bus = [topics.bus(NODE, channel) for channel in ("time", "orbit", "eps", "thermal", "contact")]
-        return self.client(f"node-{NODE}", [topics.tc(NODE), topics.ack(NODE), topics.flow(NODE), *bus])
+        return self.client(f"node-{NODE}", [*(topic(NODE) for topic in UPWARDS), *bus])
 
     def ground(self, scheme: str = "mqtts5") -> Client:
         return self.client("ground", [topics.tm(NODE, "#")], scheme=scheme)
@@ -125,13 +126,13 @@ async def test_each_side_may_do_its_work(site: Site, scheme: str) -> None:
         await node.say(topics.tm_block(NODE))
         await node.say(topics.bus(NODE, "load"))
         await node.say(topics.bus(NODE, "request"))
-        for topic in (topics.tc(NODE), topics.ack(NODE), topics.flow(NODE)):
-            await ground.say(topic)
+        for topic in UPWARDS:
+            await ground.say(topic(NODE))
         for channel in ("time", "orbit", "eps", "thermal", "contact"):
             await bench.say(topics.bus(NODE, channel))
         await until(lambda: len(ground.heard) == len(Stream) + 1)
         await until(lambda: len(bench.heard) == 2)
-        await until(lambda: len(node.heard) == 8)
+        await until(lambda: len(node.heard) == 9)
 
 
 @pytest.mark.parametrize(
@@ -139,6 +140,7 @@ async def test_each_side_may_do_its_work(site: Site, scheme: str) -> None:
     [
         (f"node-{NODE}", topics.tc(NODE)),
         (f"node-{NODE}", topics.ack(NODE)),
+        (f"node-{NODE}", topics.up(NODE)),
         (f"node-{NODE}", topics.bus(NODE, "eps")),
         (f"node-{NODE}", topics.tm("penumbra-2", Stream.EVENT)),
         ("node-penumbra-2", topics.tm(NODE, Stream.EVENT)),
@@ -146,6 +148,7 @@ async def test_each_side_may_do_its_work(site: Site, scheme: str) -> None:
         ("ground", topics.bus(NODE, "eps")),
         ("bench", topics.tc(NODE)),
         ("bench", topics.tm(NODE, Stream.EVENT)),
+        ("bench", topics.up(NODE)),
         ("stranger", topics.tc(NODE)),
         ("stranger", topics.tm(NODE, Stream.EVENT)),
     ],
