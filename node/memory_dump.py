@@ -41,7 +41,7 @@ class MemoryRegions:
     arena
         File of the KV arena.
     tables
-        By name, what encodes a table in use.
+        Returns, by name, what encodes a table in use.
     code
         Names of the code of supervisor and worker.
     """
@@ -51,12 +51,12 @@ class MemoryRegions:
         *,
         worker_pid: Callable[[], int | None],
         arena: Path,
-        tables: Mapping[str, Callable[[], bytes]],
+        tables: Callable[[], Mapping[str, Callable[[], bytes]]],
         code: tuple[str, str],
     ) -> None:
         self._worker_pid = worker_pid
         self._arena = arena
-        self._tables = dict(tables)
+        self._tables = tables
         self._supervisor_code, self._worker_code = code
 
     @property
@@ -64,7 +64,7 @@ class MemoryRegions:
         """Names of all regions."""
         return (
             *(self._supervisor_code, self._worker_code, WORKER_WEIGHTS, WORKER_KV),
-            *self._tables,
+            *self._tables(),
         )
 
     def read(self, region: str, first_byte: int, size_bytes: int) -> Dump:
@@ -77,8 +77,9 @@ class MemoryRegions:
         OSError
             It cannot be read.
         """
-        if region in self._tables:
-            return _cut(region, self._tables[region](), first_byte, size_bytes)
+        table = self._tables().get(region)
+        if table is not None:
+            return _cut(region, table(), first_byte, size_bytes)
         if region == WORKER_KV:
             return self._read_arena(first_byte, size_bytes)
         pid = os.getpid() if region == self._supervisor_code else self._worker_pid()

@@ -25,21 +25,15 @@ from node.downlink import Downlink, DownlinkWindow
 from node.fdir_acts import Orders
 from node.fdir_wiring import Fdir, Parts
 from node.housekeeping import HousekeepingService, Sources
-from node.image_slots import ImageSlots
 from node.inference.manifest import image_id, load_manifest
 from node.intake import Intake
 from node.job_runner import JobRunner
 from node.jobs import JobQueue
-from node.long_commands import LongCommands
-from node.memory_dump import MemoryRegions
 from node.power_service import PowerService
-from node.products import CHUNK_BYTES, Products
 from node.pulse import Pulse
 from node.recorder import Recorder
 from node.schedule import Schedule
-from node.scrubber import SUPERVISOR_CODE, WORKER_CODE
-from node.transfers import Transfers
-from node.uploads import Uploads
+from node.transfer_wiring import TransferParts
 from node.worker_service import WorkerService
 from telemetry import commands
 from telemetry.ack import Ack
@@ -146,10 +140,18 @@ class Node:
         self._worker.on_ready = self._on_worker_ready
         self._worker.on_gone = self._on_worker_gone
         self._worker.on_job_message = self._runner.offer
-        self._long_commands = LongCommands(
-            lambda arguments, progress: self._transfers.work(arguments, progress),  # noqa: PLW0108 - made later
-            lambda: self._commanding,
-            lambda arguments: self._transfers.executed(arguments),  # noqa: PLW0108 - made later
+        self._transfers = TransferParts(
+            config,
+            identity.boot.boot,
+            identity.decision.slot,
+            ring=ring,
+            worker=self._worker,
+            runner=self._runner,
+            database=database,
+            spool=spool,
+            recorder=self.recorder,
+            tables=lambda: self._fdir.tables,
+            reporter=lambda: self._commanding,
         )
         self._commanding = Commanding(
             database=database,
@@ -161,27 +163,15 @@ class Node:
             schedule=schedule,
             mission_ns=self._mission_ns,
             check=lambda connection, arguments: self._fdir.check(connection, arguments),  # noqa: PLW0108 - made later
-            take_other=lambda connection, arguments: self._transfers.take(connection, arguments),  # noqa: PLW0108 - made later
-            on_begun=self._long_commands.begin,
+            take_other=self._transfers.commands.take,
+            on_begun=self._transfers.long_commands.begin,
         )
-        images = Path(config.model.images_dir)
-        self._uploads = Uploads(name, ring, config.state_dir, images, database)
-        self._products = Products(
-            config.state_dir / "products",
-            identity.boot.boot,
-            database=database,
-            spool=spool,
-            recorder=self.recorder,
-            chunk_bytes=min(CHUNK_BYTES, config.link.batch_bytes),
-        )
-        self._slots = ImageSlots(config, self._identity.decision.slot, worker=self._worker, database=database)
-        self._slots.end_begun = self._runner.fail_begun
         self._intake = Intake(
             name,
             ring,
             self.recorder,
             on_command=self._commanding.offer,
-            on_upload=self._uploads.offer,
+            on_upload=self._transfers.uploads.offer,
             on_ack=self._on_ack,
             on_flow=lambda flow: self._downlink.on_flow(flow),  # noqa: PLW0108 - made later
             on_bus=self._on_bus,
@@ -232,7 +222,6 @@ class Node:
         services = (
             *(self.recorder, self._worker, self._runner, self._commanding),
             *(self._power, self._housekeeping, self._downlink),
-            *(self._products, self._uploads, self._long_commands),
         )
         self._fdir = Fdir(
             config,
@@ -241,7 +230,7 @@ class Node:
             identity.decision,
             parts=Parts(
                 worker=self._worker,
-                slots=self._slots,
+                slots=self._transfers.slots,
                 power=self._power,
                 view=self._view,
                 clock=self._clock,
@@ -250,20 +239,15 @@ class Node:
                 repairs={"key": lambda: ring.repairs, "mode": lambda: self._modes.repairs},
                 store=lambda: self._housekeeping.store,
             ),
-            pulses=[self._mode_pulse, *(service.pulse for service in services)],
+            pulses=[
+                self._mode_pulse,
+                *(service.pulse for service in services),
+                *self._transfers.pulses,
+            ],
             database=database,
             recorder=self.recorder,
             link=self._bus_link,
             orders=Orders(self._enter_safe, on_restart, lambda: self._fdir.service.resets),
-        )
-        regions = MemoryRegions(
-            worker_pid=lambda: self._worker.pid,
-            arena=config.arena_path,
-            tables=self._fdir.tables,
-            code=(SUPERVISOR_CODE, WORKER_CODE),
-        )
-        self._transfers = Transfers(
-            regions=regions, products=self._products, incoming=self._uploads, slots=self._slots
         )
         sources = Sources(
             clock=self._clock,
@@ -302,15 +286,13 @@ class Node:
                     ("node.worker.run", self._worker.run()),
                     ("node.jobs.run", self._runner.run()),
                     ("node.commanding.run", self._commanding.run()),
-                    ("node.commands.long", self._long_commands.run()),
-                    ("node.products.run", self._products.run()),
-                    ("node.uploads.run", self._uploads.run()),
                     ("node.power.run", self._power.run()),
                     ("node.housekeeping.run", self._housekeeping.run()),
                     ("node.downlink.run", self._downlink.run()),
                     ("node.link.bus", self._bus_link.run()),
                     ("node.link.space", self._space_link.run()),
                     ("node.boot.settle", self._settle()),
+                    *self._transfers.tasks(),
                     *self._fdir.tasks(),
                 )
             ]
@@ -465,7 +447,7 @@ class Node:
             case commands.SetRates(housekeeping_s=housekeeping_s, ledger_s=ledger_s):
                 self._housekeeping.set_rates(state.Rates(housekeeping_s, ledger_s))
             case _:
-                self._transfers.executed(arguments)
+                self._transfers.commands.executed(arguments)
                 self._fdir.execute(arguments)
 
     def _change_mode(self, event: modes.ModeEvent) -> None:

@@ -133,7 +133,7 @@ async def _node(directory: Path, url: str, seed: int) -> None:
         uploads = Uploads(NODE, ring, directory, directory / "images", database)
         regions = MemoryRegions(
             worker_pid=lambda: None, arena=directory / "arena", code=("supervisor.code", "worker.code"),
-            tables={REGION: lambda: os.urandom(DUMP_BYTES)},
+            tables=lambda: {REGION: lambda: os.urandom(DUMP_BYTES)},
         )  # fmt: skip
         # No image is uploaded or switched here: that takes a worker.
         slots = cast("ImageSlots", None)

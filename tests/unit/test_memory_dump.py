@@ -35,7 +35,7 @@ class Setup:
         self.regions = MemoryRegions(
             worker_pid=lambda: self.pid,
             arena=self.arena,
-            tables={"config": lambda: b"0123456789"},
+            tables=lambda: {"config": lambda: b"0123456789"},
             code=("supervisor.code", "worker.code"),
         )
 
