@@ -352,20 +352,53 @@ async def test_a_publish_that_fails_at_once_takes_the_link_down_at_once() -> Non
             assert node.connections == 2
 
 
-async def test_mqtt_5_is_spoken_when_asked_for() -> None:
-    """A server that knows just enough MQTT 5: CONNACK, SUBACK and PUBACK with their property lengths."""
-    seen: list[bytes] = []
+class TinyServer:
+    """Knows just enough MQTT to confirm what a client says. Packets shorter than 128 bytes.
 
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    Parameters
+    ----------
+    version5
+        Whether it speaks MQTT 5: its answers then have a length of properties.
+    granted
+        Its answers to the two topics of a SUBSCRIBE.
+    after_subscribe
+        Sent once, a moment after the first SUBSCRIBE was confirmed.
+    """
+
+    def __init__(
+        self, *, version5: bool = False, granted: bytes = b"\1\1", after_subscribe: bytes = b""
+    ) -> None:
+        self.seen: list[bytes] = []
+        self.struck = False
+        self._properties = b"\0" if version5 else b""
+        self._scheme = "mqtt5" if version5 else "mqtt"
+        self._granted = granted
+        self._after_subscribe = after_subscribe
+
+    async def __aenter__(self) -> TinyServer:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.url = f"{self._scheme}://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+        await self._server.wait_closed()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(asyncio.IncompleteReadError, ConnectionError):
             while True:
                 kind, length = await reader.readexactly(2)
                 body = await reader.readexactly(length)
-                seen.append(bytes([kind]) + body)
+                self.seen.append(bytes([kind]) + body)
                 if kind >> 4 == 1:
-                    writer.write(bytes.fromhex("2003000000"))
+                    writer.write(bytes([0x20, 2 + len(self._properties), 0, 0]) + self._properties)
                 elif kind >> 4 == 8:
-                    writer.write(bytes([0x90, 5, *body[:2], 0, 1, 1]))
+                    codes = body[:2] + self._properties + self._granted
+                    writer.write(bytes([0x90, len(codes)]) + codes)
+                    if self._after_subscribe and not self.struck:
+                        self.struck = True
+                        await asyncio.sleep(0.1)
+                        writer.write(self._after_subscribe)
                 elif kind >> 4 == 3:
                     start = 2 + int.from_bytes(body[:2])
                     writer.write(bytes([0x40, 2, *body[start : start + 2]]))
@@ -373,11 +406,14 @@ async def test_mqtt_5_is_spoken_when_asked_for() -> None:
                     break
         writer.close()
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    node = make(f"mqtt5://127.0.0.1:{server.sockets[0].getsockname()[1]}")
-    async with server, running(node):
-        await asyncio.wait_for(node.connected.wait(), 5)
-        await node.publish("penumbra/sat-1/tm/event", b"payload")
+
+async def test_mqtt_5_is_spoken_when_asked_for() -> None:
+    async with TinyServer(version5=True) as server:
+        node = make(server.url)
+        async with running(node):
+            await asyncio.wait_for(node.connected.wait(), 5)
+            await node.publish("penumbra/sat-1/tm/event", b"payload")
+        seen = server.seen
     connect, subscribe, publish = seen[0], seen[1], seen[2]
     assert connect[1:8] == b"\x00\x04MQTT\x05"
     assert connect[8] == 0b10, "clean start, no will, no password"
@@ -404,67 +440,32 @@ DAMAGED = {
 @pytest.mark.parametrize("junk", list(DAMAGED.values()), ids=list(DAMAGED))
 async def test_damaged_packets_of_the_broker_cost_the_connection_at_most(junk: bytes, version5: bool) -> None:
     """Found by `penumbra campaign run link`: a flipped bit in a topic ended the node."""
-    struck = False
+    async with TinyServer(version5=version5, after_subscribe=junk) as server:
+        node = make(server.url, publish_timeout_s=0.5)
+        async with running(node) as (task,):
+            await until(lambda: server.struck)
+            await publish_in_the_end(node, task)
 
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        nonlocal struck
-        properties = b"\0" if version5 else b""
-        with suppress(asyncio.IncompleteReadError, ConnectionError):
-            while True:
-                kind, length = await reader.readexactly(2)
-                body = await reader.readexactly(length)
-                if kind >> 4 == 1:
-                    writer.write(bytes([0x20, 2 + len(properties), 0, 0]) + properties)
-                elif kind >> 4 == 8:
-                    codes = body[:2] + properties + b"\1\1"
-                    writer.write(bytes([0x90, len(codes)]) + codes)
-                    if not struck:
-                        struck = True
-                        await asyncio.sleep(0.1)
-                        writer.write(junk)
-                elif kind >> 4 == 3:
-                    start = 2 + int.from_bytes(body[:2])
-                    writer.write(bytes([0x40, 2, *body[start : start + 2]]))
-                elif kind >> 4 == 14:
-                    break
-        writer.close()
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    scheme = "mqtt5" if version5 else "mqtt"
-    node = make(f"{scheme}://127.0.0.1:{server.sockets[0].getsockname()[1]}", publish_timeout_s=0.5)
-    async with server, running(node) as (task,):
-        await until(lambda: struck)
-        await asyncio.sleep(0.2)
-        for _ in range(100):
-            assert not task.done()
-            with suppress(LinkDown):
-                await node.publish("penumbra/sat-1/tm/event", b"payload")
-                break
-            await asyncio.sleep(0.05)
-        else:
-            pytest.fail("the link did not come back")
+async def publish_in_the_end(node: MqttLink, task: asyncio.Task[None]) -> None:
+    """Return when the link takes a message again."""
+    await asyncio.sleep(0.2)
+    for _ in range(100):
+        assert not task.done()
+        with suppress(LinkDown):
+            await node.publish("penumbra/sat-1/tm/event", b"payload")
+            return
+        await asyncio.sleep(0.05)
+    pytest.fail("the link did not come back")
 
 
 async def test_a_broker_that_refuses_the_topics_is_no_link() -> None:
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(asyncio.IncompleteReadError, ConnectionError):
-            while True:
-                kind, length = await reader.readexactly(2)
-                body = await reader.readexactly(length)
-                if kind >> 4 == 1:
-                    writer.write(bytes.fromhex("20020000"))
-                elif kind >> 4 == 8:
-                    writer.write(bytes([0x90, 4, *body[:2], 0x80, 1]))
-                elif kind >> 4 == 14:
-                    break
-        writer.close()
-
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    node = make(f"mqtt://127.0.0.1:{server.sockets[0].getsockname()[1]}")
-    async with server, running(node):
-        await until(lambda: node.last_error is not None)
-        assert "refused to subscribe" in str(node.last_error)
-        assert node.connections == 0
+    async with TinyServer(granted=b"\x80\1") as server:
+        node = make(server.url)
+        async with running(node):
+            await until(lambda: node.last_error is not None)
+            assert "refused to subscribe" in str(node.last_error)
+            assert node.connections == 0
 
 
 async def test_two_owners_of_one_name_push_each_other_off_but_none_dies() -> None:
