@@ -30,7 +30,7 @@ from telemetry import (
     keys,
     packets,
     sampling,
-    spool,
+    spool_policy,
     summary,
     topics,
     upload,
@@ -329,7 +329,7 @@ def generate() -> str:
         *(_struct(kind) for kind in shared),
         "## Enumerations\n",
         *(_enum(kind) for kind in enums),
-        _enum(spool.DropReason),
+        _enum(spool_policy.DropReason),
         f"## Bus messages\n\n{inspect.cleandoc(bus.__doc__ or '')}\n",
         *bus_parts,
         f"## Acknowledgement\n\n{_module_text(ack)}\nThe MAC covers the text `penumbra ack 1`, a zero byte, "

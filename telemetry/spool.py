@@ -6,15 +6,7 @@ every (boot, stream), at every commit:
 
     generated = acked + stored + dropped
 
-When the store is full (`capacity_bytes`, or the disk itself):
-
-- housekeeping and plans give way, oldest first, housekeeping before plans, and to every other stream;
-- results and products are refused (`SpoolRefused`): their producer keeps them and waits. They may fill a
-  share of the store only, so that a fault can still be reported, and for a product nothing gives way;
-- event, verification, security, boot and ledger records give way only when no housekeeping or plan is left,
-  and only to a record of the same or a higher priority: lowest priority first, oldest first;
-- FDIR records never give way: with nothing else left, the new one is dropped.
-
+When the store is full (`capacity_bytes`, or the disk itself), `telemetry.spool_policy` says what gives way.
 Each drop is counted under its reason, with its sequence numbers. The node bounds its database below the free
 space of the disk (`Database.open(max_bytes=...)`): a disk that others filled shows only at commit, where
 nothing can give way any more and every caller gets `StoreFull`.
@@ -28,7 +20,6 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import NamedTuple
 
 from telemetry.ack import Ack
@@ -37,39 +28,15 @@ from telemetry.errors import PenumbraError
 from telemetry.frame import FrameError, decode_frame, encode_frame
 from telemetry.packets import PRIORITY, Packet, Stream, StreamLedger
 from telemetry.spool_audit import FaultKind, SpoolFault, audit, pack_counter, vote_counter
+from telemetry.spool_policy import PROTECTED, REFUSED_ABOVE, DropReason, victims
 
 log = logging.getLogger("penumbra.spool")
 
-REFUSED_ABOVE = {Stream.RESULT: 0.8, Stream.PRODUCT: 0.5}
-"""Streams that are refused when the store is full, and the share of it they may fill it to (assumed)."""
 DISK_FULL_EVICTIONS = 64
 """Records given up for one append when the disk itself is full: a page holds several (assumed)."""
 
 FAULTS_KEPT = 256
 """Findings of damage kept until they are taken (assumed: one pass over a badly struck store)."""
-
-GIVES_WAY = (Stream.HOUSEKEEPING, Stream.PLAN)
-"""Streams that give way to all others, in this order."""
-NEVER_DROPPED = Stream.FDIR
-"""The stream whose records stay: it says what went wrong."""
-PROTECTED = tuple(
-    sorted(
-        (s for s in Stream if s not in (*GIVES_WAY, *REFUSED_ABOVE)),
-        key=lambda stream: (-PRIORITY[stream], stream.value),
-    )
-)
-"""Streams whose records are dropped only when nothing else is left, in this order, and FDIR's not at all."""
-
-
-class DropReason(StrEnum):
-    """Why a record was dropped."""
-
-    FULL = "full"
-    """Gave way when the store was full."""
-    CORRUPT = "corrupt"
-    """Its CRC did not match when it was to be sent: storage was struck."""
-    TOO_LARGE = "too_large"
-    """Larger than the share of the store its stream may fill."""
 
 
 class SpoolRefused(Exception):
@@ -298,17 +265,7 @@ class Spool:
 
     def _evict(self, connection: sqlite3.Connection, wanting: Stream) -> int | None:
         """Drop the record that gives way to `wanting`; return its bytes, or None if there is none."""
-        victims: tuple[Stream, ...] = GIVES_WAY
-        if wanting is Stream.PRODUCT:
-            victims = ()
-        elif wanting is Stream.HOUSEKEEPING:
-            victims = (Stream.HOUSEKEEPING,)
-        elif wanting in PROTECTED:
-            victims = (
-                *GIVES_WAY,
-                *(s for s in PROTECTED if PRIORITY[s] >= PRIORITY[wanting] and s is not NEVER_DROPPED),
-            )
-        for victim in victims:
+        for victim in victims(wanting):
             found = connection.execute(
                 "SELECT rowid, boot, stream, seq, size FROM spool_record WHERE stream = ? "
                 "ORDER BY boot, seq LIMIT 1",

@@ -14,7 +14,8 @@ from telemetry.ack import MAX_GAPS, Ack
 from telemetry.frame import decode_frame
 from telemetry.ledger import to_ranges
 from telemetry.packets import Packet, Stream
-from telemetry.spool import GIVES_WAY, PROTECTED, REFUSED_ABOVE, DropReason, Spool, SpoolRefused
+from telemetry.spool import Spool, SpoolRefused
+from telemetry.spool_policy import GIVES_WAY, PROTECTED, REFUSED_ABOVE, DropReason
 
 NODE = "sat-1"
 Identity = tuple[int, Stream, int]

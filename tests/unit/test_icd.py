@@ -14,7 +14,7 @@ from telemetry.authenticator import RejectCode
 from telemetry.bus import CHANNELS
 from telemetry.commands import COMMANDS, ArgumentCode
 from telemetry.packets import BY_TYPE, Level, Mode, Outcome, Severity, Stage, Stream
-from telemetry.spool import DropReason
+from telemetry.spool_policy import DropReason
 from telemetry.summary import Summary
 
 

@@ -32,7 +32,8 @@ from telemetry.packets import (
     StreamLedger,
     Verification,
 )
-from telemetry.spool import GIVES_WAY, PROTECTED, REFUSED_ABOVE, DropReason, Spool, SpoolRefused
+from telemetry.spool import Spool, SpoolRefused
+from telemetry.spool_policy import GIVES_WAY, PROTECTED, REFUSED_ABOVE, DropReason
 
 SIZE = 1500
 """Rough size of the frames below, bytes."""

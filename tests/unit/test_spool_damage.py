@@ -14,8 +14,9 @@ from telemetry.ack import Ack
 from telemetry.database import Database
 from telemetry.frame import decode_frame
 from telemetry.packets import Event, Severity, Stream
-from telemetry.spool import DropReason, Spool
+from telemetry.spool import Spool
 from telemetry.spool_audit import FaultKind, pack_counter, vote_counter
+from telemetry.spool_policy import DropReason
 
 RECORDS = 150
 
