@@ -38,7 +38,8 @@ from telemetry.signed import SignedError
 from telemetry.upload import Chunk, decode_chunk, encode_chunk
 
 CORPUS: Final = "corpus.msgpack"
-MAX_CORPUS: Final = 250
+MAX_CORPUS: Final = 80
+"""Inputs kept of each target."""
 FINDINGS: Final = "findings.msgpack"
 RESEALED: Final = 4
 """One of so many damaged frames gets a CRC that fits: else nothing behind the CRC would be reached."""
@@ -148,14 +149,16 @@ class Corpus:
     def __init__(self) -> None:
         self.kept: dict[tuple[str, str], bytes] = {}
         self.findings: list[tuple[str, str, bytes]] = []
+        self._count: Counter[str] = Counter()
 
     def keep(self, target: str, answer: str, data: bytes) -> None:
         """Keep an input if its answer is new, numbers and quoted text left out."""
         if answer.startswith("CRC"):
             return
         key = (target, _DETAIL.sub("#", answer)[:60])
-        if len(self.kept) < MAX_CORPUS:
-            self.kept.setdefault(key, data)
+        if key not in self.kept and self._count[target] < MAX_CORPUS:
+            self._count[target] += 1
+            self.kept[key] = data
 
 
 def _reseal(data: bytes) -> bytes:
