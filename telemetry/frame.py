@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 from functools import lru_cache
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import crc32c
 import msgspec
@@ -39,9 +39,10 @@ class FrameError(ValueError):
     """Bytes that are no frame, or a frame whose body is not the packet it says it is."""
 
 
-class Frame(msgspec.Struct, frozen=True, kw_only=True):
+class Frame(msgspec.Struct, frozen=True, kw_only=True, array_like=True, forbid_unknown_fields=True):
     """A decoded frame. Its body stays msgpack bytes until `packet` is called."""
 
+    # The order is the contract: it is that of the array, and fields are never moved.
     version: int
     node: str
     boot: Boot
@@ -55,7 +56,7 @@ class Frame(msgspec.Struct, frozen=True, kw_only=True):
     """0 is downlinked first."""
     type: str
     """Packet type name; an unknown one is kept, since its identity is sound."""
-    body: bytes
+    body: msgspec.Raw
     """msgpack map, keyed by field name."""
 
     def packet(self) -> Packet:
@@ -72,33 +73,29 @@ class Frame(msgspec.Struct, frozen=True, kw_only=True):
             raise FrameError(f"unknown packet type {self.type!r}") from None
         if kind.stream is not self.stream:
             raise FrameError(f"packet type {self.type!r} in stream {self.stream.value!r}")
-        return _decode_body(kind, self.body)
+        return _decode_body(_KINDS[kind], self.body)
 
 
-class _Wire(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """The array as it travels. Order is the contract: fields are never moved."""
+class _Kind(NamedTuple):
+    """What is the same in every frame of a packet type."""
 
-    version: int
-    node: str
-    boot: Boot
-    stream: Stream
-    seq: Sequence
-    t_ns: MissionTime
-    priority: Priority
-    type: str
-    body: msgspec.Raw
+    decoder: msgspec.msgpack.Decoder[Any]
+    stream: str
+    priority: int
+    type_name: str
 
 
-_wire_decoder = msgspec.msgpack.Decoder(_Wire)
+_frame_decoder = msgspec.msgpack.Decoder(Frame)
 _encoder = msgspec.msgpack.Encoder()
-_body_decoders: dict[type[Packet], msgspec.msgpack.Decoder[Any]] = {
-    kind: msgspec.msgpack.Decoder(kind) for kind in BY_TYPE.values()
+_KINDS = {
+    kind: _Kind(msgspec.msgpack.Decoder(kind), kind.stream.value, PRIORITY[kind.stream], kind.type_name)
+    for kind in BY_TYPE.values()
 }
 
 
-def _decode_body(kind: type[Packet], body: bytes) -> Packet:
+def _decode_body(kind: _Kind, body: bytes | msgspec.Raw) -> Packet:
     try:
-        packet: Packet = _body_decoders[kind].decode(body)
+        packet: Packet = kind.decoder.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise FrameError(f"{kind.type_name}: {error}") from error
     return packet
@@ -130,14 +127,14 @@ def encode_frame(
     FrameError
         A value out of its range, or a frame over `MAX_FRAME_BYTES`.
     """
-    stream = packet.stream
+    kind = _KINDS[type(packet)]
     if priority is None:
-        priority = PRIORITY[stream]
+        priority = kind.priority
     _check_header(node, boot, seq, t_ns, priority)
     body = _encoder.encode(packet)
-    _decode_body(type(packet), body)
+    _decode_body(kind, body)
     array = _encoder.encode(
-        (FRAME_VERSION, node, boot, stream, seq, t_ns, priority, packet.type_name, msgspec.Raw(body))
+        (FRAME_VERSION, node, boot, kind.stream, seq, t_ns, priority, kind.type_name, msgspec.Raw(body))
     )
     if len(array) > MAX_FRAME_BYTES - CRC_BYTES:
         raise FrameError(f"{len(array) + CRC_BYTES} bytes, at most {MAX_FRAME_BYTES} allowed")
@@ -146,14 +143,14 @@ def encode_frame(
 
 def _check_header(node: str, boot: int, seq: int, t_ns: int, priority: int) -> None:
     """Raise `FrameError` for what `decode_frame` would refuse."""
-    for name, value, low, high in (
-        ("boot", boot, 0, MAX_BOOT),
-        ("seq", seq, 0, MAX_INT),
-        ("t_ns", t_ns, -MAX_INT - 1, MAX_INT),
-        ("priority", priority, 0, MAX_PRIORITY),
-    ):
-        if not (isinstance(value, int) and low <= value <= high):
-            raise FrameError(f"{name} {value!r}, {low} to {high} allowed")
+    if not (isinstance(boot, int) and 0 <= boot <= MAX_BOOT):
+        raise FrameError(f"boot {boot!r}, 0 to {MAX_BOOT} allowed")
+    if not (isinstance(seq, int) and 0 <= seq <= MAX_INT):
+        raise FrameError(f"seq {seq!r}, 0 to {MAX_INT} allowed")
+    if not (isinstance(t_ns, int) and -MAX_INT - 1 <= t_ns <= MAX_INT):
+        raise FrameError(f"t_ns {t_ns!r}, {-MAX_INT - 1} to {MAX_INT} allowed")
+    if not (isinstance(priority, int) and 0 <= priority <= MAX_PRIORITY):
+        raise FrameError(f"priority {priority!r}, 0 to {MAX_PRIORITY} allowed")
     if not _is_node_name(node):
         raise FrameError(f"node name {node!r} is not allowed")
 
@@ -174,25 +171,14 @@ def decode_frame(data: bytes) -> Frame:
     if not CRC_BYTES < len(data) <= MAX_FRAME_BYTES:
         raise FrameError(f"{len(data)} bytes, {CRC_BYTES + 1} to {MAX_FRAME_BYTES} allowed")
     array = data[:-CRC_BYTES]
-    (expected,) = _CRC.unpack(data[-CRC_BYTES:])
-    if crc32c.crc32c(array) != expected:
+    if crc32c.crc32c(array) != int.from_bytes(data[-CRC_BYTES:], "big"):
         raise FrameError("CRC-32C does not match")
     try:
-        wire = _wire_decoder.decode(array)
+        frame = _frame_decoder.decode(array)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise FrameError(f"not a frame: {error}") from error
-    if wire.version != FRAME_VERSION:
-        raise FrameError(f"frame version {wire.version}, {FRAME_VERSION} expected")
-    if not _is_node_name(wire.node):
-        raise FrameError(f"node name {wire.node!r} is not allowed")
-    return Frame(
-        version=wire.version,
-        node=wire.node,
-        boot=wire.boot,
-        stream=wire.stream,
-        seq=wire.seq,
-        t_ns=wire.t_ns,
-        priority=wire.priority,
-        type=wire.type,
-        body=bytes(wire.body),
-    )
+    if frame.version != FRAME_VERSION:
+        raise FrameError(f"frame version {frame.version}, {FRAME_VERSION} expected")
+    if not _is_node_name(frame.node):
+        raise FrameError(f"node name {frame.node!r} is not allowed")
+    return frame
