@@ -24,14 +24,16 @@ MAX_FRAME_BYTES = 1 << 20
 """Largest frame written or read, bytes (assumed: far above a result block, far below a broker's limit)."""
 CRC_BYTES = 4
 _CRC = struct.Struct(">I")
+_MAX_ARRAY_BYTES = MAX_FRAME_BYTES - CRC_BYTES
 
 MAX_BOOT = (1 << 32) - 1
 MAX_INT = (1 << 63) - 1
 MAX_PRIORITY = 7
+MIN_TIME_NS = -MAX_INT - 1
 
 Boot = Annotated[int, Meta(ge=0, le=MAX_BOOT)]
 Sequence = Annotated[int, Meta(ge=0, le=MAX_INT)]
-MissionTime = Annotated[int, Meta(ge=-MAX_INT - 1, le=MAX_INT)]
+MissionTime = Annotated[int, Meta(ge=MIN_TIME_NS, le=MAX_INT)]
 Priority = Annotated[int, Meta(ge=0, le=MAX_PRIORITY)]
 
 
@@ -73,7 +75,11 @@ class Frame(msgspec.Struct, frozen=True, kw_only=True, array_like=True, forbid_u
             raise FrameError(f"unknown packet type {self.type!r}") from None
         if kind.stream is not self.stream:
             raise FrameError(f"packet type {self.type!r} in stream {self.stream.value!r}")
-        return _decode_body(_KINDS[kind], self.body)
+        try:
+            packet: Packet = _KINDS[kind].decoder.decode(self.body)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise FrameError(f"{self.type}: {error}") from error
+        return packet
 
 
 class _Kind(NamedTuple):
@@ -91,14 +97,6 @@ _KINDS = {
     kind: _Kind(msgspec.msgpack.Decoder(kind), kind.stream.value, PRIORITY[kind.stream], kind.type_name)
     for kind in BY_TYPE.values()
 }
-
-
-def _decode_body(kind: _Kind, body: bytes | msgspec.Raw) -> Packet:
-    try:
-        packet: Packet = kind.decoder.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise FrameError(f"{kind.type_name}: {error}") from error
-    return packet
 
 
 def encode_frame(
@@ -127,28 +125,32 @@ def encode_frame(
     FrameError
         A value out of its range, or a frame over `MAX_FRAME_BYTES`.
     """
-    kind = _KINDS[type(packet)]
+    decoder, stream, default_priority, type_name = _KINDS[type(packet)]
     if priority is None:
-        priority = kind.priority
-    _check_header(node, boot, seq, t_ns, priority)
+        priority = default_priority
+    _check_sender(node, boot, priority)
+    if not (isinstance(seq, int) and 0 <= seq <= MAX_INT):
+        raise FrameError(f"seq {seq!r}, 0 to {MAX_INT} allowed")
+    if not (isinstance(t_ns, int) and MIN_TIME_NS <= t_ns <= MAX_INT):
+        raise FrameError(f"t_ns {t_ns!r}, {MIN_TIME_NS} to {MAX_INT} allowed")
     body = _encoder.encode(packet)
-    _decode_body(kind, body)
+    try:
+        decoder.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise FrameError(f"{type_name}: {error}") from error
     array = _encoder.encode(
-        (FRAME_VERSION, node, boot, kind.stream, seq, t_ns, priority, kind.type_name, msgspec.Raw(body))
+        (FRAME_VERSION, node, boot, stream, seq, t_ns, priority, type_name, msgspec.Raw(body))
     )
-    if len(array) > MAX_FRAME_BYTES - CRC_BYTES:
+    if len(array) > _MAX_ARRAY_BYTES:
         raise FrameError(f"{len(array) + CRC_BYTES} bytes, at most {MAX_FRAME_BYTES} allowed")
     return array + _CRC.pack(crc32c.crc32c(array))
 
 
-def _check_header(node: str, boot: int, seq: int, t_ns: int, priority: int) -> None:
-    """Raise `FrameError` for what `decode_frame` would refuse."""
+@lru_cache(maxsize=256)
+def _check_sender(node: str, boot: int, priority: int) -> None:
+    """Raise `FrameError` for what `decode_frame` would refuse: the same for frame after frame."""
     if not (isinstance(boot, int) and 0 <= boot <= MAX_BOOT):
         raise FrameError(f"boot {boot!r}, 0 to {MAX_BOOT} allowed")
-    if not (isinstance(seq, int) and 0 <= seq <= MAX_INT):
-        raise FrameError(f"seq {seq!r}, 0 to {MAX_INT} allowed")
-    if not (isinstance(t_ns, int) and -MAX_INT - 1 <= t_ns <= MAX_INT):
-        raise FrameError(f"t_ns {t_ns!r}, {-MAX_INT - 1} to {MAX_INT} allowed")
     if not (isinstance(priority, int) and 0 <= priority <= MAX_PRIORITY):
         raise FrameError(f"priority {priority!r}, 0 to {MAX_PRIORITY} allowed")
     if not _is_node_name(node):
