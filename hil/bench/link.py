@@ -37,8 +37,8 @@ from telemetry.packets import PRIORITY, Packet, Stream
 from telemetry.spool import Spool
 
 FRAMES: Final = 200_000
-"""Frames of one round of the codec: a third of a second, after a tenth of it unmeasured: the round before ends
-with a wait, in which the processor rests."""
+"""Frames of one round of the codec: a third of a second, after a tenth of it unmeasured: the round before
+ends with a wait, in which the processor rests."""
 RECORDS: Final = 20_000
 """Records of one round of spool, broker and archive."""
 GROUP: Final = 256
