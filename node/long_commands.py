@@ -7,6 +7,7 @@ command as interrupted (`node.open_commands`).
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections.abc import Awaitable, Callable
 from typing import Protocol, TypeAlias
 
@@ -14,6 +15,7 @@ from node.command_effects import CommandFailed, Done
 from node.open_commands import OK, Order
 from node.pulse import Pulse
 from telemetry.commands import Arguments
+from telemetry.database import StoreFull
 
 Progress: TypeAlias = Callable[[str], Awaitable[None]]
 """Reports how far a work is, in words."""
@@ -78,6 +80,8 @@ class LongCommands:
             done = await self._work(arguments, progress)
         except CommandFailed as error:
             await reporter.finish(order, error.code, Done(str(error), effect=error.effect))
+        except (StoreFull, sqlite3.Error) as error:
+            await reporter.finish(order, "not_stored", Done(f"the node's database: {error}"))
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             await reporter.finish(order, "io_error", Done(f"{where}{error.strerror or error}"))

@@ -139,6 +139,8 @@ async def test_its_completion_follows_with_its_effect(tmp_path: Path) -> None:
     ("error", "code", "reason"),
     [
         (CommandFailed("not_readable", "no worker"), "not_readable", "no worker"),
+        (StoreFull("full"), "not_stored", "the node's database: full"),
+        (sqlite3.OperationalError("locked"), "not_stored", "the node's database: locked"),
         (OSError(28, "No space left on device", "x.part"), "io_error", "x.part: No space left on device"),
     ],
 )
