@@ -17,6 +17,7 @@ from typing import BinaryIO, Final, Literal
 from hil.ground import GroundStation
 from hil.uplink import Ticket
 from telemetry.commands import Arguments, Arm, UploadBegin, UploadCommit, UploadStatus
+from telemetry.dictionary.codes import FailureCode
 from telemetry.errors import PenumbraError
 from telemetry.packets import UploadReport, Verification
 
@@ -31,7 +32,9 @@ MAX_ROUND: Final = 128
 wait)."""
 AT_ONCE: Final = 16
 """Chunks handed to the link at the same time."""
-GO_ON: Final = ("damaged", "incomplete", "interrupted", "not_armed")
+GO_ON: Final = (
+    FailureCode.DAMAGED, FailureCode.INCOMPLETE, FailureCode.INTERRUPTED, FailureCode.NOT_ARMED,
+)  # fmt: skip
 """Codes of a commit that is tried again: chunks were struck on board, or the node restarted meanwhile."""
 POLL_S: Final = 0.05
 REPORT_S: Final = 10.0

@@ -15,6 +15,8 @@ from node.schedule import Origin, Schedule, ScheduleError
 from telemetry import commands
 from telemetry.authenticator import Authenticator, KeyChangeError
 from telemetry.commands import Arguments, CommandError, Hazard
+from telemetry.dictionary.base import ArgumentCode
+from telemetry.dictionary.codes import FailureCode
 from telemetry.packets import Mode, Packet
 
 ARMED_S = 60.0
@@ -35,7 +37,7 @@ class CommandFailed(Exception):
     `effect` is what a command that takes long changes all the same, with its completion.
     """
 
-    def __init__(self, code: str, reason: str, effect: Effect | None = None) -> None:
+    def __init__(self, code: FailureCode | ArgumentCode, reason: str, effect: Effect | None = None) -> None:
         super().__init__(reason)
         self.code = code
         self.effect = effect
@@ -125,13 +127,13 @@ class CommandEffects:
                     deadline_ns=arguments.deadline_ns,
                 )
             except JobConflict as error:
-                raise CommandFailed("job_exists", str(error)) from None
+                raise CommandFailed(FailureCode.JOB_EXISTS, str(error)) from None
             return
         known = self._jobs.cancel(connection, arguments.job)
         if known is None:
-            raise CommandFailed("unknown_job", f"no job {arguments.job!r}")
+            raise CommandFailed(FailureCode.UNKNOWN_JOB, f"no job {arguments.job!r}")
         if known.state is JobState.DONE:
-            raise CommandFailed("job_done", f"job {arguments.job!r} is done: {known.finish}")
+            raise CommandFailed(FailureCode.JOB_DONE, f"job {arguments.job!r} is done: {known.finish}")
 
     def _change_keys(
         self,
@@ -148,7 +150,7 @@ class CommandEffects:
                 case commands.Resync(key=key, last_seq=last_seq):
                     self._authenticator.resync(connection, key, last_seq)
         except KeyChangeError as error:
-            raise CommandFailed("key_unchanged", str(error)) from None
+            raise CommandFailed(FailureCode.KEY_UNCHANGED, str(error)) from None
 
     def _change_schedule(
         self, connection: sqlite3.Connection, origin: Origin, arguments: Arguments
@@ -159,7 +161,7 @@ class CommandEffects:
             case commands.ScheduleInsert(t_ns=t_ns, command=name, args=args):
                 _for_later(name, args)
                 if t_ns <= self._now_ns():
-                    raise ScheduleError("in_the_past", f"{t_ns} is not ahead of mission time")
+                    raise ScheduleError(FailureCode.IN_THE_PAST, f"{t_ns} is not ahead of mission time")
                 return Done(f"entry {schedule.insert(connection, t_ns, name, args, origin)}")
             case commands.ScheduleDelete(entry=entry):
                 schedule.delete(connection, entry)
@@ -193,14 +195,16 @@ class CommandEffects:
     def _now_ns(self) -> int:
         now_ns = self._mission_ns()
         if now_ns is None:
-            raise ScheduleError("no_clock", "the bus has not told mission time yet")
+            raise ScheduleError(FailureCode.NO_CLOCK, "the bus has not told mission time yet")
         return now_ns
 
 
 def _arm(connection: sqlite3.Connection, arm: commands.Arm) -> Done:
     hazard = _parse(arm.command, arm.args).hazard
     if hazard is not Hazard.HAZARDOUS:
-        raise CommandFailed("not_hazardous", f"{arm.command} needs no arming: its hazard is {hazard}")
+        raise CommandFailed(
+            FailureCode.NOT_HAZARDOUS, f"{arm.command} needs no arming: its hazard is {hazard}"
+        )
     state.set_armed(connection, state.Armed(arm.command, arm.args, time.monotonic() + ARMED_S))
     return Done(f"{arm.command} is armed for {ARMED_S:g} s")
 
@@ -210,7 +214,9 @@ def _fire(connection: sqlite3.Connection, arguments: Arguments) -> None:
     armed = state.armed(connection)
     state.set_armed(connection, None)
     if armed is None or time.monotonic() > armed.until_s or _parse(armed.name, armed.args) != arguments:
-        raise CommandFailed("not_armed", f"{arguments.name} is hazardous: arm it with these arguments first")
+        raise CommandFailed(
+            FailureCode.NOT_ARMED, f"{arguments.name} is hazardous: arm it with these arguments first"
+        )
 
 
 def _parse(name: str, args: dict[str, Any]) -> Arguments:
@@ -223,7 +229,7 @@ def _parse(name: str, args: dict[str, Any]) -> Arguments:
 def _for_later(name: str, args: dict[str, Any]) -> None:
     arguments = _parse(name, args)
     if arguments.hazard is Hazard.HAZARDOUS or isinstance(arguments, NOT_FOR_LATER):
-        raise CommandFailed("not_for_later", f"{name} is given from the ground, at its time")
+        raise CommandFailed(FailureCode.NOT_FOR_LATER, f"{name} is given from the ground, at its time")
 
 
 def _remember(connection: sqlite3.Connection, arguments: Arguments) -> None:

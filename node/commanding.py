@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from node import open_commands
 from node.command_effects import CommandEffects, CommandFailed, Done
 from node.jobs import JobQueue
-from node.open_commands import INTERRUPTED, OK, Order
+from node.open_commands import OK, Order
 from node.pulse import Pulse
 from node.recorder import Recorder, Throttle
 from node.schedule import SKIP_AFTER_NS, Origin, Schedule
@@ -32,6 +32,7 @@ from telemetry.authenticator import (
 )
 from telemetry.commands import Arguments, CommandError
 from telemetry.database import Database, StoreFull
+from telemetry.dictionary.codes import FailureCode
 from telemetry.packets import Packet, Stage, Verification
 from telemetry.spool import Spool
 
@@ -173,7 +174,9 @@ class Commanding:
         open_commands.create(connection)
         for order in open_commands.all_open(connection):
             text = "the node ended while it was carried out"
-            self._answer_later(connection, order, order.report(Stage.COMPLETED, INTERRUPTED, text))
+            self._answer_later(
+                connection, order, order.report(Stage.COMPLETED, FailureCode.INTERRUPTED, text)
+            )
             open_commands.remove(connection, order)
 
     def _answer_later(self, connection: sqlite3.Connection, order: Order, report: Verification) -> None:
@@ -306,11 +309,15 @@ class Commanding:
         late_ns = now_ns - entry.t_ns
         if not entry.sound:
             answer = Answer(
-                [order.report(Stage.STARTED, "damaged", "its copies on board are struck beyond a vote")]
+                [
+                    order.report(
+                        Stage.STARTED, FailureCode.DAMAGED, "its copies on board are struck beyond a vote"
+                    )
+                ]
             )
         elif late_ns > SKIP_AFTER_NS:
             answer = Answer(
-                [order.report(Stage.STARTED, "skipped", f"its time was {late_ns / 1e9:.0f} s ago")]
+                [order.report(Stage.STARTED, FailureCode.SKIPPED, f"its time was {late_ns / 1e9:.0f} s ago")]
             )
         else:
             answer = self._execute_in(connection, order)

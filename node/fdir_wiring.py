@@ -37,6 +37,7 @@ from telemetry import commands
 from telemetry.authenticator import Authenticator
 from telemetry.commands import Arguments
 from telemetry.database import Database
+from telemetry.dictionary.codes import FailureCode
 from telemetry.errors import PenumbraError
 from telemetry.link import Link
 from telemetry.packets import Mode, Severity
@@ -241,17 +242,18 @@ class Fdir:
         match arguments:
             case commands.SetFdirRow(row=row) | commands.RearmFdir(row=row) if row != "*":
                 if row not in self.service.table:
-                    raise CommandFailed("unknown_row", f"no row {row!r} in the FDIR table")
+                    raise CommandFailed(FailureCode.UNKNOWN_ROW, f"no row {row!r} in the FDIR table")
         match arguments:
             case commands.SetFdirRow(row=row, state="passive") if row in ACTS_IN_WORKER:
                 raise CommandFailed(
-                    "not_passive", f"{row} acts inside the worker before it reports: enable or disable it"
+                    FailureCode.NOT_PASSIVE,
+                    f"{row} acts inside the worker before it reports: enable or disable it",
                 )
             case commands.ScrubNow(region=region) | commands.RecomputeBaseline(region=region) if (
                 region not in REGIONS
             ):
                 known = ", ".join(REGIONS)
-                raise CommandFailed("unknown_region", f"no region {region!r}; there are {known}")
+                raise CommandFailed(FailureCode.UNKNOWN_REGION, f"no region {region!r}; there are {known}")
             case commands.LoadFdir(source=source):
                 self._load(connection, state.TableSource(source))
             case _:
@@ -300,10 +302,10 @@ class Fdir:
             else:
                 encoded = state.other_table(connection, source)
                 if not encoded:
-                    raise CommandFailed("no_table", f"there is no {source} table on board")
+                    raise CommandFailed(FailureCode.NO_TABLE, f"there is no {source} table on board")
                 self._loaded = decode_table(encoded)
         except PenumbraError as error:
-            raise CommandFailed("table_refused", error.what) from None
+            raise CommandFailed(FailureCode.TABLE_REFUSED, error.what) from None
         state.change_table(connection, self._loaded.encode(), source)
 
     def _use_loaded(self) -> None:

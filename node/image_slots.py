@@ -20,6 +20,7 @@ from node.inference.manifest import Slot, image_id, load_manifest
 from node.inference.slots import active_slot, slot_before
 from node.worker_service import WorkerService
 from telemetry.database import Database, StoreFull
+from telemetry.dictionary.codes import FailureCode
 from telemetry.errors import PenumbraError
 
 MODULE = "node.inference.install"
@@ -39,7 +40,7 @@ class Installed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 class SwitchError(Exception):
     """A switch that was not made, or was taken back; `code` is that of the verification."""
 
-    def __init__(self, code: str, reason: str) -> None:
+    def __init__(self, code: FailureCode, reason: str) -> None:
         super().__init__(reason)
         self.code = code
 
@@ -114,11 +115,11 @@ class ImageSlots:
         async with self.lock:
             if self._config.model.slot == "active" and active_slot(self.images) != self.slot:
                 text = f"slot {self.other} is the active one, though the worker runs from {self.slot}"
-                raise SwitchError("slot_active", f"{text}: `switch_image` {self.slot} first")
+                raise SwitchError(FailureCode.SLOT_ACTIVE, f"{text}: `switch_image` {self.slot} first")
             try:
                 return await self._run("installing the image", self.other, archive)
             except PenumbraError as error:
-                raise SwitchError("image_refused", error.what) from None
+                raise SwitchError(FailureCode.IMAGE_REFUSED, error.what) from None
 
     async def switch(self, slot: Slot) -> Installed:
         """Have the worker run from a slot, for good.
@@ -130,29 +131,33 @@ class ImageSlots:
         """
         if self._config.model.slot != "active":
             raise SwitchError(
-                "slot_pinned", f"the configuration says [model] slot = {self._config.model.slot!r}"
+                FailureCode.SLOT_PINNED, f"the configuration says [model] slot = {self._config.model.slot!r}"
             )
         async with self.lock:
             before = self.slot
             if slot == before == active_slot(self.images):
-                raise SwitchError("slot_in_use", f"the worker runs from slot {slot} already")
+                raise SwitchError(FailureCode.SLOT_IN_USE, f"the worker runs from slot {slot} already")
             try:
                 done = await self._run("switching the image", slot)
             except PenumbraError as error:
-                raise SwitchError("image_refused", error.what) from None
+                raise SwitchError(FailureCode.IMAGE_REFUSED, error.what) from None
             if slot == before:
                 return done
             if not await self._worker.hold():
                 self._worker.release()
                 await self._mean(before)
-                raise SwitchError("no_worker", "the worker does not end, so it stays with its image")
+                raise SwitchError(
+                    FailureCode.NO_WORKER, "the worker does not end, so it stays with its image"
+                )
             await self.use(slot)
             if await self._is_up():
                 return done
             await self._worker.hold()
             await self._mean(before)
             await self.use(before)
-            raise SwitchError("no_worker", f"no worker came up from slot {slot}; slot {before} is used again")
+            raise SwitchError(
+                FailureCode.NO_WORKER, f"no worker came up from slot {slot}; slot {before} is used again"
+            )
 
     async def _mean(self, slot: Slot) -> None:
         """Make a slot the active one again."""

@@ -16,6 +16,7 @@ from node.open_commands import OK, Order
 from node.pulse import Pulse
 from telemetry.commands import Arguments
 from telemetry.database import StoreFull
+from telemetry.dictionary.codes import FailureCode
 
 Progress: TypeAlias = Callable[[str], Awaitable[None]]
 """Reports how far a work is, in words."""
@@ -81,10 +82,10 @@ class LongCommands:
         except CommandFailed as error:
             await reporter.finish(order, error.code, Done(str(error), effect=error.effect))
         except (StoreFull, sqlite3.Error) as error:
-            await reporter.finish(order, "not_stored", Done(f"the node's database: {error}"))
+            await reporter.finish(order, FailureCode.NOT_STORED, Done(f"the node's database: {error}"))
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
-            await reporter.finish(order, "io_error", Done(f"{where}{error.strerror or error}"))
+            await reporter.finish(order, FailureCode.IO_ERROR, Done(f"{where}{error.strerror or error}"))
         else:
             await reporter.finish(order, OK, done)
         self._on_done(arguments)

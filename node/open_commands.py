@@ -14,7 +14,6 @@ from node.schedule import Origin
 from telemetry.packets import Stage, Verification
 
 OK = "ok"
-INTERRUPTED = "interrupted"
 
 _SCHEMA = """CREATE TABLE IF NOT EXISTS open_command (
     id INTEGER PRIMARY KEY, key_id TEXT NOT NULL, seq INTEGER NOT NULL, name TEXT NOT NULL, entry INTEGER)"""

@@ -24,6 +24,8 @@ from node.command_effects import CommandFailed
 from node.pulse import Pulse
 from node.recorder import Recorder
 from telemetry.database import Database, StoreFull
+from telemetry.dictionary.base import ArgumentCode
+from telemetry.dictionary.codes import FailureCode
 from telemetry.packets import Packet, Product, ProductChunk, ProductPart, Severity
 from telemetry.spool import Spool, SpoolRefused
 
@@ -145,7 +147,9 @@ class Products:
         head = self._head(connection, product)
         chunks = _chunks(head)
         if not first <= (chunks - 1 if last is None else last) < chunks:
-            raise CommandFailed("bad_argument", f"product {product!r} has chunks 0 to {chunks - 1}")
+            raise CommandFailed(
+                ArgumentCode.BAD_ARGUMENT, f"product {product!r} has chunks 0 to {chunks - 1}"
+            )
         self._send(connection, head, first, last)
 
     def delete(self, connection: sqlite3.Connection, product: str) -> None:
@@ -195,7 +199,7 @@ class Products:
         if row is None:
             kept = [name for (name,) in connection.execute("SELECT product FROM product ORDER BY number")]
             raise CommandFailed(
-                "unknown_product", f"no product {product!r}; kept are {', '.join(kept) or 'none'}"
+                FailureCode.UNKNOWN_PRODUCT, f"no product {product!r}; kept are {', '.join(kept) or 'none'}"
             )
         return _head_decoder.decode(row[0])
 
@@ -225,7 +229,7 @@ class Products:
                 count, used = count - 1, used - each
         if count >= MAX_PRODUCTS or used + size > MAX_BYTES:
             raise CommandFailed(
-                "no_room", f"{count} products of {used} bytes are not sent yet: wait, or delete one"
+                FailureCode.NO_ROOM, f"{count} products of {used} bytes are not sent yet: wait, or delete one"
             )
 
     async def _remove_files(self) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from telemetry.commands import SequenceStep, step_crc
+from telemetry.dictionary.codes import FailureCode
 from telemetry.packets import CommandSchedule, ScheduledCommand
 from telemetry.voting import Unvoted, decode3, encode3
 
@@ -49,7 +50,7 @@ class _Record(msgspec.Struct, frozen=True, array_like=True):
 class ScheduleError(ValueError):
     """What was asked of the schedule cannot be done; `code` is that of the verification."""
 
-    def __init__(self, code: str, reason: str) -> None:
+    def __init__(self, code: FailureCode, reason: str) -> None:
         super().__init__(reason)
         self.code = code
 
@@ -103,7 +104,7 @@ class Schedule:
     def _insert(self, connection: sqlite3.Connection, record: _Record) -> int:
         (count,) = connection.execute("SELECT COUNT(*) FROM schedule").fetchone()
         if count >= MAX_ENTRIES:
-            raise ScheduleError("schedule_full", f"{count} entries already")
+            raise ScheduleError(FailureCode.SCHEDULE_FULL, f"{count} entries already")
         cursor = connection.execute(
             "INSERT INTO schedule (t_ns, sequence, record) VALUES (?, ?, ?)",
             (record.t_ns, record.sequence, _encode(record)),
@@ -113,7 +114,7 @@ class Schedule:
     def delete(self, connection: sqlite3.Connection, entry: int) -> None:
         """Take an entry out. Raises `ScheduleError` if there is none of that number."""
         if not connection.execute("DELETE FROM schedule WHERE entry = ?", (entry,)).rowcount:
-            raise ScheduleError("unknown_entry", f"no entry {entry} in the schedule")
+            raise ScheduleError(FailureCode.UNKNOWN_ENTRY, f"no entry {entry} in the schedule")
         self.look(connection)
 
     def shift(self, connection: sqlite3.Connection, by_ns: int, entry: int | None, now_ns: int) -> int:
@@ -128,12 +129,14 @@ class Schedule:
             "SELECT entry, record FROM schedule WHERE entry = ? OR ? IS NULL", (entry, entry)
         ).fetchall()
         if entry is not None and not rows:
-            raise ScheduleError("unknown_entry", f"no entry {entry} in the schedule")
+            raise ScheduleError(FailureCode.UNKNOWN_ENTRY, f"no entry {entry} in the schedule")
         # What is beyond a vote stays where it is, and is reported when its time comes.
         found = [(number, record) for number, blob in rows if (record := _decode(blob)) is not None]
         for number, record in found:
             if not now_ns < record.t_ns + by_ns < 2**63:
-                raise ScheduleError("in_the_past", f"entry {number} would not lie ahead: none is moved")
+                raise ScheduleError(
+                    FailureCode.IN_THE_PAST, f"entry {number} would not lie ahead: none is moved"
+                )
         for number, record in found:
             moved = msgspec.structs.replace(record, t_ns=record.t_ns + by_ns)
             connection.execute(
@@ -173,7 +176,7 @@ class Schedule:
         self._not_running(connection, name)
         (others,) = connection.execute("SELECT COUNT(*) FROM sequences WHERE name != ?", (name,)).fetchone()
         if others >= MAX_SEQUENCES:
-            raise ScheduleError("too_many_sequences", f"{others} are loaded already")
+            raise ScheduleError(FailureCode.TOO_MANY_SEQUENCES, f"{others} are loaded already")
         connection.execute(
             "INSERT INTO sequences VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET steps = excluded.steps",
             (name, encode3(msgspec.msgpack.encode(list(steps)))),
@@ -189,12 +192,12 @@ class Schedule:
         """
         row = connection.execute("SELECT steps FROM sequences WHERE name = ?", (name,)).fetchone()
         if row is None:
-            raise ScheduleError("unknown_sequence", f"no sequence {name!r} is loaded")
+            raise ScheduleError(FailureCode.UNKNOWN_SEQUENCE, f"no sequence {name!r} is loaded")
         self._not_running(connection, name)
         try:
             steps = msgspec.msgpack.decode(decode3(row[0]).value, type=list[SequenceStep])
         except (Unvoted, msgspec.DecodeError):
-            raise ScheduleError("damaged", f"sequence {name!r} is damaged: load it again") from None
+            raise ScheduleError(FailureCode.DAMAGED, f"sequence {name!r} is damaged: load it again") from None
         t_ns = now_ns
         for number, step in enumerate(steps):
             _check_step(number, step)
@@ -207,13 +210,13 @@ class Schedule:
         """Take what is left of a sequence out; return how many steps. Raises `ScheduleError` if none runs."""
         left = connection.execute("DELETE FROM schedule WHERE sequence = ?", (name,)).rowcount
         if not left:
-            raise ScheduleError("not_running", f"sequence {name!r} does not run")
+            raise ScheduleError(FailureCode.NOT_RUNNING, f"sequence {name!r} does not run")
         self.look(connection)
         return left
 
     def _not_running(self, connection: sqlite3.Connection, name: str) -> None:
         if connection.execute("SELECT 1 FROM schedule WHERE sequence = ?", (name,)).fetchone():
-            raise ScheduleError("sequence_running", f"sequence {name!r} runs: stop it first")
+            raise ScheduleError(FailureCode.SEQUENCE_RUNNING, f"sequence {name!r} runs: stop it first")
 
     def report(self, connection: sqlite3.Connection) -> CommandSchedule:
         """Return what is scheduled and loaded."""
@@ -250,4 +253,6 @@ def _decode(blob: bytes) -> _Record | None:
 
 def _check_step(number: int, step: SequenceStep) -> None:
     if step_crc(step.command, step.args) != step.crc32c:
-        raise ScheduleError("damaged", f"step {number} ({step.command[:40]}) does not have its CRC-32C")
+        raise ScheduleError(
+            FailureCode.DAMAGED, f"step {number} ({step.command[:40]}) does not have its CRC-32C"
+        )

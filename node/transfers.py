@@ -16,6 +16,7 @@ from node.products import Products
 from node.uploads import Upload, Uploads
 from telemetry import commands
 from telemetry.commands import Arguments
+from telemetry.dictionary.codes import FailureCode
 from telemetry.errors import PenumbraError
 
 
@@ -52,7 +53,9 @@ class Transfers:
             case commands.DumpMemory(region=region):
                 if region not in self._regions.names:
                     known = ", ".join(self._regions.names)
-                    raise CommandFailed("unknown_region", f"no region {region!r}; there are {known}")
+                    raise CommandFailed(
+                        FailureCode.UNKNOWN_REGION, f"no region {region!r}; there are {known}"
+                    )
                 return Done(later=True)
             case commands.ResendProduct(product=product, first=first, last=last):
                 self._products.resend(connection, product, first, last)
@@ -103,7 +106,7 @@ class Transfers:
                 self._regions.read, asked.region, asked.first_byte, asked.size_bytes
             )
         except DumpError as error:
-            raise CommandFailed("not_readable", str(error)) from None
+            raise CommandFailed(FailureCode.NOT_READABLE, str(error)) from None
         head, keep = await self._products.make(asked.region, dump.content, asked.first_byte, dump.parts)
         return Done(f"product {head.product} of {head.size_bytes} bytes", effect=keep)
 
@@ -126,7 +129,7 @@ class Transfers:
         try:
             table = read_table(content, Path("uplinked table"))
         except PenumbraError as error:
-            raise CommandFailed("table_refused", error.what) from None
+            raise CommandFailed(FailureCode.TABLE_REFUSED, error.what) from None
 
         def keep(connection: sqlite3.Connection) -> None:
             state.keep_uplinked_table(connection, table.encode())
@@ -145,9 +148,9 @@ class Transfers:
         try:
             before = self._slots.before
         except PenumbraError as error:
-            raise CommandFailed("slot_unknown", error.what) from None
+            raise CommandFailed(FailureCode.SLOT_UNKNOWN, error.what) from None
         if before is None:
-            raise CommandFailed("no_slot_before", "the slot was never switched")
+            raise CommandFailed(FailureCode.NO_SLOT_BEFORE, "the slot was never switched")
         return before
 
 

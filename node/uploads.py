@@ -25,6 +25,8 @@ from node.command_effects import CommandFailed
 from node.pulse import Pulse
 from telemetry.commands import UploadBegin
 from telemetry.database import Database, StoreFull
+from telemetry.dictionary.base import ArgumentCode
+from telemetry.dictionary.codes import FailureCode
 from telemetry.keys import KeyRing
 from telemetry.packets import UploadReport
 from telemetry.signed import SignedError
@@ -121,15 +123,20 @@ class Uploads:
             return
         if known is not None:
             raise CommandFailed(
-                "upload_open", f"upload {known.sha256} of kind {known.kind} is open: commit or abort it first"
+                FailureCode.UPLOAD_OPEN,
+                f"upload {known.sha256} of kind {known.kind} is open: commit or abort it first",
             )
         if wanted.kind == "fdir_table" and wanted.size_bytes > MAX_TABLE_BYTES:
-            raise CommandFailed("bad_argument", f"an FDIR table of more than {MAX_TABLE_BYTES} bytes")
+            raise CommandFailed(
+                ArgumentCode.BAD_ARGUMENT, f"an FDIR table of more than {MAX_TABLE_BYTES} bytes"
+            )
         for place in (self._directory, self._images):
             need = wanted.size_bytes * ROOM[wanted.kind]
             free = shutil.disk_usage(place).free if place.is_dir() else need
             if free < need:
-                raise CommandFailed("no_room", f"{need} bytes are needed on {place}, {free} are free")
+                raise CommandFailed(
+                    FailureCode.NO_ROOM, f"{need} bytes are needed on {place}, {free} are free"
+                )
         connection.execute(
             "INSERT INTO upload VALUES (1, ?, ?, ?, ?)",
             (wanted.sha256, wanted.kind, wanted.size_bytes, wanted.chunk_bytes),
@@ -170,11 +177,11 @@ class Uploads:
         """
         upload = _open(connection)
         if upload.sha256 != sha256:
-            raise CommandFailed("wrong_upload", f"upload {upload.sha256} is open, not {sha256}")
+            raise CommandFailed(FailureCode.WRONG_UPLOAD, f"upload {upload.sha256} is open, not {sha256}")
         (received,) = connection.execute("SELECT COUNT(*) FROM upload_chunk").fetchone()
         if received < upload.chunks:
             raise CommandFailed(
-                "incomplete", f"{upload.chunks - received} of {upload.chunks} chunks are missing"
+                FailureCode.INCOMPLETE, f"{upload.chunks - received} of {upload.chunks} chunks are missing"
             )
         return upload
 
@@ -265,10 +272,10 @@ class Uploads:
                 )
 
             text = f"{len(bad)} chunks were damaged on board, {bad[0]} the first: they are missing again"
-            raise CommandFailed("damaged", text, forget)
+            raise CommandFailed(FailureCode.DAMAGED, text, forget)
         if sha256 != upload.sha256:
             text = f"SHA-256 {sha256}, {upload.sha256} announced: what was sent is not what was meant"
-            raise CommandFailed("wrong_content", f"{text}; abort it")
+            raise CommandFailed(FailureCode.WRONG_CONTENT, f"{text}; abort it")
 
     async def content(self, upload: Upload) -> bytes:
         """Return the bytes of a small upload. Raises `OSError`."""
@@ -304,7 +311,7 @@ def current(connection: sqlite3.Connection) -> Upload | None:
 def _open(connection: sqlite3.Connection) -> Upload:
     upload = current(connection)
     if upload is None:
-        raise CommandFailed("no_upload", "no upload is open")
+        raise CommandFailed(FailureCode.NO_UPLOAD, "no upload is open")
     return upload
 
 

@@ -35,6 +35,7 @@ from telemetry import (
     topics,
     upload,
 )
+from telemetry.dictionary import codes
 
 PATH = Path(__file__).resolve().parent.parent / "docs" / "icd.md"
 UNIT_SUFFIXES = {
@@ -283,6 +284,7 @@ def _command_section() -> str:
         "in the security report.\n",
         _enum(authenticator.RejectCode),
         _enum(commands.ArgumentCode),
+        _enum(codes.FailureCode),
     ]
     return "\n".join(parts)
 

@@ -35,9 +35,10 @@ from hil.link_faults import LinkFaults, Way
 from hil.link_proxy import LinkProxy
 from hil.mosquitto import Mosquitto, find_mosquitto
 from hil.products import Assembled, products
-from node.open_commands import INTERRUPTED, OK
+from node.open_commands import OK
 from telemetry.archive import Archive
 from telemetry.commands import DumpMemory, UploadCommit
+from telemetry.dictionary.codes import FailureCode
 from telemetry.errors import PenumbraError
 from telemetry.keys import generate_key_file
 from telemetry.ledger import Key, LedgerCheck, reconcile, to_ranges
@@ -329,7 +330,7 @@ def _read_long(reports: Sequence[Verification], made: Sequence[Assembled]) -> _L
         dumps=len(dumped),
         broken=len(promised - whole),
         uploads=len(ok - dumped),
-        interrupted=sum(code == INTERRUPTED for code in codes.values()),
+        interrupted=sum(code == FailureCode.INTERRUPTED for code in codes.values()),
         unanswered=sum(len(ends.get(seq, ())) != 1 for seq in begun),
     )
 

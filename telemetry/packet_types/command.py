@@ -35,7 +35,7 @@ class Verification(Packet, frozen=True, kw_only=True):
     ok: bool
     """Whether this stage succeeded."""
     code: str
-    """`ok`, or a short reason code such as `unknown_command` or `bad_argument`."""
+    """`ok`, or why not: a rejection code, `unknown_command`, `bad_argument`, or a failure code."""
     reason: str = ""
     """What the code means here, in words; for `ok` what the ground could not know, e.g. an entry's number."""
     entry: Count | None = None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import crc32c
 import msgspec
 import pytest
 
 from telemetry import commands as c
+from telemetry.dictionary.codes import FailureCode
 from telemetry.sampling import Sampling
 
 DEADLINE_NS = 1_700_000_060_000_000_000
@@ -195,3 +197,10 @@ def test_the_crc_of_a_step_does_not_depend_on_the_order_of_its_map() -> None:
 def test_a_recovery_key_can_mend_keys_and_little_else() -> None:
     assert {"ping", "report_ledger", "set_mode", "activate_key", "retire_key", "resync", "arm"} == c.RECOVERY
     assert c.COMMANDS.keys() >= c.RECOVERY
+
+
+def test_every_failure_code_is_given_somewhere() -> None:
+    node = Path(__file__).parents[2] / "node"
+    text = "".join(path.read_text() for path in node.glob("*.py"))
+    unused = [code for code in FailureCode if f"FailureCode.{code.name}" not in text]
+    assert unused == []

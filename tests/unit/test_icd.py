@@ -13,6 +13,7 @@ from telemetry import icd
 from telemetry.authenticator import RejectCode
 from telemetry.bus import CHANNELS
 from telemetry.commands import COMMANDS, ArgumentCode
+from telemetry.dictionary.codes import FailureCode
 from telemetry.packets import BY_TYPE, Level, Mode, Outcome, Severity, Stage, Stream
 from telemetry.spool_policy import DropReason
 from telemetry.summary import Summary
@@ -57,7 +58,18 @@ def test_everything_on_the_wire_is_in_it() -> None:
         assert re.search(rf"#+ .*{name.replace('_', '[-_]')}", text), name
         for field in kind.__struct_fields__:
             assert f"`{field}`" in text
-    for enum in (Stream, Mode, Severity, Stage, Level, Outcome, RejectCode, ArgumentCode, DropReason):
+    for enum in (
+        Stream,
+        Mode,
+        Severity,
+        Stage,
+        Level,
+        Outcome,
+        RejectCode,
+        ArgumentCode,
+        FailureCode,
+        DropReason,
+    ):
         section = text.split(f"### {enum.__name__}\n")[1].split("\n#")[0]
         for member in enum:
             assert f"`{member.value}` | {member.name} |" in section
