@@ -43,13 +43,14 @@ check: $(VENV)/.dev
 	$(BIN)/python -m telemetry.icd --check
 	$(BIN)/python -m fdir.table_docs --check
 
-# Unit tests and what waits most of its time share the cores; what keeps them busy has them alone.
-WAITING := $(addprefix tests/integration/,test_fdir_rows.py test_fdir_commands.py test_spool_kill.py \
-	test_telecommands.py test_transfers.py test_ground_cli.py test_broker_durability.py)
+# Unit tests and what waits most of its time share the cores, the longest first; what keeps them busy has them alone.
+WAITING := $(addprefix tests/integration/,test_fdir_traceability.py test_transfers.py test_broker_durability.py \
+	test_fdir_rows.py test_fdir_commands.py test_spool_kill.py test_telecommands.py test_ground_cli.py \
+	test_deaf_link.py test_mosquitto.py)
 
 test: $(VENV)/.dev model
-	$(BIN)/pytest -n 2 tests/unit tests/property $(WAITING)
-	$(BIN)/pytest tests/integration $(addprefix --ignore=,$(WAITING))
+	$(BIN)/pytest -n 2 --durations 10 $(WAITING) tests/unit tests/property
+	$(BIN)/pytest --durations 10 tests/integration $(addprefix --ignore=,$(WAITING))
 
 test-fast: $(VENV)/.dev
 	$(BIN)/pytest -n 2 tests/unit tests/property
