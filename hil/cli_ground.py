@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import sys
 import threading
 import time
@@ -58,6 +59,7 @@ def ground(
     from telemetry.topics import check_node_name
 
     ring, files = KeyRing.load(keys), TlsFiles.of(tls_ca, tls_certificate, tls_key)
+    logging.basicConfig(level=logging.ERROR, format="%(message)s")
     opened = Archive.open(archive)
     try:
         report = asyncio.run(
@@ -132,6 +134,9 @@ async def _run(
         await asyncio.sleep(FINAL_S)
         for task in (running, saying):
             task.cancel()
+    if not station.connections:
+        operator.failures += 1
+        typer.echo(f"the broker was never reached: {station.link_error or 'no answer'}", err=True)
     counts = station.counts
     typer.echo(
         f"{counts.archived} frames archived, {counts.duplicates} came again, {counts.garbage} were garbage; "

@@ -120,6 +120,11 @@ class GroundStation:
         return self._link.connected
 
     @property
+    def connections(self) -> int:
+        """Times the broker was reached."""
+        return self._link.connections
+
+    @property
     def link_error(self) -> str | None:
         """Why the broker is not heard; None when that is not known, or it is."""
         return self._link.last_error

@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import msgspec
+from brokers import hardened, needs_mosquitto
 from node_bench import NODE, open_bench
 
 from fdir.table import PACKAGED
+from hil.certificates import Authority
 from telemetry.ground_report import GroundReport, ProductsReport
 from telemetry.keys import generate_key_file
 
@@ -106,3 +108,21 @@ async def test_it_ends_on_interrupt_although_no_line_comes(tmp_path: Path) -> No
         assert b"no connection to the broker" in await process.stderr.readline()
         process.send_signal(signal.SIGINT)
         assert await process.wait() == 130
+
+
+@needs_mosquitto
+async def test_it_speaks_tls_to_the_broker_as_shipped(tmp_path: Path) -> None:
+    generate_key_file(tmp_path / "keys.toml")
+    (tmp_path / "other").mkdir()
+    authority, other = Authority(tmp_path), Authority(tmp_path / "other")
+    mine, stranger = authority.issue("ground"), other.issue("ground")
+    async with hardened(tmp_path, authority) as broker:
+        for files, trusted in ((mine, True), (stranger, False)):
+            arguments = (
+                *("ground", "--keys", "keys.toml", "--broker", f"mqtts5://127.0.0.1:{broker.port}"),
+                *("--tls-ca", str(authority.ca_file), "--tls-certificate", str(files.certificate)),
+                *("--tls-key", str(files.key)),
+            )
+            code, said = await penumbra(tmp_path, *arguments)
+            assert code == (0 if trusted else 1), said
+            assert ("the broker was never reached" in said) is not trusted, said
