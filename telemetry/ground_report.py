@@ -34,8 +34,8 @@ class GroundReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     garbage: Count
     """Messages under the node's topics that are no frame of it."""
     failures: Count
-    """Lines of the input that could not be executed, or whose command failed; one more if the broker was never
-    reached."""
+    """Lines of the input that could not be executed, or whose command failed; one more if the broker was
+    never reached."""
     commands: list[CommandEnd]
     """Commands that ended, in this order; those of uploads, too."""
 
