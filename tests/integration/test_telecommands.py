@@ -94,9 +94,11 @@ async def test_worker_and_baseline_by_command(tmp_path: Path) -> None:
 STEP = """
 import asyncio, os, signal, sys
 from pathlib import Path
+from node.command_effects import Done
 from node.commanding import Commanding
 from node import state
 from node.jobs import JobQueue
+from node.long_commands import LongCommands
 from node.recorder import Recorder
 from node.schedule import Schedule
 from telemetry.authenticator import Authenticator
@@ -117,7 +119,6 @@ async def main():
             os.kill(os.getpid(), signal.SIGKILL)
 
     database = await Database.open(path)
-    await database.run(lambda c: c.set_trace_callback(count))
     await database.run(state.create)
     boot = await database.run(state.begin_boot)
     spool = Spool("penumbra-1", boot.boot, 1 << 20)
@@ -127,10 +128,22 @@ async def main():
         await database.run(create)
     recorder = Recorder(database, spool, lambda: 1000)
     executed = asyncio.Event()
+
+    async def work(arguments, progress):
+        await progress("on its way")
+        keep = lambda c: c.execute("INSERT INTO dumped VALUES (?)", (arguments.region,))
+        return Done("dumped", effect=keep)
+
+    def take(connection, arguments):
+        return Done(later=True) if arguments.name == "dump_memory" else None
+
+    await database.run(lambda c: c.execute("CREATE TABLE IF NOT EXISTS dumped (region TEXT)"))
+    long = LongCommands(work, lambda: commanding, lambda a: executed.set())
     commanding = Commanding(database=database, spool=spool, jobs=jobs, authenticator=authenticator,
                             recorder=recorder, on_executed=lambda a: executed.set(), schedule=schedule,
-                            mission_ns=lambda: None)
-    tasks = [asyncio.create_task(commanding.run()), asyncio.create_task(recorder.run())]
+                            mission_ns=lambda: None, on_begun=long.begin, take_other=take)
+    tasks = [asyncio.create_task(service.run()) for service in (commanding, recorder, long)]
+    await database.run(lambda c: c.set_trace_callback(count))
     commanding.offer(payload)
     while not executed.is_set() and not authenticator.report().redelivered:
         await asyncio.sleep(0.001)
@@ -147,6 +160,47 @@ asyncio.run(main())
 def give(path: Path, keys: Path, payload: bytes, at: int) -> int:
     arguments = [sys.executable, "-c", STEP, str(path), str(keys), payload.hex(), str(at)]
     return subprocess.run(arguments, check=False, timeout=60).returncode
+
+
+async def reported(path: Path, seq: int) -> tuple[list[Verification], int]:
+    """Return what was reported of a command, and how many dumps its region has."""
+    database = await Database.open(path)
+    spool = Spool("penumbra-1", 10_000, 1 << 20)
+    records = await database.run(lambda c: spool.batch(c, 10_000, set()))
+    (count,) = await database.run(
+        lambda c: c.execute("SELECT COUNT(*) FROM dumped WHERE region = ?", (f"r{seq}",)).fetchone()
+    )
+    await database.close()
+    packets = [decode_frame(record.frame).packet() for record in records]
+    return [p for p in packets if isinstance(p, Verification) and p.command_seq == seq], count
+
+
+@pytest.mark.timeout(300)
+async def test_killed_at_any_statement_a_long_command_has_one_end_and_its_effect_goes_with_it(
+    tmp_path: Path,
+) -> None:
+    keys, path = tmp_path / "keys.toml", tmp_path / "node.db"
+    generate_key_file(keys)
+    ring = KeyRing.load(keys)
+    ends = set()
+    for seq in itertools.count():
+        command = make_command(
+            commands.DumpMemory(region=f"r{seq}"), key_id="ground-1", seq=seq, t_issue_ns=0,
+            t_expire_ns=2000, node="penumbra-1",
+        )  # fmt: skip
+        payload = encode_command(command, ring)
+        first = await asyncio.to_thread(give, path, keys, payload, seq + 1)
+        if first == 0:
+            break
+        assert first == -signal.SIGKILL
+        assert await asyncio.to_thread(give, path, keys, payload, 0) == 0
+        reports, dumps = await reported(path, seq)
+        completions = {(r.code, r.reason) for r in reports if r.stage is Stage.COMPLETED}
+        ((code, _),) = completions
+        assert dumps == (code == "ok")
+        ends.add(code)
+    assert ends == {"ok", "interrupted"}
+    assert seq > 40, f"{seq} statements only: the kills did not reach the completion"
 
 
 async def stored(path: Path, seq: int) -> tuple[bool, list[Stage]]:
