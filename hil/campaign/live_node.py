@@ -144,6 +144,7 @@ class LiveNode:
                 *(str(self.folder / "node.toml"), str(FEED_S), str(os.getpid())),
                 stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
+        self._stack.callback(self._remove_arena)
         self._stack.push_async_callback(self._kill_all)
         self._fill()
         return self
@@ -325,6 +326,9 @@ class LiveNode:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         await self._process.wait()
+
+    def _remove_arena(self) -> None:
+        """Shared memory outlives every process: what was made there goes with the campaign."""
         with suppress(OSError):
             NodeConfig.load(self.folder / "node.toml").arena_path.unlink(missing_ok=True)
 

@@ -236,17 +236,20 @@ async def open_bench(directory: Path, kind: type[Bench] = Bench, **overrides: st
     """A broker and a ground; the node is started by the test, and ended here if the test did not."""
     async with EmbeddedBroker() as broker:
         bench = kind(directory, broker.url, **overrides)
-        async with asyncio.TaskGroup() as group:
-            tasks = [
-                group.create_task(bench.link.run(), name="test.ground.link"),
-                group.create_task(bench.archive_and_acknowledge(), name="test.ground.archive"),
-            ]
-            try:
-                yield bench
-            finally:
-                if bench.process is not None and bench.process.returncode is None:
-                    await bench.kill()
-                for task in tasks:
-                    task.cancel()
-        bench.archive.close()
-        NodeConfig.load(bench.config).arena_path.unlink(missing_ok=True)
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(bench.link.run(), name="test.ground.link"),
+                    group.create_task(bench.archive_and_acknowledge(), name="test.ground.archive"),
+                ]
+                try:
+                    yield bench
+                finally:
+                    if bench.process is not None and bench.process.returncode is None:
+                        await bench.kill()
+                    for task in tasks:
+                        task.cancel()
+        finally:
+            # Also when the test fails: shared memory outlives every process.
+            bench.archive.close()
+            NodeConfig.load(bench.config).arena_path.unlink(missing_ok=True)

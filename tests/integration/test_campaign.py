@@ -81,6 +81,7 @@ import asyncio, sys
 from pathlib import Path
 from hil.campaign.kill_run import run_kills
 from hil.campaign.live_node import LiveSettings
+from node.config import NodeConfig
 settings = LiveSettings(threads=1, batch=2, seats=3, positions=256, jobs=3)
 images, out = map(Path, sys.argv[1:])
 asyncio.run(run_kills(images, out, trials=500, seed=1, settings=settings, bytes_a_token=1))
@@ -105,6 +106,8 @@ def test_a_campaign_that_is_killed_leaves_no_process_and_goes_on(tiny_images: Pa
     for member in left:
         os.kill(member.pid, signal.SIGKILL)
     assert left == [], "the node outlives its campaign"
+    for config in tmp_path.rglob("node.toml"):
+        NodeConfig.load(config).arena_path.unlink(missing_ok=True)
     header = read_header(tmp_path)
     with Records(tmp_path, header, KillRecord) as records:
         assert records.done
