@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-SHARED = Path("/dev/shm")
+SHARED = Path("/dev/shm")  # noqa: S108 - tmpfs on purpose
 
 
 @pytest.fixture(autouse=True)
 def no_arena_is_left() -> Iterator[None]:
-    """Fail a test that leaves a KV arena: it outlives every process, and holds memory until somebody looks."""
+    """Fail a test that leaves a KV arena: it outlives every process, and holds memory."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         yield  # Those of the other tests are there meanwhile.
         return

@@ -19,6 +19,7 @@ from hil.campaign.strike_run import Plan, run_strikes
 from hil.campaign.strike_worker import WorkerSettings
 from hil.campaign.strikes import COUNTED, FOUND, UNDETECTED, StrikeRecord
 from hil.processes import all_processes, descendants, same
+from node.config import NodeConfig
 
 PLAN = Plan(
     trials=3,
