@@ -83,11 +83,6 @@ class ImageSlots:
         return Path(self._config.model.images_dir)
 
     @property
-    def before(self) -> Slot | None:
-        """The slot that was active before the last switch; None if there was none. Raises `PenumbraError`."""
-        return slot_before(self.images)
-
-    @property
     def other(self) -> Slot:
         """The slot the worker does not run from."""
         return "b" if self.slot == "a" else "a"
@@ -113,7 +108,7 @@ class ImageSlots:
             The image is refused, or the slot is the one that the next boot would use. It is as it was then.
         """
         async with self.lock:
-            if self._config.model.slot == "active" and active_slot(self.images) != self.slot:
+            if self._config.model.slot == "active" and self._active() != self.slot:
                 text = f"slot {self.other} is the active one, though the worker runs from {self.slot}"
                 raise SwitchError(FailureCode.SLOT_ACTIVE, f"{text}: `switch_image` {self.slot} first")
             try:
@@ -135,7 +130,7 @@ class ImageSlots:
             )
         async with self.lock:
             before = self.slot
-            if slot == before == active_slot(self.images):
+            if slot == before == self._active():
                 raise SwitchError(FailureCode.SLOT_IN_USE, f"the worker runs from slot {slot} already")
             try:
                 done = await self._run("switching the image", slot)
@@ -173,6 +168,30 @@ class ImageSlots:
             if not self._worker.wanted or self._worker.state is WorkerState.RUNNING:
                 return True
         return False
+
+    def _active(self) -> Slot:
+        """Return the slot the next boot would use. Raises `SwitchError` if the file that names it is damaged."""
+        try:
+            return active_slot(self.images)
+        except PenumbraError as error:
+            raise SwitchError(FailureCode.SLOT_UNKNOWN, error.what) from None
+
+    @property
+    def before(self) -> Slot:
+        """The slot that was active before the last switch.
+
+        Raises
+        ------
+        SwitchError
+            There was no switch, or the file that names it is damaged.
+        """
+        try:
+            before = slot_before(self.images)
+        except PenumbraError as error:
+            raise SwitchError(FailureCode.SLOT_UNKNOWN, error.what) from None
+        if before is None:
+            raise SwitchError(FailureCode.NO_SLOT_BEFORE, "the slot was never switched")
+        return before
 
     def _identity(self, slot: Slot) -> str | None:
         try:

@@ -10,6 +10,7 @@ from fdir.table import read_table
 from node import state, uploads
 from node.command_effects import CommandFailed, Done
 from node.image_slots import ImageSlots, SwitchError
+from node.inference.manifest import Slot
 from node.long_commands import Progress
 from node.memory_dump import DumpError, MemoryRegions
 from node.products import Products
@@ -96,7 +97,7 @@ class Transfers:
             case commands.SwitchImage(slot=slot):
                 return await self._switch(slot)
             case commands.RollbackImage():
-                return await self._switch(self._before())
+                return await self._switch(None)
             case _:
                 raise ValueError(f"{arguments.name} is carried out at once")
 
@@ -137,21 +138,13 @@ class Transfers:
 
         return Done(f"table {table.sha256} of {len(table.rows)} rows", effect=keep)
 
-    async def _switch(self, slot: str) -> Done:
+    async def _switch(self, slot: Slot | None) -> Done:
+        """Switch to a slot; None: back to the one before."""
         try:
-            done = await self._slots.switch("a" if slot == "a" else "b")
+            done = await self._slots.switch(self._slots.before if slot is None else slot)
         except SwitchError as error:
             raise CommandFailed(error.code, str(error)) from None
         return Done(f"the worker runs image {done.image_id} of {done.model} from slot {done.slot}")
-
-    def _before(self) -> str:
-        try:
-            before = self._slots.before
-        except PenumbraError as error:
-            raise CommandFailed(FailureCode.SLOT_UNKNOWN, error.what) from None
-        if before is None:
-            raise CommandFailed(FailureCode.NO_SLOT_BEFORE, "the slot was never switched")
-        return before
 
 
 def create(connection: sqlite3.Connection) -> None:

@@ -350,6 +350,9 @@ def _compare(path: Path, upload: Upload, digests: dict[int, bytes]) -> tuple[lis
     """Return the chunks whose bytes are not those that arrived, and the SHA-256 of the whole."""
     bad: list[int] = []
     whole = hashlib.sha256()
+    if not path.exists():
+        # Its directory was struck, or never reached the disk: all of it is missing again.
+        return list(range(upload.chunks)), ""
     with path.open("rb") as file:
         for index in range(upload.chunks):
             data = file.read(upload.length(index))

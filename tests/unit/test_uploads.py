@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import itertools
+import os
 import random
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -160,6 +161,26 @@ async def test_chunks_struck_on_the_disk_are_missing_again(tmp_path: Path) -> No
         await on.database.run(failed.value.effect)
         assert (await on.report()).missing == [(3, 3), (9, 9)]
         await on.send(chunk(3), chunk(9))
+        await on.uploads.prove(upload)
+
+
+@pytest.mark.parametrize("left", [None, 3 * CHUNK + 5])
+async def test_a_file_that_is_gone_or_cut_short_is_sent_anew(tmp_path: Path, left: int | None) -> None:
+    async with board(tmp_path) as on:
+        await on.begin()
+        await on.send(*(chunk(index) for index in range(10)))
+        upload = await on.uploads.find_complete(SHA256)
+        if left is None:
+            on.uploads.path(upload).unlink()
+        else:
+            os.truncate(on.uploads.path(upload), left)
+        with pytest.raises(CommandFailed) as failed:
+            await on.uploads.prove(upload)
+        assert failed.value.code == "damaged"
+        assert failed.value.effect is not None
+        await on.database.run(failed.value.effect)
+        assert (await on.report()).missing == [(0 if left is None else 3, 9)]
+        await on.send(*(chunk(index) for index in range(10)))
         await on.uploads.prove(upload)
 
 
