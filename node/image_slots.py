@@ -170,7 +170,7 @@ class ImageSlots:
         return False
 
     def _active(self) -> Slot:
-        """Return the slot the next boot would use. Raises `SwitchError` if the file that names it is damaged."""
+        """Return the slot the next boot would use. Raises `SwitchError` if its file is damaged."""
         try:
             return active_slot(self.images)
         except PenumbraError as error:

@@ -11,11 +11,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-import os
 import sqlite3
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -26,6 +26,7 @@ from node.recorder import Recorder
 from telemetry.database import Database, StoreFull
 from telemetry.dictionary.base import ArgumentCode
 from telemetry.dictionary.codes import FailureCode
+from telemetry.durable_file import replace_file
 from telemetry.packets import Packet, Product, ProductChunk, ProductPart, Severity
 from telemetry.spool import Spool, SpoolRefused
 
@@ -125,7 +126,7 @@ class Products:
             chunk_bytes=self._chunk_bytes,
             sha256=hashlib.sha256(content).hexdigest(),
         )
-        await asyncio.to_thread(_write, self._directory / head.product, content)
+        await asyncio.to_thread(self._write, head.product, content)
 
         def keep(connection: sqlite3.Connection) -> None:
             connection.execute(
@@ -135,6 +136,10 @@ class Products:
             self._send(connection, head, 0, None)
 
         return head, keep
+
+    def _write(self, product: str, content: bytes) -> None:
+        self._directory.mkdir(mode=0o700, exist_ok=True)
+        replace_file(self._directory / product, content)
 
     def resend(self, connection: sqlite3.Connection, product: str, first: int, last: int | None) -> None:
         """Have a product's head and some chunks sent again.
@@ -242,7 +247,7 @@ class Products:
             # What is being written right now is of this boot, and not kept yet.
             mine = f"dump-{self._boot}-"
             for path in self._directory.iterdir() if self._directory.is_dir() else ():
-                if path.name not in kept and not path.name.startswith(mine):
+                if path.name not in kept and not path.name.lstrip(".").startswith(mine):
                     path.unlink(missing_ok=True)
 
         try:
@@ -268,7 +273,7 @@ class Products:
         for some in (packets, packets[:1]):
             # Where there is no room for all, there may be for one.
             try:
-                await self._database.run(lambda c, some=some: self._spool_some(c, due, some))  # type: ignore[misc]
+                await self._database.run(partial(self._spool_some, due=due, packets=some))
             except SpoolRefused:
                 continue
             except (StoreFull, sqlite3.Error) as error:
@@ -325,19 +330,3 @@ def _next_due(connection: sqlite3.Connection) -> _Due | None:
     if row is None:
         return None
     return _Due(row[0], _head_decoder.decode(row[1]), bool(row[2]), row[3], row[4])
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file that is there, whole, when this returns."""
-    path.parent.mkdir(mode=0o700, exist_ok=True)
-    new = path.with_suffix(path.suffix + ".new")
-    with new.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

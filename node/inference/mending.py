@@ -37,6 +37,7 @@ from node.inference.image import verify_image
 from node.inference.image_process_main import answer
 from node.inference.slot_files import copy_image, exclusive
 from node.inference.slots import ACTIVE, active_slot, switch_slot
+from telemetry.durable_file import replace_file
 from telemetry.errors import PenumbraError
 
 _CHUNK: Final = 1 << 20
@@ -229,7 +230,7 @@ def _mend_manifest(image: Path, other: Path, done: Mended) -> m.Manifest:
             reason = error
             continue
         if [content, content] != mine:
-            _replace(path, content)
+            replace_file(path, content)
             done.files.append(m.MANIFEST)
         return found
     raise reason
@@ -241,7 +242,7 @@ def _mend_file(image: Path, other: Path, name: str, sha256: str, done: Mended) -
     for content in (*mine, *_contents(other / name)):
         if hashlib.sha256(content).hexdigest() == sha256:
             if [content, content] != mine:
-                _replace(image / name, content)
+                replace_file(image / name, content)
                 done.files.append(name)
             return
     raise PenumbraError(f"{image / name}: damaged, and {other} does not have it")
@@ -253,20 +254,6 @@ def _contents(path: Path) -> Iterator[bytes]:
         yield path.read_bytes()
         size = path.stat().st_size
         yield read_golden(path, 0, max(PAGE_SIZE, -(-size // PAGE_SIZE) * PAGE_SIZE))[:size]
-
-
-def _replace(path: Path, content: bytes) -> None:
-    new = path.with_name(f".{path.name}.new")
-    with new.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 class _PagedFile:

@@ -6,11 +6,11 @@ Without the file slot ``a`` is active.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Final
 
 from node.inference import manifest as m
+from telemetry.durable_file import replace_file
 from telemetry.errors import PenumbraError
 
 ACTIVE: Final = "active"
@@ -125,17 +125,8 @@ def _read(images: Path) -> tuple[m.Slot, ...]:
 
 
 def _write(images: Path, slots: tuple[m.Slot, ...]) -> None:
-    path, new = images / ACTIVE, images / f".{ACTIVE}.new"
+    path = images / ACTIVE
     try:
-        with new.open("w", encoding="ascii") as file:
-            file.write("".join(f"{slot}\n" for slot in slots))
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(path)
-        directory = os.open(images, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        replace_file(path, "".join(f"{slot}\n" for slot in slots).encode("ascii"))
     except OSError as error:
         raise PenumbraError(f"{path}: cannot be written: {error.strerror}") from error

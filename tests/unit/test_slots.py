@@ -11,7 +11,6 @@ import pytest
 from typer.testing import CliRunner
 
 from hil.cli_model import model_app
-from node.inference import slots
 from node.inference.manifest import WEIGHTS
 from node.inference.slots import ACTIVE, active_image, active_slot, rollback, switch_slot
 from telemetry.errors import PenumbraError
@@ -81,7 +80,7 @@ def test_a_kill_in_the_middle_leaves_the_old_slot(images, monkeypatch):
     def killed(_descriptor: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(slots.os, "fsync", killed)
+    monkeypatch.setattr(os, "fsync", killed)
     with pytest.raises(KeyboardInterrupt):
         switch_slot(images, "a")
     assert active_slot(images) == "b"
@@ -90,7 +89,7 @@ def test_a_kill_in_the_middle_leaves_the_old_slot(images, monkeypatch):
 def test_the_new_file_is_on_the_disk_before_it_takes_the_name(images, monkeypatch):
     order: list[str] = []
     real_sync, real_replace = os.fsync, Path.replace
-    monkeypatch.setattr(slots.os, "fsync", lambda fd: (order.append("sync"), real_sync(fd)))
+    monkeypatch.setattr(os, "fsync", lambda fd: (order.append("sync"), real_sync(fd)))
     monkeypatch.setattr(Path, "replace", lambda *paths: (order.append("rename"), real_replace(*paths))[1])
     switch_slot(images, "b")
     assert order == ["sync", "rename", "sync"]
