@@ -229,32 +229,6 @@ async def test_an_image_no_worker_runs_is_taken_back_and_a_damaged_one_not_taken
         assert (await site.execute(commands.UploadAbort())).ok
 
 
-async def test_no_text_is_written_by_two_models(tmp_path: Path, tiny_images: Path, other_image: Path) -> None:
-    async with open_site(tmp_path, **{**SMALL, "worker__positions": "128"}) as site:
-        shutil.copytree(tiny_images / "a", site.images / "a")
-        shutil.copytree(other_image, site.images / "b")
-        site.bench.real_worker = True
-        await site.bench.start()
-        jobs = [commands.Infer(job=f"job-{n}", prompt="hello", max_tokens=100) for n in range(12)]
-        site.station.uplink.queue(jobs)
-        await site.until(lambda: bool(site.archive.results(NODE)), "a first block")
-        # Safe mode stops the worker in the middle of two of them.
-        assert (await site.execute(commands.SetMode(mode="safe"))).ok
-        done = await site.execute(commands.SwitchImage(slot="b"), arm=True)
-        assert done.ok, done
-        assert (await site.execute(commands.SetMode(mode="nominal"))).ok
-        await site.until(lambda: all(site.finish(job.job) for job in jobs), "the end of all")
-        ends = {job.job: site.finish(job.job) for job in jobs}
-        failed = [job for job, end in ends.items() if end != "length"]
-        assert 1 <= len(failed) <= 2, ends
-        for job, blocks in site.archive.results(NODE).items():
-            images = {block.certificate.image_id for block in blocks if block.tokens}
-            assert len(images) == 1, job
-            if job in failed:
-                assert ends[job] == "failed: the model image was changed"
-                assert images == {image_id(load_manifest(site.images / "a"))}
-
-
 async def test_a_table_goes_up_is_put_in_force_and_taken_back(tmp_path: Path) -> None:
     def status(site: Site) -> FdirStatus:
         return site.archive.packets(NODE, FdirStatus)[-1][1]

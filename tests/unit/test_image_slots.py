@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from node import state
 from node.image_slots import ImageSlots, SwitchError
+from node.inference.manifest import image_id, load_manifest
+from node.job_runner import JobRunner
+from node.jobs import JobQueue
+from node.recorder import Recorder
+from telemetry.certificate import NO_CERTIFICATE
+from telemetry.database import Database
+from telemetry.packets import Result
+from telemetry.spool import Spool
 
 
 class Config:
@@ -64,3 +74,57 @@ async def test_what_cannot_be_done_now_is_told(tmp_path: Path) -> None:
     with pytest.raises(SwitchError, match=r"\[model\] slot = 'a'") as caught:
         await slots(tmp_path, "a").switch("b")
     assert caught.value.code == "slot_pinned"
+
+
+class Worker:
+    """A worker that was ready with an image."""
+
+    def __init__(self, image: str | None) -> None:
+        self.image_id = image
+        self.released: list[Path | None] = []
+
+    def release(self, image: Path | None = None) -> None:
+        self.released.append(image)
+
+
+@pytest.mark.parametrize("image", ["another", "same", None])
+async def test_no_text_is_written_by_two_models(tiny_images: Path, tmp_path: Path, image: str | None) -> None:
+    """Jobs that have begun end when the worker gets another image, and only then; others stay."""
+    worker: Any = Worker(image_id(load_manifest(tiny_images / "b")) if image == "same" else image)
+    database = await Database.open(tmp_path / "node.db")
+    spool = Spool("n", 1, 1 << 20)
+    jobs = JobQueue(spool)
+    for create in (state.create, spool.create, jobs.create):
+        await database.run(create)
+    for job in ("begun", "parked", "waiting"):
+        await database.run(lambda c, job=job: jobs.submit(c, job, "p", 9))  # type: ignore[misc]
+    for job in ("begun", "parked"):
+        block = Result(job=job, first=0, tokens=[1, 2], text=b"ab", certificate=NO_CERTIFICATE)
+        await database.run(lambda c, job=job: jobs.activate(c, job))  # type: ignore[misc]
+        await database.run(lambda c, block=block: jobs.store_block(c, block, 0))  # type: ignore[misc]
+    await database.run(lambda c: jobs.park(c, "parked"))
+    recorder = Recorder(database, spool, lambda: 0)
+    runner = JobRunner(
+        database, jobs, recorder, batch=lambda: 1, least_priority=lambda: 0, mission_ns=lambda: None,
+        send=lambda _: True, on_fault=lambda *_: None,
+    )  # fmt: skip
+    config: Any = Config()
+    config.model.images_dir = str(tiny_images)
+    of = ImageSlots(config, "a", worker=worker, database=database)
+    of.end_begun = runner.fail_begun
+    writing = asyncio.create_task(recorder.run(), name="test.recorder")
+    await of.use("b")
+    ends = {
+        job: await database.run(lambda c, job=job: jobs.get(c, job)) for job in ("begun", "parked", "waiting")
+    }  # type: ignore[misc]
+    writing.cancel()
+    await asyncio.gather(writing, return_exceptions=True)
+    await database.close()
+    failed = "failed: the model image was changed" if image == "another" else None
+    assert {job: found.finish for job, found in ends.items() if found is not None} == {
+        "begun": failed,
+        "parked": failed,
+        "waiting": None,
+    }
+    assert worker.released == [tiny_images / "b"]
+    assert of.slot == "b"
