@@ -1,6 +1,6 @@
 """Parity pages: restore bad pages of a mapped file from good ones, without the file.
 
-Every `DATA_PAGES` pages of the file have `PARITY_PAGES` parity pages (Reed-Solomon, package ``zfec``): up
+Every `DATA_PAGES` pages of the file have `PARITY_PAGES` parity pages (`fdir.erasure`): up
 to that many bad pages of a group come back exactly. With ``G`` groups in a file of ``n`` pages:
 
 - page ``p`` is member ``p // G`` of group ``p % G``, so a burst of up to ``2 G`` neighbouring pages can be
@@ -20,8 +20,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import zfec
+import numpy as np
 
+from fdir import erasure
 from fdir.golden import read_golden, write_golden
 from fdir.pages import PAGE_SIZE, PageTable, WeightMemory
 
@@ -88,20 +89,16 @@ def encode(
     """
     pages = len(data) // PAGE_SIZE
     span = group_count(pages) * PAGE_SIZE
-    encoder = zfec.Encoder(DATA_PAGES, DATA_PAGES + PARITY_PAGES)
-    wanted = tuple(range(DATA_PAGES, DATA_PAGES + PARITY_PAGES))
 
-    def encode_chunk(at: int) -> list[bytes]:
+    def encode_chunk(at: int) -> tuple[erasure.Block, ...]:
         length = min(_CHUNK, span - at)
-        members = tuple(_padded(data, member * span + at, length) for member in range(DATA_PAGES))
-        parity: list[bytes] = encoder.encode(members, wanted)
-        return parity
+        return erasure.parity([_block(data, member * span + at, length) for member in range(DATA_PAGES)])
 
     starts = range(0, span, _CHUNK)
     with ThreadPoolExecutor(threads, "penumbra-parity") as pool:
         for at, parity in zip(starts, pool.map(encode_chunk, starts), strict=True):
             for number, block in enumerate(parity):
-                write(number * span + at, block)
+                write(number * span + at, block.tobytes())
             progress(min(1.0, (at + _CHUNK) / span))
     return PARITY_PAGES * group_count(pages)
 
@@ -143,7 +140,6 @@ class ParityFile:
         self.path = path
         self.table = table
         self.groups = group_count(len(table.pages))
-        self._decoder = zfec.Decoder(DATA_PAGES, DATA_PAGES + PARITY_PAGES)
 
     def restore(self, pages: Collection[int], read: Callable[[int], bytes | memoryview]) -> dict[int, bytes]:
         """Compute what bad pages should hold.
@@ -166,26 +162,22 @@ class ParityFile:
         for group, members in wanted.items():
             blocks = self._decode(group, read)
             for page in members if blocks else ():
-                content = bytes(blocks[page // self.groups])
+                content = blocks[page // self.groups].tobytes()
                 if self.table.page_is_good(page, content):
                     restored[page] = content
         return restored
 
-    def _decode(self, group: int, read: Callable[[int], bytes | memoryview]) -> list[bytes]:
+    def _decode(self, group: int, read: Callable[[int], bytes | memoryview]) -> list[erasure.Block]:
         """Return the members of a group, or an empty list if too few of its pages are good."""
-        blocks: dict[int, bytes] = {}
-        for number in range(DATA_PAGES):
-            page = number * self.groups + group
-            content = bytes(read(page)) if page < len(self.table.pages) else bytes(PAGE_SIZE)
-            if page >= len(self.table.pages) or self.table.page_is_good(page, content):
-                blocks[number] = content
-        for number in range(PARITY_PAGES):
-            if len(blocks) < DATA_PAGES and (parity := self._parity_page(number * self.groups + group)):
-                blocks[DATA_PAGES + number] = parity
-        if len(blocks) < DATA_PAGES:
-            return []
-        decoded: list[bytes] = self._decoder.decode(tuple(blocks.values()), tuple(blocks))
-        return decoded
+        members: list[erasure.Block | None] = []
+        for page in range(group, DATA_PAGES * self.groups, self.groups):
+            inside = page < len(self.table.pages)
+            content = bytes(read(page)) if inside else bytes(PAGE_SIZE)
+            good = not inside or self.table.page_is_good(page, content)
+            members.append(np.frombuffer(content, np.uint8) if good else None)
+        pages = (self._parity_page(number * self.groups + group) for number in range(PARITY_PAGES))
+        extra = {number: np.frombuffer(page, np.uint8) for number, page in enumerate(pages) if page}
+        return erasure.restore(members, extra) or []
 
     def _parity_page(self, page: int) -> bytes:
         """Return a parity page, from the disk itself if the cached one is bad; empty if both are."""
@@ -277,6 +269,7 @@ def _rewrite(file: Path, page: int, content: bytes) -> bool:
         return False
 
 
-def _padded(data: memoryview, start: int, length: int) -> bytes | memoryview:
-    piece = data[start : start + length]
-    return piece if len(piece) == length else bytes(piece).ljust(length, b"\0")
+def _block(data: memoryview, start: int, length: int) -> erasure.Block:
+    """Return a stretch of the file, what is past its end as zeros."""
+    piece = np.frombuffer(data[start : start + length], np.uint8)
+    return piece if piece.size == length else np.pad(piece, (0, length - piece.size))

@@ -26,11 +26,11 @@ from typing import Final
 import msgspec
 import numpy as np
 import onnxruntime as ort
-import zfec
 
+from fdir import erasure
 from fdir.golden import read_golden
 from fdir.pages import PAGE_SIZE, PageTable, page_digests
-from fdir.parity import DATA_PAGES, PARITY_PAGES, ParityFile, group_count
+from fdir.parity import DATA_PAGES, ParityFile, group_count
 from node.image_repair import ImageRepair
 from node.inference import manifest as m
 from node.inference.image import verify_image
@@ -352,7 +352,6 @@ def _mend_parity(image: Path, other: Path, table: PageTable, done: Mended) -> No
     file = _PagedFile(image / m.PARITY, table.parity)
     weights = image / m.WEIGHTS
     groups = group_count(len(table.pages))
-    encoder = zfec.Encoder(DATA_PAGES, DATA_PAGES + PARITY_PAGES)
     try:
         for page in file.bad():
             content = file.good(page, file.path) or file.good(page, other / m.PARITY)
@@ -361,7 +360,8 @@ def _mend_parity(image: Path, other: Path, table: PageTable, done: Mended) -> No
                 members = range(group, len(table.pages), groups)
                 data = [_cached(weights, member) for member in members]
                 data += [bytes(PAGE_SIZE)] * (DATA_PAGES - len(data))
-                (content,) = encoder.encode(tuple(data), (DATA_PAGES + number,))
+                blocks = [np.frombuffer(each, np.uint8) for each in data]
+                content = erasure.parity(blocks)[number].tobytes()
             file.take(page, bytes(content))
             done.parity_pages += 1
     finally:

@@ -288,7 +288,7 @@ def test_the_supervisor_gets_the_reason_of_a_failure(images, tmp_path):
 def test_the_supervisor_does_not_load_the_inference_stack():
     code = (
         "import sys, node.image_repair, node.scrubber;"
-        "heavy = ('onnxruntime', 'onnx', 'zfec', 'numpy');"
+        "heavy = ('onnxruntime', 'onnx', 'numpy');"
         "print([name for name in sys.modules if name.split('.')[0] in heavy or"
         " name.startswith('node.inference')])"
     )
