@@ -28,7 +28,7 @@ _LOWEST_BITS: Final = np.uint64(0x0101010101010101)
 def _powers() -> tuple[list[int], list[int]]:
     """Return the powers 2^0 to 2^254, and the exponent of each element but 0."""
     powers, exponents = [1], [0] * 256
-    for number in range(1, 255):
+    while len(powers) < 255:
         doubled = powers[-1] << 1
         powers.append(doubled ^ (0x100 | _POLYNOMIAL) if doubled & 0x100 else doubled)
     for number, power in enumerate(powers):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import gguf
 import pytest
 from fdir_trace import disable_row
 from tiny_gemma import write_tiny_gguf
@@ -41,6 +42,18 @@ def gemma_image() -> Path:
     """The image of Gemma 3 270M, built once into the user's cache. Read only."""
     images = default_images_dir()
     return build_image(packaged_gguf(images.parent / "gguf"), images)
+
+
+@pytest.fixture(scope="session")
+def gemma_vocabulary() -> tuple[list[bytes], list[float], list[int]]:
+    """Pieces, scores and types of Gemma 3 270M, by package `gguf`, not by our reader."""
+    fields = gguf.GGUFReader(packaged_gguf(default_images_dir().parent / "gguf")).fields
+    tokens, scores, types = (fields[f"tokenizer.ggml.{name}"] for name in ("tokens", "scores", "token_type"))
+    return (
+        [bytes(tokens.parts[place]) for place in tokens.data],
+        [float(scores.parts[place][0]) for place in scores.data],
+        [int(types.parts[place][0]) for place in types.data],
+    )
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

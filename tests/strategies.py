@@ -478,3 +478,42 @@ def hidden_states(
         rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
         state = rng.standard_normal(width) * rng.choice([1, 1e-3, 30], width)
     return (state * draw(st.sampled_from([1, -1, 1e-4, 50]))).astype(np.float32)
+
+
+# Prompts
+
+_PROMPT_PARTS = (
+    *(" " * length for length in (1, 2, 3, 4, 7, 8, 31, 32, 63)),
+    *("\n" * length for length in (1, 2, 3, 31, 32)),
+    *("\t", "\t\t", "\r\n", "\u00a0", "\u3000", "\u200b", "\u0301", "\ufffd", "\x00", "\x7f"),
+    *(
+        "<td>",
+        "</td>",
+        "<tr",
+        "td>",
+        "<table>",
+        "</s>",
+        "<bos>",
+        "<eos>",
+        "<unk>",
+        "<start_of_turn>",
+        "[multimodal]",
+    ),
+    *("def f(x):", "    return x", '{"a": [1, 2]}', "| a | b |", "0x1F", "12345", "The capital", "the sun"),
+    *(
+        "\u4e2d\u6587",
+        "\u3042\u308a\u304c\u3068\u3046",
+        "\u0e44\u0e17\u0e22",
+        "\u0639\u0631\u0628",
+        "\U0001f680",
+    ),
+)
+
+
+def prompts(max_parts: int = 12) -> st.SearchStrategy[str]:
+    """Text as operators send it: code, tables, JSON, runs of spaces, scripts without spaces, emoji.
+
+    Without U+2581, which SentencePiece takes for a space.
+    """
+    characters = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581"), max_size=6)
+    return st.lists(st.one_of(st.sampled_from(_PROMPT_PARTS), characters), max_size=max_parts).map("".join)

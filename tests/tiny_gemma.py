@@ -14,7 +14,15 @@ LAYERS, WIDTH, HEADS, KV_HEADS, HEAD_DIM, FFN = 4, 64, 2, 1, 32, 128
 CONTEXT, WINDOW, GLOBAL_EVERY = 256, 16, 3
 BOS, EOS, PAD, UNKNOWN = 2, 1, 0, 3
 WORDS = ("the", "capital", "of", "is", "sun", "light", "orbit", "moon")
-_NORMAL, _CONTROL, _BYTE = 1, 3, 6
+RUNS = (
+    *(" " * length for length in range(2, 8)),
+    *("\n" * length for length in (1, 2, 3)),
+    "\t\t",
+    "<td>",
+    "</td>",
+)
+"""Pieces found before anything is merged, with spaces as GGUF files have them."""
+_NORMAL, _CONTROL, _USER_DEFINED, _BYTE = 1, 3, 4, 6
 _Q8, _F32 = gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.F32
 _Q5 = gguf.GGMLQuantizationType.Q5_0
 
@@ -35,13 +43,14 @@ class Size:
 
 
 def vocabulary() -> tuple[list[bytes], list[float], list[int]]:
-    """Pieces, scores, types: control pieces, 256 bytes, characters, the merges that lead to `WORDS`."""
+    """Pieces, scores, types: control pieces, 256 bytes, characters, the merges that lead to `WORDS`, `RUNS`."""
     pieces: dict[str, int] = {"<pad>": _CONTROL, "<eos>": _CONTROL, "<bos>": _CONTROL, "<unk>": _CONTROL}
     pieces |= {f"<0x{value:02X}>": _BYTE for value in range(256)}
     merges = [word[:length] for word in WORDS for length in range(2, len(word) + 1)]
     merges += ["\u2581" + word for word in WORDS]
     characters = sorted({"\u2581", *"abcdefghijklmnopqrstuvwxyzT.,"})
     pieces |= dict.fromkeys([*merges, *characters], _NORMAL)
+    pieces |= dict.fromkeys(RUNS, _USER_DEFINED)
     while len(pieces) % 32:
         pieces[f"<unused{len(pieces)}>"] = _CONTROL
     rank = {piece: number for number, piece in enumerate(merges)}

@@ -53,7 +53,7 @@ from telemetry.errors import PenumbraError
 Progress: TypeAlias = Callable[[str, float], object]
 _Run: TypeAlias = Callable[[ort.InferenceSession], list[NDArray[np.float32]]]
 
-BUILDER_VERSION: Final = 8
+BUILDER_VERSION: Final = 9
 """Raised whenever a step changes what it writes."""
 MIN_CONTEXT: Final = 64
 """Positions the probes need."""

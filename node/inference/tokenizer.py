@@ -18,6 +18,10 @@ _UNKNOWN_ID: Final = 3
 _NO_ID: Final = -1
 _UNKNOWN_TYPE: Final = 2
 """SentencePiece's type of the unknown piece; Gemma's GGUF files mark it as a control piece, which fails."""
+_USER_DEFINED_TYPE: Final = 4
+"""SentencePiece's type of pieces that are found before anything is merged: runs of spaces or newlines, tags."""
+SPACE: Final = "\u2581"
+"""What stands for a space in a piece."""
 
 
 def sentencepiece_model(source: GgufSource) -> bytes:
@@ -68,29 +72,24 @@ def sentencepiece_model(source: GgufSource) -> bytes:
     trainer.byte_fallback = True
     trainer.unk_id, trainer.bos_id, trainer.eos_id = _UNKNOWN_ID, source.bos, source.eos
     trainer.pad_id = _NO_ID
-    # Ids are found by piece, not by number, when the model is loaded.
-    trainer.unk_piece, trainer.bos_piece, trainer.eos_piece = (
-        _text(tokens[number]) for number in (_UNKNOWN_ID, source.bos, source.eos)
-    )
-    trainer.unk_surface = trainer.unk_piece
     # SentencePiece finds the control ids by the name of their piece, not by the ids above.
     trainer.unk_piece, trainer.bos_piece, trainer.eos_piece = (
         tokens[number].decode("utf-8") for number in (_UNKNOWN_ID, source.bos, source.eos)
     )
+    trainer.unk_surface = trainer.unk_piece
     normalizer.name = "identity"
     normalizer.add_dummy_prefix = False
     normalizer.remove_extra_whitespaces = False
     normalizer.escape_whitespaces = True
     for number, (token, score, type_) in enumerate(zip(tokens, scores.tolist(), types.tolist(), strict=True)):
-        model.pieces.add(
-            piece=_text(token), score=score, type=_UNKNOWN_TYPE if number == _UNKNOWN_ID else type_
-        )
+        kind = _UNKNOWN_TYPE if number == _UNKNOWN_ID else type_
+        piece = token.decode("utf-8")
+        # GGUF files keep the spaces of these pieces as spaces; SentencePiece looks for them in escaped text.
+        if kind == _USER_DEFINED_TYPE:
+            piece = piece.replace(" ", SPACE)
+        model.pieces.add(piece=piece, score=score, type=kind)
     serialised: bytes = model.SerializeToString()
     return serialised
-
-
-def _text(piece: bytes) -> str:
-    return piece.decode("utf-8")
 
 
 class Tokenizer:
@@ -158,4 +157,4 @@ class Tokenizer:
             return b""
         if self._processor.is_byte(number):
             return bytes([int(piece[1:-1], 16)])
-        return piece.replace("\u2581", " ").encode()
+        return piece.replace(SPACE, " ").encode()

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import strategies
 import tiny_gemma
+from hypothesis import given
+from plain_tokenizer import USER_DEFINED, PlainTokenizer
 
 from node.inference.gguf_source import GgufSource
 from node.inference.manifest import TOKENIZER
+from node.inference.sampling import StopMatcher
 from node.inference.tokenizer import Tokenizer, sentencepiece_model
 from telemetry.errors import PenumbraError
 
@@ -42,6 +46,61 @@ def test_a_text_comes_back_as_it_was(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert tokenizer.token_bytes(ids) == text.encode()
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return PlainTokenizer(*tiny_gemma.vocabulary())
+
+
+def test_runs_of_spaces_are_single_pieces(tokenizer):
+    pieces = tiny_gemma.vocabulary()[0]
+    a, b, c = (pieces.index(letter) for letter in (b"a", b"b", b"c"))
+    expected = [a, pieces.index(b"  "), b, pieces.index(b"    "), c]
+    assert tokenizer.encode("a  b    c", bos=False) == expected
+
+
+@pytest.mark.parametrize("run", tiny_gemma.RUNS)
+@pytest.mark.parametrize("form", ["{0}", "{0}{0}", "a{0}b", " {0}the sun", "{0}\u2603{0}"])
+def test_every_run_is_its_piece_both_ways(tokenizer, plain, run, form):
+    text = form.format(run)
+    ids = tokenizer.encode(text, bos=False)
+    assert ids == plain.encode(text)
+    assert tokenizer.token_bytes(ids) == text.encode()
+    assert tokenizer.decode(ids) == text
+
+
+@given(strategies.prompts())
+def test_ids_are_those_of_a_tokenizer_by_the_book(tokenizer, plain, text):
+    ids = tokenizer.encode(text, bos=False)
+    assert ids == plain.encode(text)
+    assert tokenizer.token_bytes(ids) == text.encode()
+
+
+def test_the_sign_for_a_space_is_a_space(tokenizer):
+    assert tokenizer.encode("a\u2581\u2581b") == tokenizer.encode("a  b")
+
+
+@pytest.mark.parametrize("stop", ["  ", "\n\n", "b  ", "  c", "\n\t", " \n", "<td>", "d>a"])
+def test_stop_strings_are_found_inside_and_across_runs(tokenizer, stop):
+    text = "a  b    c\n\n\t\t<td>a \n</td>"
+    matcher = StopMatcher((stop,))
+    ended_after = next(
+        (
+            number
+            for number, token in enumerate(tokenizer.encode(text, bos=False))
+            if matcher.feed(tokenizer.token_bytes([token]))
+        ),
+        None,
+    )
+    end = text.index(stop) + len(stop)
+    assert ended_after is not None
+    ids = tokenizer.encode(text, bos=False)
+    assert (
+        len(tokenizer.token_bytes(ids[:ended_after]))
+        < end
+        <= len(tokenizer.token_bytes(ids[: ended_after + 1]))
+    )
 
 
 def test_unknown_ids_are_refused(tokenizer):
@@ -80,3 +139,38 @@ def test_gemma_encodes_a_known_text(gemma_image):
     tokenizer = Tokenizer(gemma_image / TOKENIZER)
     assert tokenizer.encode("The capital of France is") == [2, 818, 5279, 529, 7001, 563]
     assert tokenizer.eos == 1
+
+
+@pytest.fixture(scope="module")
+def gemma(gemma_image):
+    return Tokenizer(gemma_image / TOKENIZER)
+
+
+@pytest.mark.gemma
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        ("a  b and    c", [2, 236746, 138, 236763, 532, 140, 236755]),
+        ("   x", [2, 139, 236781]),
+    ],
+)
+def test_gemma_encodes_runs_of_spaces(gemma, text, ids):
+    """Ids of llama.cpp 0.3.36 (the Python binding's version)."""
+    assert gemma.encode(text) == ids
+
+
+@pytest.mark.gemma
+def test_gemma_agrees_with_a_tokenizer_by_the_book(gemma, gemma_vocabulary):
+    plain = PlainTokenizer(*gemma_vocabulary)
+    runs = [piece for piece, kind in zip(plain.pieces, plain.types, strict=True) if kind == USER_DEFINED]
+    assert len(runs) > 150
+    for piece in runs:
+        for text in (
+            piece.decode(),
+            piece.decode() * 2,
+            f"a{piece.decode()}b",
+            f"def f():\n{piece.decode()}x = 1",
+        ):
+            ids = gemma.encode(text, bos=False)
+            assert ids == plain.encode(text), text
+            assert gemma.token_bytes(ids) == text.encode()
