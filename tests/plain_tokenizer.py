@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 NORMAL, USER_DEFINED, BYTE = 1, 4, 6
 
@@ -46,7 +47,7 @@ class PlainTokenizer:
         while True:
             pairs = [
                 (-self.scores[self.normal[pair]], place)
-                for place, pair in enumerate(map("".join, zip(parts, parts[1:], strict=False)))
+                for place, pair in enumerate(map("".join, pairwise(parts)))
                 if pair in self.normal
             ]
             if not pairs:

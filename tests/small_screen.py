@@ -11,6 +11,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import helper
 
+from node.inference.arithmetic import OPTIONS
 from node.inference.gguf_source import QuantMatrix
 from node.inference.head import ScreenedHead
 from node.inference.screen import Screen, build_screen
@@ -56,6 +57,8 @@ def open_screen(screen: Screen, threads: int = 1) -> ort.InferenceSession:
         tensor.raw_data = np.ascontiguousarray(value).tobytes()
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
+    for name, value in OPTIONS.items():
+        options.add_session_config_entry(name, value)
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 

@@ -43,7 +43,7 @@ class Size:
 
 
 def vocabulary() -> tuple[list[bytes], list[float], list[int]]:
-    """Pieces, scores, types: control pieces, 256 bytes, characters, the merges that lead to `WORDS`, `RUNS`."""
+    """Pieces, scores, types: control pieces, bytes, characters, merges that lead to `WORDS`, and `RUNS`."""
     pieces: dict[str, int] = {"<pad>": _CONTROL, "<eos>": _CONTROL, "<bos>": _CONTROL, "<unk>": _CONTROL}
     pieces |= {f"<0x{value:02X}>": _BYTE for value in range(256)}
     merges = [word[:length] for word in WORDS for length in range(2, len(word) + 1)]

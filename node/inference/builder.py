@@ -1,9 +1,10 @@
 """Build a model image from a GGUF.
 
-Steps: read and requantise the weights; let ONNX Runtime optimise the graphs and pack the weights for this
-CPU; run the calibration text, from which the screen's rotation and the limits of the checks are made; lay the
-packed weights out on pages of their own; load the result as the worker will, and record what it maps and what
-of that its steps read; compute parity and digests; write the manifest; put the image in its place.
+Steps: read and requantise the weights; measure the operators that the proofs rest on; let ONNX Runtime
+optimise the graphs and pack the weights for this CPU; run the calibration text, from which the screen's
+rotation and the limits of the checks are made; lay the packed weights out on pages of their own; load the
+result as the worker will, and record what it maps and what of that its steps read; compute parity and
+digests; write the manifest; put the image in its place.
 
 The same GGUF, ONNX Runtime and CPU features give the same image, to the byte.
 
@@ -38,14 +39,18 @@ from numpy.typing import NDArray
 from fdir import parity
 from fdir.pages import PAGE_SIZE, MappedTensor, PageTable
 from node.inference import manifest as m
+from node.inference.arithmetic import OPTIONS, OperatorError, check_operators
 from node.inference.calibration import calibrate, calibration_text
-from node.inference.gguf_source import GgufSource
+from node.inference.gguf_source import GgufSource, QuantMatrix
 from node.inference.graph import build_trunk
+from node.inference.head import ScreenedHead
 from node.inference.layout import lay_out
 from node.inference.model import load_graph, load_session
+from node.inference.operators import measure, products, prove_rows_alike, sum_limit
 from node.inference.packing import PackedMatrix
 from node.inference.probe import is_read, known_answer, mapped_addresses, run_probes, run_screen, same
-from node.inference.screen import build_screen
+from node.inference.screen import Screen, build_screen
+from node.inference.screen_bounds import ScreenBounds
 from node.inference.slot_files import exclusive, flush, holds, new_slot
 from node.inference.tokenizer import Tokenizer, sentencepiece_model
 from telemetry.errors import PenumbraError
@@ -164,6 +169,7 @@ class _Build:
         (work / m.TOKENIZER).write_bytes(sentencepiece_model(self.source))
         progress("quantise", 0.03)
         plain = build_trunk(self.source, self.shape, checked=False)
+        operators = self._measure(*plain, alike=True)
         packed = {m.TRUNK: self._pack(raw / m.TRUNK, *plain, self._run_trunk)}
         del plain
         progress("pack", 0.2)
@@ -173,6 +179,7 @@ class _Build:
         progress("calibrate", 0.3)
         text = Tokenizer(work / m.TOKENIZER).encode(calibration_text())
         checked_trunk = load_session(packed[m.CHECKED_TRUNK].optimised, os.cpu_count() or 1)
+        prove_rows_alike(checked_trunk, self.shape)
         found = calibrate(checked_trunk, self.shape, text)
         del checked_trunk
         progress("screen", 0.4)
@@ -183,7 +190,9 @@ class _Build:
         own: dict[str, NDArray[np.generic]] = {m.ROTATION: screen.rotation}
         if not tied:
             own |= dict(zip((f"{name}.weight", f"{name}.scale"), (table.codes, table.scales), strict=True))
+        operators += self._measure(screen.model, screen.tensors, alike=False)
         packed[m.SCREEN] = self._pack(raw / m.SCREEN, screen.model, screen.tensors, run_screen)
+        bounds = self._bounds(screen, table, packed[m.SCREEN].optimised, found.hidden)
         progress("lay out", 0.5)
         tensors, rebuilt = lay_out(
             {graph: each.optimised for graph, each in packed.items()},
@@ -206,10 +215,30 @@ class _Build:
             originals=tuple(tensor for tensor in tensors if tensor.name not in names),
             rebuilt=rebuilt,
             known_answers=answers,
-            screen=screen.bounds,
+            operators=operators,
+            screen=bounds,
             checks=found.checks,
         )
         flush(work)
+
+    def _measure(
+        self, model: onnx.ModelProto, tensors: Mapping[str, NDArray[np.generic]], *, alike: bool
+    ) -> tuple[OperatorError, ...]:
+        """Measure the matrix products of a graph; one that errs too much ends the build."""
+        found = tuple(measure(product, alike=alike) for product in products(model, tensors))
+        check_operators(found, f"this machine ({self.cpu}, onnxruntime {ort.__version__})")
+        return found
+
+    @staticmethod
+    def _bounds(
+        screen: Screen, table: QuantMatrix, optimised: Path, hidden: NDArray[np.float32]
+    ) -> ScreenBounds:
+        """Return the bounds of a screen with the limit that its sum keeps to on this machine."""
+        session = load_session(optimised, os.cpu_count() or 1)
+        codes = table.codes.reshape(*table.scales.shape, -1)
+        head = ScreenedHead(session, codes, table.scales, screen.rotation, screen.bounds)
+        limit = sum_limit(head, screen, table, hidden)
+        return msgspec.structs.replace(screen.bounds, sum_limit=limit)
 
     def _pack(
         self, raw: Path, model: onnx.ModelProto, tensors: Mapping[str, NDArray[np.generic]], run: _Run
@@ -226,6 +255,7 @@ class _Build:
             ("session.optimized_model_external_initializers_file_name", "packed.bin"),
             ("session.optimized_model_external_initializers_min_size_in_bytes", str(_INLINE_BYTES)),
             ("session.save_external_prepacked_constant_initializers", "1"),
+            *OPTIONS.items(),
         ):
             options.add_session_config_entry(key, value)
         session = ort.InferenceSession(str(raw / "raw.onnx"), options, providers=["CPUExecutionProvider"])
@@ -280,6 +310,7 @@ class _Build:
             gguf_sha256=self.gguf_sha256,
             onnxruntime=ort.__version__,
             cpu=self.cpu,
+            options=OPTIONS,
             page_size=PAGE_SIZE,
             shape=self.shape,
             bos=self.source.bos,

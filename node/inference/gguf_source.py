@@ -63,6 +63,10 @@ class QuantMatrix:
         """Number of weights that share a scale."""
         return int(self.codes.shape[1] // self.scales.shape[1])
 
+    def head(self, rows: int) -> QuantMatrix:
+        """Return the first rows."""
+        return QuantMatrix(self.codes[:rows], self.scales[:rows])
+
     def to_float(self) -> NDArray[np.float32]:
         """Return the weights, float32, shape ``(rows, columns)``."""
         rows, columns = self.codes.shape

@@ -25,6 +25,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from node.inference.arithmetic import UNIT, allowed_roundings
 from node.inference.screen_bounds import ScreenBounds
 
 FIRST: Final = 24
@@ -38,8 +39,6 @@ _SMALLEST_SCALE: Final = 1e-30
 """Of an input block; elements below 127 times this count as 0. Keeps the scale a normal float32."""
 _LOWEST: Final = np.finfo(np.float32).min
 """Below every bound, but not below minus infinity, which marks rows already computed."""
-_UNIT: Final = 2.0**-24
-"""Largest relative error of one float32 rounding."""
 _LOGIT_ERROR: Final = 2.0**-23
 """Relative error of an exact logit by its rounding to float32, at most."""
 _SUM_ERROR: Final = 2.0**-20
@@ -262,15 +261,38 @@ class ScreenedHead:
             quantize_input(part, block, target)
             slack += row_norm * np.sqrt(np.square(part - target).sum(axis=1))
             magnitude = 2 * 2**bits * scale * np.abs(target).sum(axis=1, dtype=np.float64)
-            slack += (4 * blocks + 64) * _UNIT * (magnitude + bounds.row_bound)
+            slack += allowed_roundings(blocks) * UNIT * (magnitude + bounds.row_bound)
         return norms, slack
 
-    def _check_sums(self, run: _Run) -> None:
+    def sum_errors(self, hidden: NDArray[np.float32]) -> _Reals:
+        """Return how far the sum of all bounds is off, beyond what grows with the sum itself.
+
+        Parameters
+        ----------
+        hidden
+            float32, shape ``(B, width)``, finite.
+
+        Returns
+        -------
+        Shape ``(B,)``, in the units of `ScreenBounds.sum_limit`, which is what sound ones are below.
+        """
+        run = self._run(len(hidden))
+        self._feed(run, hidden)
+        self._session.run_with_iobinding(run.binding)
+        return self._sum_errors(run)
+
+    @staticmethod
+    def _sum_errors(run: _Run) -> _Reals:
         expected = run.expected[:, 0].astype(np.float64)
         difference = np.abs(run.total.sum(axis=1, dtype=np.float64) - expected)
-        limit = self._bounds.sum_limit + _SUM_ERROR * np.abs(expected)
-        if not ((difference <= limit) & np.isfinite(expected)).all():
-            raise HeadFault(f"the bounds of the screen are off their sum by {float(difference.max()):.3g}")
+        errors: _Reals = difference - _SUM_ERROR * np.abs(expected)
+        return errors
+
+    def _check_sums(self, run: _Run) -> None:
+        errors = self._sum_errors(run)
+        # "not <=": what is no number is a fault.
+        if not (errors <= self._bounds.sum_limit).all():
+            raise HeadFault(f"the bounds of the screen are off their sum by {float(errors.max()):.3g}")
 
     def _select(
         self,

@@ -30,12 +30,18 @@ import msgspec
 import xxhash
 
 from fdir.pages import PAGE_SIZE, MappedTensor, PageTable, WeightMemory
+from node.inference.arithmetic import OPTIONS, OperatorError, check_operators
 from node.inference.packing import PackedMatrix
 from node.inference.screen_bounds import ScreenBounds
 from telemetry.errors import PenumbraError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Version of the image format; an image of another version is refused."""
+SINCE_FORMAT = {
+    3: "before it, runs of spaces became other tokens than the model was trained on, and operators were not "
+    "measured"
+}
+"""Why images of an older format are refused."""
 TRUNK, CHECKED_TRUNK, SCREEN = "trunk.onnx", "trunk_checked.onnx", "screen.onnx"
 GRAPHS = (TRUNK, CHECKED_TRUNK, SCREEN)
 """Graphs, which all refer to one weights file. A tensor two trunks share belongs to the first."""
@@ -117,6 +123,10 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     onnxruntime: str
     cpu: str
     """Fingerprint of the CPU features the packed weights are laid out for, see `cpu_fingerprint`."""
+    options: dict[str, str]
+    """Options of sessions that decide how they compute; those of `node.inference.arithmetic`."""
+    operators: tuple[OperatorError, ...]
+    """What the build measured of each matrix product, the first of each shape."""
     page_size: int
     shape: GemmaShape
     bos: int
@@ -242,7 +252,8 @@ def decode_manifest(raw: bytes, path: Path) -> Manifest:
         )
         if bytes(version) != b"%d" % FORMAT_VERSION:
             raise PenumbraError(
-                f"{path}: image format {bytes(version).decode()}; this version reads format {FORMAT_VERSION}",
+                f"{path}: image format {bytes(version).decode()}; this version reads {FORMAT_VERSION}: "
+                f"{SINCE_FORMAT[FORMAT_VERSION]}",
                 _REBUILD,
             )
         return msgspec.json.decode(envelope.body, type=Manifest)
@@ -251,7 +262,7 @@ def decode_manifest(raw: bytes, path: Path) -> Manifest:
 
 
 def check_machine(manifest: Manifest, image_dir: Path, onnxruntime: str) -> None:
-    """Check that packed weights of an image fit this CPU and this ONNX Runtime.
+    """Check that an image fits this CPU and ONNX Runtime, and that its operators err as little as needed.
 
     Parameters
     ----------
@@ -265,17 +276,19 @@ def check_machine(manifest: Manifest, image_dir: Path, onnxruntime: str) -> None
     Raises
     ------
     PenumbraError
-        The image was built for another CPU or another version.
+        The image was built for another CPU, version or options, or an operator errs by too much.
     """
     for field, built, here in (
         ("onnxruntime", manifest.onnxruntime, onnxruntime),
         ("cpu", manifest.cpu, cpu_fingerprint()),
+        ("options", str(manifest.options), str(OPTIONS)),
         ("page_size", str(manifest.page_size), str(PAGE_SIZE)),
     ):
         if built != here:
             raise PenumbraError(
                 f"{image_dir / MANIFEST}: built for {field} {built}, this machine has {here}", _REBUILD
             )
+    check_operators(manifest.operators, str(image_dir / MANIFEST))
 
 
 def load_page_table(image_dir: Path, manifest: Manifest) -> PageTable:

@@ -19,7 +19,7 @@ _NO_ID: Final = -1
 _UNKNOWN_TYPE: Final = 2
 """SentencePiece's type of the unknown piece; Gemma's GGUF files mark it as a control piece, which fails."""
 _USER_DEFINED_TYPE: Final = 4
-"""SentencePiece's type of pieces that are found before anything is merged: runs of spaces or newlines, tags."""
+"""SentencePiece's type of pieces that are found before anything is merged: runs of spaces, tags."""
 SPACE: Final = "\u2581"
 """What stands for a space in a piece."""
 
