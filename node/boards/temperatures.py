@@ -46,7 +46,7 @@ class ThermalZones:
 
     def read(self) -> dict[str, float]:
         """Return the temperature of each zone that has one now, degC, by its type without `-thermal`."""
-        found = {}
+        found: dict[str, float] = {}
         for path in self._sysfs.glob("/sys/class/thermal/thermal_zone*"):
             kind = self._sysfs.text(path / "type")
             milli_c = self._sysfs.number(path / "temp")
