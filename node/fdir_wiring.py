@@ -123,6 +123,8 @@ class Fdir:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._repairs = dict.fromkeys(parts.repairs, 0)
         self._lag_s = 0.0
+        self._still: frozenset[str] = frozenset()
+        """Sensors of the board that stand still, as reported."""
         settings, worker = config.fdir, parts.worker
         acts = Acts(
             config, parts.slots, worker=worker, recorder=recorder, database=database, link=link,
@@ -371,6 +373,7 @@ class Fdir:
         view.tick(time.monotonic())
         for found in view.take_findings():
             self._take_sensor(found)
+        self._take_still(frozenset(self._parts.power.reading.still))
         for fault in self._parts.spool.take_faults():
             evidence = {"kind": fault.kind.value, "records": fault.records}
             self.service.find(Finding("spool.record", fault.text, {**evidence}))
@@ -385,6 +388,15 @@ class Fdir:
         values = sample(self._sources)
         self._lag_s = max(self._lag_s, float(values["node.loop_lag_s"] or 0.0))
         return values
+
+    def _take_still(self, still: frozenset[str]) -> None:
+        for name in sorted(still - self._still):
+            reason = f"{name} stands still: its value is unknown"
+            self.service.find(Finding("board.sensor", reason, {"sensor": name}))
+        for name in sorted(self._still - still):
+            text = f"{name} no longer stands still"
+            self._recorder.event(Severity.INFO, "board.sensor_restored", text, {"sensor": name})
+        self._still = still
 
     def _take_sensor(self, found: sensors.SensorAction) -> None:
         match found:

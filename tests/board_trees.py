@@ -85,6 +85,7 @@ def jetson(model: str, **parts: Mapping[str, object]) -> dict[str, object]:
     return files
 
 
+IIO = "/sys/bus/i2c/drivers/ina3221x/6-0040/iio:device0"
 ORIN_RAILS = {"VDD_IN": (5_160, 1_010), "VDD_CPU_GPU_CV": (5_144, 139), "VDD_SOC": (5_144, 348)}
 TREES: dict[str, dict[str, object]] = {
     "orin-nano-jp6": jetson(
@@ -117,8 +118,24 @@ TREES: dict[str, dict[str, object]] = {
         "NVIDIA Jetson Xavier NX Developer Kit",
         rails=ina(3, {"VDD_IN": (5_000, 1_016), "VDD_CPU_GPU_CV": (5_000, 139), "VDD_SOC": (5_000, 221)}),
         zones=zones({"AUX-therm": 39_000, "CPU-therm": 39_500, "GPU-therm": 37_500, "PMIC-Die": 50_000,
-                     "PMIC": 100_000}),
+                     "thermal-fan-est": 38_900}),
         gpu=gpu("17000000.gv11b", "gv11b", 510_000_000, 1_100_000_000),
+    ),
+    "nano": jetson(
+        "NVIDIA Jetson Nano Developer Kit",
+        rails={f"{IIO}/rail_name_0": "POM_5V_IN", f"{IIO}/in_voltage0_input": 5_120,
+               f"{IIO}/in_current0_input": 500},
+        zones=zones({"AO-therm": 39_500, "CPU-therm": 31_000, "GPU-therm": 30_500, "PLL-therm": 29_000,
+                     "PMIC-Die": 100_000, "thermal-fan-est": 30_750}),
+        gpu=gpu("57000000.gpu", "gpu", 76_800_000, 921_600_000),
+    ),
+    "tx2": jetson(
+        "quill",
+        rails=ina(0, {"VDD_IN": (19_000, 150)}),
+        zones=zones({"BCPU-therm": 37_000, "MCPU-therm": 37_000, "GPU-therm": 35_500, "PLL-therm": 37_500,
+                     "Tboard_tegra": 33_000, "Tdiode_tegra": 35_250, "PMIC-Die": 100_000,
+                     "thermal-fan-est": 36_700}),
+        gpu=gpu("17000000.gp10b", "gp10b", 114_750_000, 1_300_500_000),
     ),
     "intel": {
         "/proc/cpuinfo": "model name\t: 13th Gen Intel(R) Core(TM) i5-13500\n" * 2,
@@ -142,6 +159,7 @@ TREES: dict[str, dict[str, object]] = {
         "/sys/devices/system/cpu/cpu1/cpufreq/scaling_cur_freq": 9_000_000,
         "/sys/devices/system/edac/mc/mc0/ce_count": 7,
         "/sys/devices/system/edac/mc/mc0/ue_count": 0,
+        "/sys/devices/system/edac/mc/mc0/seconds_since_reset": 1_000,
         "/sys/fs/cgroup/penumbra/cpu.max": "max 100000",
     },
     "amd": {

@@ -26,6 +26,8 @@ class BoardReading(msgspec.Struct, frozen=True, kw_only=True):
     """Memory errors that ECC corrected since the driver was opened."""
     ecc_uncorrected: int | None = None
     """Memory errors it could not."""
+    still: tuple[str, ...] = ()
+    """Sensors that stand still: their files can be read, but nobody updates them. Their value is unknown."""
 
 
 class BoardSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

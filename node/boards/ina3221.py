@@ -9,6 +9,9 @@ there is no power file. Which rail stands for the whole module depends on the mo
   `VDDQ_VDD2_1V8AO` is fed from `VIN_SYS_5V0`, and would count twice, is assumed.
 
 Channels named `NC` are not connected. Channel 7 of the driver is a sum of shunt voltages: never a rail.
+
+A module that runs draws something: one whose rails have no voltage, or that draws nothing in all, has a meter
+that does not measure. So has one whose rails do not change at all for a minute. Its draw is unknown, never 0.
 """
 
 from __future__ import annotations
@@ -17,12 +20,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from node.boards.liveness import Liveness
 from node.boards.sysfs import Sysfs
 
 CHANNELS: Final = (1, 2, 3)
 TOTALS: Final = (("VDD_IN",), ("POM_5V_IN",), ("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0"))
 """Rails whose sum is the whole module, the first set that is there."""
 UNUSED: Final = "NC"
+STILL_S: Final = 60.0
+"""Time after which rails that have not changed at all are taken as dead, s (assumed: an idle module moves by
+several steps of 8 mA within seconds)."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,9 @@ class Ina3221:
 
     def __init__(self, sysfs: Sysfs) -> None:
         self._sysfs = sysfs
+        self._liveness = Liveness(STILL_S)
+        self.still: tuple[str, ...] = ()
+        """Rails of the module's draw that do not measure, as of the last reading."""
         self.rails: list[Rail] = []
         self.discover()
 
@@ -71,16 +81,31 @@ class Ina3221:
                 return [by_label[name] for name in names]
         return []
 
-    def read(self) -> float | None:
-        """Return the draw of the module, W; None when any of its rails cannot be read.
+    def read(self, now_s: float) -> float | None:
+        """Return the draw of the module, W; None when any of its rails cannot be read, or does not measure.
 
+        Parameters
+        ----------
+        now_s
+            Physical time, monotonic, s.
+
+        Notes
+        -----
         Monitors that have vanished are looked for again: a driver that was reloaded has another number.
         """
         total = self._sum_w()
         if total is None and self.rails:
             self.discover()
             total = self._sum_w()
-        return total
+        self.still = () if total is None else self._still(total, now_s)
+        return None if self.still else total
+
+    def _still(self, total_w: float, now_s: float) -> tuple[str, ...]:
+        rails = self.total_rails()
+        every = tuple(self._sysfs.text(path) for rail in self.rails for path in (rail.volts, rail.amps))
+        if total_w > 0 and not self._liveness.stands_still("rails", every, now_s):
+            rails = [rail for rail in rails if (self._sysfs.number(rail.volts) or 0) <= 0]
+        return tuple(f"rail {rail.label}" for rail in rails)
 
     def power_w(self, rail: Rail) -> float | None:
         """Return the draw of a rail, W."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -64,6 +66,8 @@ class JetsonBoard(MeteredBoard):
         The `[board]` table.
     run
         Runs `nvpmodel`.
+    clock
+        Physical time, s, monotonic.
 
     Raises
     ------
@@ -71,8 +75,14 @@ class JetsonBoard(MeteredBoard):
         The power mode that is asked for cannot be put in force.
     """
 
-    def __init__(self, settings: BoardSettings, *, run: Runner = run_command) -> None:
-        super().__init__(settings)
+    def __init__(
+        self,
+        settings: BoardSettings,
+        *,
+        run: Runner = run_command,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__(settings, clock)
         self._rails = Ina3221(self._sysfs)
         self._zones = ThermalZones(self._sysfs)
         self.gpu = Gpu(self._sysfs)
@@ -100,7 +110,7 @@ class JetsonBoard(MeteredBoard):
         Raises
         ------
         PenumbraError
-            No rail stands for the whole module, or it cannot be read.
+            No rail stands for the whole module, or it cannot be read, or it does not measure.
         """
         if not self._rails.rails:
             raise PenumbraError(
@@ -113,6 +123,22 @@ class JetsonBoard(MeteredBoard):
                 f"[board] kind 'jetson': none of the rails {labels} is known to stand for the whole module",
                 "add its rule to node/boards/ina3221.py",
             )
+        if self._rails.read(self._clock()) is None:
+            raise PenumbraError(
+                f"[board] kind 'jetson': {self._silent_rails()}, so the draw of the module is unknown",
+                "look at these files as root, or use kind = 'sim' for a draw computed from CPU time",
+            )
+
+    def _silent_rails(self) -> str:
+        """Return what is wrong with the rails that stand for the module."""
+        found = []
+        for rail in self._rails.total_rails():
+            for path, unit in ((rail.volts, "mV"), (rail.amps, "mA")):
+                value = self._sysfs.number(path)
+                why = self._sysfs.troubles[path].why if value is None else f"{value} {unit}"
+                if value is None or value <= 0:
+                    found.append(f"{path}: {why}")
+        return ", ".join(found) or "the rails give no draw"
 
     def operate(self, point: OperatingPoint) -> None:
         """Put the power mode of the point in force, when it names one that is not.
@@ -127,7 +153,10 @@ class JetsonBoard(MeteredBoard):
 
     def read(self) -> BoardReading:
         """Return the draw of the module and its junction temperature."""
-        return self._reading(self._rails.read(), self._zones.die_c())
+        metered_w, die_c = self._rails.read(self._clock()), self._zones.die_c()
+        return self._reading(
+            metered_w, die_c, (*self._rails.still, *(f"zone {name}" for name in self._zones.still))
+        )
 
     def fan_pwm(self) -> int | None:
         """Return the fan's duty, 0 to 255; None without one."""
@@ -149,6 +178,7 @@ class JetsonBoard(MeteredBoard):
             mend = "modprobe ina3221"
             return [Offer(what="power rails", state="missing", detail="/sys/class/hwmon", mend=mend)]
         total = self._rails.total_rails()
+        self._rails.read(self._clock())
         found = []
         for rail in self._rails.rails:
             power_w = self._rails.power_w(rail)
@@ -158,6 +188,9 @@ class JetsonBoard(MeteredBoard):
                 state: State = "denied" if trouble.denied else "bad"
                 detail = f"{trouble.path}: {trouble.why}"
                 found.append(Offer(what=f"rail {rail.label}", state=state, detail=detail, mend="run as root"))
+            elif f"rail {rail.label}" in self._rails.still:
+                detail, mend = f"{power_w:.3f} W{part}, but does not measure", "look at the monitor's driver"
+                found.append(Offer(what=f"rail {rail.label}", state="bad", detail=detail, mend=mend))
             else:
                 found.append(Offer(what=f"rail {rail.label}", state="ok", detail=f"{power_w:.3f} W{part}"))
         if not total:
@@ -191,7 +224,8 @@ class JetsonBoard(MeteredBoard):
         current = self.modes.current()
         detail = f"{', '.join(modes)}; in force: {current or 'cannot be told'}"
         state: State = "ok" if current is not None else "denied"
-        return Offer(what="power modes", state=state, detail=detail, mend="" if current else "run as root")
+        mend = "" if current else "look at what `nvpmodel -q` says as root: it must give a name"
+        return Offer(what="power modes", state=state, detail=detail, mend=mend)
 
     def _probe_fan(self) -> Offer:
         pwm = self.fan_pwm()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from node.boards.base import BoardReading, BoardSettings, Offer
@@ -17,12 +18,15 @@ class MeteredBoard:
     ----------
     settings
         The `[board]` table.
+    clock
+        Physical time, s, monotonic.
     """
 
     measures = True
 
-    def __init__(self, settings: BoardSettings) -> None:
+    def __init__(self, settings: BoardSettings, clock: Callable[[], float]) -> None:
         self._settings = settings
+        self._clock = clock
         self._sysfs = Sysfs(Path(settings.sysfs_root))
         self._clocks = Clocks(self._sysfs)
         self._edac = Edac(self._sysfs)
@@ -38,15 +42,24 @@ class MeteredBoard:
     def set_worker(self, pid: int | None) -> None:
         """Do nothing: the meter sees the board, whoever computes."""
 
-    def _reading(self, metered_w: float | None, die_c: float | None) -> BoardReading:
-        """Return a reading of the meter and the die, with what else the board tells."""
-        ecc = self._edac.read()
+    def _reading(self, metered_w: float | None, die_c: float | None, still: Sequence[str]) -> BoardReading:
+        """Return a reading of the meter and the die, with what else the board gives.
+
+        Parameters
+        ----------
+        metered_w, die_c
+            Draw, W, and temperature of the die, degC; None when unknown.
+        still
+            Sensors among them that stand still.
+        """
+        ecc = self._edac.read(self._clock())
         return BoardReading(
             power_w=None if metered_w is None else metered_w + self._settings.other_w,
             board_c=die_c,
             clock_ghz=self._clocks.mean_ghz(),
             ecc_corrected=ecc.corrected,
             ecc_uncorrected=ecc.uncorrected,
+            still=(*still, *self._edac.still),
         )
 
     def _probe_common(self) -> list[Offer]:
@@ -60,7 +73,7 @@ class MeteredBoard:
         return Offer(what="clocks", state="ok", detail=f"{len(self._clocks.cores())} cores, {ghz:.2f} GHz")
 
     def _probe_ecc(self) -> Offer:
-        counts = self._edac.read()
+        counts = self._edac.read(self._clock())
         if counts.corrected is None and counts.uncorrected is None:
             return Offer(
                 what="ECC counters",

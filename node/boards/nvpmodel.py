@@ -131,7 +131,7 @@ class NvPModel:
     def current(self) -> str | None:
         """Return the name of the mode in force, None when it cannot be told."""
         code, output = self._run(["nvpmodel", "-q"])
-        found = re.search(r"NV Power Mode:\s*(\S+)", output)
+        found = re.search(r"NV Power Mode:[ \t]*(\S+)", output)  # its number is on the next line
         return found[1] if code == 0 and found else None
 
     def set(self, name: str) -> None:

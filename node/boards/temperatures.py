@@ -1,21 +1,32 @@
-"""Temperatures of die and board, from thermal zones (Jetson) and hwmon (x86)."""
+"""Temperatures of die and board, from thermal zones (Jetson) and hwmon (x86).
+
+The worst one counts, of all that measure. One that stands still while others move does not.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
+from node.boards.liveness import Companions
 from node.boards.sysfs import Sysfs
 
 OFFLINE_MILLI_C: Final = -256_000
 """What a gated zone reads as: the zone is absent, never cold."""
 LOWEST_C, HIGHEST_C = -60.0, 150.0
 """Outside of these a reading is no temperature of a chip."""
-FIXED: Final = ("PMIC",)
-"""Zones that always read the same."""
+NO_SENSORS: Final = frozenset({"pmic-die", "thermal-fan-est"})
+"""Zones that measure nothing, by their `type` in lower case, as the device trees of Tegra call them: a dummy
+that always reads 50 or 100 degC, and a mean of other zones that follows them late, for the fan."""
 JUNCTION: Final = "tj"
-PACKAGE_LABELS: Final = {"coretemp": "Package id", "k10temp": "Tctl", "zenpower": "Tdie"}
-"""Sensors of processors, and the label of the whole. `acpitz` is never the processor."""
+PACKAGE_LABELS: Final[Mapping[str, tuple[str, ...]]] = {
+    "coretemp": ("Package id",),
+    "k10temp": ("Tdie", "Tctl"),
+    "zenpower": ("Tdie", "Tctl"),
+}
+"""Drivers of processors' sensors, and the labels of the whole package, the best first: `Tctl` is `Tdie` with
+an offset for the fan on some models. `acpitz` is never the processor."""
 
 
 class ThermalZones:
@@ -29,28 +40,34 @@ class ThermalZones:
 
     def __init__(self, sysfs: Sysfs) -> None:
         self._sysfs = sysfs
+        self._companions = Companions()
+        self.still: tuple[str, ...] = ()
+        """Zones that stand still while others move, as of the last reading."""
 
     def read(self) -> dict[str, float]:
         """Return the temperature of each zone that has one now, degC, by its type without `-thermal`."""
-        found = {}
+        found: dict[str, float] = {}
         for path in self._sysfs.glob("/sys/class/thermal/thermal_zone*"):
             kind = self._sysfs.text(path / "type")
             milli_c = self._sysfs.number(path / "temp")
             if kind is None or milli_c is None or milli_c <= OFFLINE_MILLI_C:
                 continue
-            name = kind.lower().removesuffix("-thermal").removesuffix("-therm")
-            if LOWEST_C <= milli_c / 1000 <= HIGHEST_C and name.upper() not in FIXED:
-                found[name] = milli_c / 1000
+            name, zone_c = kind.lower().removesuffix("-thermal").removesuffix("-therm"), milli_c / 1000
+            if LOWEST_C <= zone_c <= HIGHEST_C and kind.lower() not in NO_SENSORS:
+                found[name] = max(zone_c, found.get(name, zone_c))
         return found
 
     def die_c(self) -> float | None:
         """Return the junction temperature: its own zone, else the hottest of the others."""
         zones = self.read()
-        return zones.get(JUNCTION, max(zones.values(), default=None))
+        still = self._companions.still(zones)
+        self.still = tuple(sorted(still))
+        live = {name: zone_c for name, zone_c in zones.items() if name not in still}
+        return live.get(JUNCTION, max(live.values(), default=None))
 
 
 class PackageTemperature:
-    """The processor's own sensor.
+    """The sensors of the processor packages.
 
     Parameters
     ----------
@@ -60,27 +77,46 @@ class PackageTemperature:
 
     def __init__(self, sysfs: Sysfs) -> None:
         self._sysfs = sysfs
-        self.path: Path | None = None
-        """File of the temperature; None when there is none."""
+        self._companions = Companions()
+        self.paths: list[Path] = []
+        """Files of the temperatures; none when there is no sensor."""
+        self.still: tuple[str, ...] = ()
+        """Sensors that stand still while others move, as of the last reading."""
         self.discover()
 
     def discover(self) -> None:
-        """Look for the sensor: its hwmon number is not stable."""
-        self.path = None
+        """Look for the sensors: their hwmon numbers are not stable."""
+        self.paths = []
         for path in self._sysfs.glob("/sys/class/hwmon/hwmon*"):
-            wanted = PACKAGE_LABELS.get(self._sysfs.text(path / "name") or "")
-            if wanted is None:
-                continue
-            for label in self._sysfs.glob(f"{path.relative_to(self._sysfs.root)}/temp*_label"):
-                if (self._sysfs.text(label) or "").startswith(wanted):
-                    self.path = label.with_name(label.name.replace("_label", "_input"))
-                    return
+            labels = PACKAGE_LABELS.get(self._sysfs.text(path / "name") or "")
+            if labels is not None:
+                self.paths += self._of_package(path, labels)
 
     def die_c(self) -> float | None:
-        """Return the temperature, degC; a sensor that has vanished is looked for again."""
-        if self.path is None or self._sysfs.number(self.path) is None:
+        """Return the temperature of the hottest package, degC; sensors that have vanished are looked for."""
+        found = self._read()
+        if not found or len(found) < len(self.paths):
             self.discover()
-        milli_c = None if self.path is None else self._sysfs.number(self.path)
-        if milli_c is None or not LOWEST_C <= milli_c / 1000 <= HIGHEST_C:
-            return None
-        return milli_c / 1000
+            found = self._read()
+        still = self._companions.still(found)
+        self.still = tuple(sorted(still))
+        return max((die_c for name, die_c in found.items() if name not in still), default=None)
+
+    def _of_package(self, path: Path, labels: tuple[str, ...]) -> list[Path]:
+        """Return the sensors of the best label there is, else (old kernels have none) all of them."""
+        inputs = self._sysfs.glob(f"{path.relative_to(self._sysfs.root)}/temp*_input")
+        named = {
+            each: self._sysfs.text(each.with_name(each.name.replace("_input", "_label"))) for each in inputs
+        }
+        for label in labels:
+            if best := [each for each, name in named.items() if (name or "").startswith(label)]:
+                return best
+        return inputs
+
+    def _read(self) -> dict[str, float]:
+        found = {}
+        for path in self.paths:
+            milli_c = self._sysfs.number(path)
+            if milli_c is not None and LOWEST_C <= milli_c / 1000 <= HIGHEST_C:
+                found[f"{path.parent.name} {path.name}"] = milli_c / 1000
+        return found

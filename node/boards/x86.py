@@ -23,6 +23,10 @@ RAPL_MEND: Final = (
     " give the node CAP_DAC_READ_SEARCH; the files are root's own since the PLATYPUS fix"
 )
 
+COUNTING_S: Final = 1.2
+"""Time in which every counter must be seen to count before a flight, s: longer than `rapl.STILL_S`."""
+COUNTING_STEP_S: Final = 0.1
+
 
 class X86Board(MeteredBoard):
     """Driver.
@@ -33,11 +37,19 @@ class X86Board(MeteredBoard):
         The `[board]` table.
     clock
         Physical time, s, monotonic.
+    wait
+        Waits so many seconds.
     """
 
-    def __init__(self, settings: BoardSettings, *, clock: Callable[[], float] = time.monotonic) -> None:
-        super().__init__(settings)
-        self._clock = clock
+    def __init__(
+        self,
+        settings: BoardSettings,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        wait: Callable[[float], None] = time.sleep,
+    ) -> None:
+        super().__init__(settings, clock)
+        self._wait = wait
         self._rapl = Rapl(self._sysfs)
         self._die = PackageTemperature(self._sysfs)
         self._quota = CpuQuota(self._sysfs, settings.cgroup) if settings.cgroup else None
@@ -57,12 +69,12 @@ class X86Board(MeteredBoard):
         """Return None: it has none."""
 
     def require_meter(self) -> None:
-        """Refuse to fly without a meter.
+        """Refuse to fly without a meter. Takes 0.1 s, and a second more where a counter stands still.
 
         Raises
         ------
         PenumbraError
-            No package tells its energy.
+            No package gives its energy, or the counter of one does not count.
         """
         if not self._rapl.packages:
             raise PenumbraError(
@@ -75,6 +87,23 @@ class X86Board(MeteredBoard):
             raise PenumbraError(
                 f"[board] kind 'x86': {trouble.path}: {trouble.why}, so the draw is unknown", RAPL_MEND
             )
+        if not self._counts():
+            paths = [path for path in self._rapl.packages if path.name in self._rapl.still]
+            files = ", ".join(str(path / "energy_uj") for path in paths or self._rapl.packages)
+            raise PenumbraError(
+                f"[board] kind 'x86': {files}: no count within {COUNTING_S:g} s, so the draw is unknown",
+                "virtual machines and some firmware have counters that stand still: use kind = 'sim' for a"
+                " draw computed from CPU time",
+            )
+
+    def _counts(self) -> bool:
+        """Return whether every package's counter is seen to count."""
+        until_s = self._clock() + COUNTING_S
+        while self._rapl.read(self._clock()) is None:
+            if self._clock() > until_s:
+                return False
+            self._wait(COUNTING_STEP_S)
+        return True
 
     def operate(self, point: OperatingPoint) -> None:
         """Hold the worker's control group at its threads: a worker that runs wild gets no more.
@@ -95,7 +124,8 @@ class X86Board(MeteredBoard):
 
     def read(self) -> BoardReading:
         """Return the mean draw since the last reading, and the temperature of the package."""
-        return self._reading(self._rapl.read(self._clock()), self._die.die_c())
+        metered_w, die_c = self._rapl.read(self._clock()), self._die.die_c()
+        return self._reading(metered_w, die_c, (*self._rapl.still, *self._die.still))
 
     def probe(self) -> list[Offer]:
         """Return what this machine offers."""
@@ -105,6 +135,7 @@ class X86Board(MeteredBoard):
         if not self._rapl.packages:
             mend = "modprobe intel_rapl_msr (AMD too, from Linux 5.8); a virtual machine has none"
             return [Offer(what="package energy", state="missing", detail="/sys/class/powercap", mend=mend)]
+        self._counts()
         found = []
         for path in self._rapl.packages:
             energy = path / "energy_uj"
@@ -113,7 +144,12 @@ class X86Board(MeteredBoard):
                 continue
             limit_w = self._rapl.limit_w(path)
             limit = "no limit that can be read" if limit_w is None else f"long-term limit {limit_w:g} W"
-            found.append(Offer(what="package energy", state="ok", detail=f"{path.name}, {limit}"))
+            detail = f"{path.name}, {limit}"
+            if path.name in self._rapl.still:
+                detail, mend = f"{detail}; its counter stands still", "use kind = 'sim'"
+                found.append(Offer(what="package energy", state="bad", detail=detail, mend=mend))
+            else:
+                found.append(Offer(what="package energy", state="ok", detail=detail))
         return found
 
     def _probe_die(self) -> Offer:

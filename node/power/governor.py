@@ -102,7 +102,11 @@ class Governor:
             self._integral = 0.0
             self._duty = s.min_duty
             return s.min_duty
-        if inputs.load_w is not None and math.isfinite(inputs.load_w) and now_s >= self._correct_from_s:
+        if inputs.load_w is None:
+            self._integral = (
+                0.0  # of a draw that is unknown nothing is known to correct: the model alone paces
+            )
+        elif math.isfinite(inputs.load_w) and now_s >= self._correct_from_s:
             error = (ceiling_w - inputs.load_w) / span_w
             duty = self._duty if self._duty is not None else model
             # Anti-windup: not further the way the duty cannot go, nor up for want of work.

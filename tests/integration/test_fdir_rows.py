@@ -17,6 +17,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from board_trees import TREES, write
 from node_bench import NODE, Bench, config_text, open_bench
 
 from hil import row_faults
@@ -489,6 +490,21 @@ async def test_sensor_reject(open_row: OpenRow) -> None:
         async with publishing(bench, "eps", lambda: row_faults.spoil_sensor(EPS, 11.0)):
             report = await bench.reported("sensor.reject", Outcome.REPORTED, 0)
         assert (report.evidence["channel"], report.evidence["set"]) == ("battery_v", 1)
+
+
+@pytest.mark.fdir("board.sensor")
+async def test_board_sensor(open_row: OpenRow, tmp_path: Path) -> None:
+    root = write(tmp_path / "root", TREES["orin-nx"])
+    board = {"board__kind": '"jetson"', "board__sysfs_root": f'"{root}"'}
+    async with open_row(**board) as bench:
+        await bench.start()
+        monitor = root / "sys/class/hwmon/hwmon0"
+        sound = (monitor / "curr1_input").read_text()
+        row_faults.stop_meter(monitor)
+        report = await bench.reported("board.sensor", Outcome.REPORTED, 0)
+        assert report.evidence["sensor"] == "rail VDD_IN"
+        (monitor / "curr1_input").write_text(sound)
+        await bench.until(lambda: bool(bench.events("board.sensor_restored")), "a meter that measures")
 
 
 @pytest.mark.fdir("bus.stale")

@@ -175,6 +175,16 @@ def test_the_loop_brings_the_draw_to_the_ceiling_though_the_model_is_wrong(gain:
     assert load_w == pytest.approx(8.0, abs=0.1), "a plan holds on the mean, a cap each second"
 
 
+@pytest.mark.parametrize("gain", [0.8, 1.3])
+def test_without_a_meter_the_model_alone_paces(gain: float) -> None:
+    governor, planned = Governor(), msgspec.structs.replace(SUN, planned_w=8.0)
+    _, corrected = settle(governor, planned, gain, 30.0)
+    assert corrected != pytest.approx(0.5, abs=0.02)
+    blind = msgspec.structs.replace(planned, load_w=None)
+    paced = [governor.handle(blind, 30.0 + 0.25 * turn).duty for turn in range(40)]
+    assert paced[-1] == pytest.approx(0.5), "what a meter said that has died corrects nothing"
+
+
 def test_no_windup_while_the_board_draws_less_than_it_may() -> None:
     governor = Governor()
     settle(governor, SUN, 0.5, 120.0)
