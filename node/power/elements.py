@@ -8,7 +8,6 @@ hold anything: catalogue numbers, counters and derivatives of the mean motion do
 
 from __future__ import annotations
 
-import datetime as dt
 import math
 import re
 import reprlib
@@ -297,10 +296,8 @@ def _omm_epoch_ns(value: object) -> int:
         if hour > 23 or minute > 59 or second > 60:
             raise ValueError("23:59:60 is the last second of a day")
         if found[4] is None:
-            date = dt.datetime(year, month, day, tzinfo=dt.UTC)
-            day_ns = int(date.timestamp()) * NS_PER_S
-        else:
-            day_ns = _day_of_year_ns(year, day_of_year)
+            day_of_year = _day_of_year(year, month, day)
+        day_ns = _day_of_year_ns(year, day_of_year)
     except ValueError as error:
         raise PenumbraError(f"{shown}: {error}", OMM_MEND) from None
     fraction_ns = int(((found[8] or "") + "0" * 9)[:9])
@@ -309,10 +306,24 @@ def _omm_epoch_ns(value: object) -> int:
 
 def _day_of_year_ns(year: int, day: int) -> int:
     """Return the beginning of a day of the year, 1 for 1 January, ns since 1970."""
-    days = (dt.date(year + 1, 1, 1) - dt.date(year, 1, 1)).days
+    days = 366 if _is_leap(year) else 365
     if not 1 <= day <= days:
         raise ValueError(f"day {day} of the year {year}, 1 to {days} is allowed")
-    return (dt.date(year, 1, 1) - dt.date(1970, 1, 1)).days * NS_PER_DAY + (day - 1) * NS_PER_DAY
+    leap_days = sum(map(_is_leap, range(1970, year))) - sum(map(_is_leap, range(year, 1970)))
+    return ((year - 1970) * 365 + leap_days + day - 1) * NS_PER_DAY
+
+
+def _day_of_year(year: int, month: int, day: int) -> int:
+    lengths = (31, 29 if _is_leap(year) else 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
+    if not 1 <= month <= 12:
+        raise ValueError(f"month {month}, 1 to 12 is allowed")
+    if not 1 <= day <= lengths[month - 1]:
+        raise ValueError(f"day {day} of month {month} of {year}, 1 to {lengths[month - 1]} is allowed")
+    return sum(lengths[: month - 1]) + day
+
+
+def _is_leap(year: int) -> bool:
+    return year % 4 == 0 and (year % 100 != 0 or year % 400 == 0)
 
 
 def _listed(values: tuple[object, ...]) -> str:

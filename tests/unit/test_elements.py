@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from importlib import resources
 
 import numpy as np
@@ -10,6 +11,7 @@ from sgp4.api import WGS72, Satrec
 from test_ephemeris import JUNE_NS, LINES, omm
 
 from node.bus_view import BusView
+from node.power.elements import Elements
 from node.power.ephemeris import Ephemeris
 from node.power.forecast import EclipseForecast
 from telemetry.bus import BusOrbit, decode, encode
@@ -96,7 +98,10 @@ def test_a_usable_message_gives_the_same_forecast(change: dict[str, object]) -> 
         ({"CENTER_NAME": "MOON"}, "CENTER_NAME = 'MOON'; EARTH is allowed"),
         ({"REF_FRAME": "ITRF"}, "REF_FRAME = 'ITRF'; TEME"),
         ({"REF_FRAME_EPOCH": "2000-01-01T00:00:00"}, "REF_FRAME_EPOCH = .* must be left out"),
-        ({"EPOCH": "2026-06-31T10:00:00"}, "EPOCH = '2026-06-31T10:00:00': day is out of range"),
+        (
+            {"EPOCH": "2026-06-31T10:00:00"},
+            "EPOCH = '2026-06-31T10:00:00': day 31 of month 6 of 2026, 1 to 30",
+        ),
         ({"EPOCH": "2026-366T10:00:00"}, "day 366 of the year 2026, 1 to 365 is allowed"),
         ({"EPOCH": "2026-06-01T10:00:61"}, "EPOCH"),
         ({"EPOCH": "2026-06-01T24:00:00"}, "EPOCH"),
@@ -139,6 +144,15 @@ def test_the_fraction_of_an_epoch_counts() -> None:
     )
     assert early == JUNE_NS + 1
     assert late == JUNE_NS + 60 * NS + NS // 2
+
+
+def test_every_day_of_the_calendar_is_that_of_the_library() -> None:
+    first = dt.datetime(1957, 1, 1, tzinfo=dt.UTC)
+    for days in range(0, 243 * 365, 17):
+        date = first + dt.timedelta(days=days)
+        t_ns = round(date.timestamp()) * NS
+        for text in (f"{date:%Y-%m-%d}", f"{date:%Y-%j}"):
+            assert Elements.from_omm({**omm(), "EPOCH": f"{text}T00:00:00"}).epoch_ns == t_ns
 
 
 OTHER = "2 25544  51.6416 247.4627 0006703 130.5360 325.0288 15.72125391563537"
