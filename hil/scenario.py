@@ -14,10 +14,10 @@ import msgspec
 from msgspec import Meta
 
 from hil.link_faults import LinkFault
-from hil.tle import altitude_km, tle_from_elements
+from hil.tle import elements_of_tle, tle_from_elements
 from node.boards import BoardSettings
 from node.power.ceiling import GovernorSettings
-from node.power.ephemeris import Ephemeris, check_tle
+from node.power.ephemeris import Ephemeris
 from node.power.planner import PlannerSettings
 from telemetry.commands import DEFAULT_PRIORITY, Infer, Priority
 from telemetry.errors import PenumbraError
@@ -316,7 +316,7 @@ class Scenario(Table, frozen=True, kw_only=True, dict=True):
     @cached_property
     def period_s(self) -> float:
         """Period of the orbit, s."""
-        return Ephemeris(*self.tle()).period_s
+        return Ephemeris.from_tle(*self.tle()).period_s
 
     @property
     def duration_s(self) -> float:
@@ -436,12 +436,11 @@ def _check_orbit(scenario: Scenario, path: Path) -> None:
         raise PenumbraError(f"{path}: orbit: both TLE lines and elements", "keep one of the two")
     if o.line1 is not None and o.line2 is not None:
         try:
-            check_tle(o.line1, o.line2)
-            Ephemeris(o.line1, o.line2)
-            height = altitude_km(float(o.line2[52:63]))
-            eccentricity, inclination = float(f"0.{o.line2[26:33]}"), float(o.line2[8:16])
+            elements = elements_of_tle(o.line1, o.line2)
         except PenumbraError as error:
             raise PenumbraError(f"{path}: orbit: {error.what}", error.mend) from error
+        height = elements.altitude_km
+        eccentricity, inclination = elements.eccentricity, elements.inclination_deg
     else:
         if o.altitude_km is None or o.inclination_deg is None:
             missing = "altitude_km" if o.altitude_km is None else "inclination_deg"
@@ -478,7 +477,7 @@ def _check_times(scenario: Scenario, path: Path) -> None:
             f"{scenario.duration_s / 86_400:.1f} days; {MAX_DURATION_S / 86_400:g} are allowed",
             "fly fewer orbits",
         )
-    age_days = abs(Ephemeris(*scenario.tle()).epoch_ns - scenario.start_ns) / (86_400 * NS_PER_S)
+    age_days = abs(Ephemeris.from_tle(*scenario.tle()).epoch_ns - scenario.start_ns) / (86_400 * NS_PER_S)
     if age_days > MAX_TLE_AGE_DAYS:
         raise PenumbraError(
             f"{path}: orbit.line1: the TLE's epoch is {age_days:.1f} days from scenario.epoch; "

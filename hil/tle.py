@@ -1,21 +1,20 @@
-"""TLE lines from plain orbital elements."""
+"""TLE lines from plain orbital elements, and back."""
 
 from __future__ import annotations
 
 import math
 from typing import Final
 
+import msgspec
 from sgp4.api import WGS72, Satrec
 from sgp4.exporter import export_tle
 
-MU_KM3_S2: Final = 398_600.8
-"""WGS 72, as SGP4 uses."""
-EARTH_RADIUS_KM: Final = 6378.135
-"""WGS 72, equatorial."""
+from node.power.elements import EARTH_RADIUS_KM, MU_KM3_S2, TLE_MEND, Elements
+from node.power.ephemeris import SGP4_ORIGIN_DAYS, Ephemeris
+from telemetry.errors import PenumbraError
+
 CATALOGUE_NUMBER: Final = 99_001
 """In the range left for objects not in the catalogue."""
-_DAYS_1949_TO_1970: Final = 7_306.0
-"""From SGP4's origin, 1949-12-31 00:00 UTC, to 1970-01-01."""
 
 
 def mean_motion_rad_min(altitude_km: float) -> float:
@@ -23,10 +22,28 @@ def mean_motion_rad_min(altitude_km: float) -> float:
     return math.sqrt(MU_KM3_S2 / (EARTH_RADIUS_KM + altitude_km) ** 3) * 60.0
 
 
-def altitude_km(mean_motion_rev_day: float) -> float:
-    """Return the mean semi-major axis less the equatorial radius, km."""
-    n = mean_motion_rev_day * 2 * math.pi / 86_400.0
-    return float((MU_KM3_S2 / n**2) ** (1.0 / 3.0)) - EARTH_RADIUS_KM
+def elements_of_tle(line1: str, line2: str) -> Elements:
+    """Return the elements of a TLE that node and plant, whose readers differ, both take.
+
+    Raises
+    ------
+    PenumbraError
+        One of them does not.
+    """
+    elements = Elements.from_tle(line1, line2)
+    Ephemeris(elements)
+    what = f"TLE {line1!r} / {line2!r}"
+    try:
+        read = Satrec.twoline2rv(line1, line2, WGS72)
+    except ValueError as error:
+        raise PenumbraError(f"{what}: {error}", TLE_MEND) from None
+    angles_deg = map(math.degrees, (read.inclo, read.nodeo, read.argpo, read.mo))
+    theirs = (read.no_kozai * 720.0 / math.pi, read.ecco, *angles_deg, read.bstar)
+    _, *ours = msgspec.structs.astuple(elements)
+    # The reader takes a garbled field for the end of its line, without a word.
+    if not all(map(math.isclose, ours, theirs)):
+        raise PenumbraError(f"{what}: a field is not in the form of a TLE; {theirs} are read", TLE_MEND)
+    return elements
 
 
 def tle_from_elements(
@@ -58,7 +75,7 @@ def tle_from_elements(
         WGS72,
         "i",
         CATALOGUE_NUMBER,
-        epoch_ns / 86_400e9 + _DAYS_1949_TO_1970,
+        epoch_ns / 86_400e9 + SGP4_ORIGIN_DAYS,
         bstar,
         0.0,
         0.0,

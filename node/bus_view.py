@@ -107,7 +107,7 @@ class BusView:
         Raises
         ------
         PenumbraError
-            Orbital elements that are malformed; the forecast stays as it was.
+            Orbital elements that are malformed or not for SGP4; the forecast stays as it was.
         """
         match message:
             case BusEps():

@@ -52,8 +52,10 @@ class BusOrbit(BusMessage, frozen=True, kw_only=True):
 
     line1: Annotated[str, Meta(min_length=69, max_length=69)] | None = None
     line2: Annotated[str, Meta(min_length=69, max_length=69)] | None = None
-    omm: Annotated[dict[str, str | int | float], Meta(max_length=40)] | None = None
-    """Fields by their names in CCSDS 502.0, instead of the two lines."""
+    omm: Annotated[dict[str, Any], Meta(max_length=100)] | None = None
+    """Fields by their names in CCSDS 502.0, instead of the two lines. Numbers may come as text; null and
+    blank text are no value. Fields that do not move the satellite may hold anything. Times are UTC, the
+    elements SGP4's, about the Earth in TEME: a message that says otherwise is refused."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,6 +1,6 @@
 """Where the satellite and the Sun are, and how much of the Sun's disc the satellite sees.
 
-SGP4 from a TLE, an analytic Sun, and a conical shadow of the oblate Earth. All vectorised.
+SGP4 from mean elements, an analytic Sun, and a conical shadow of the oblate Earth. All vectorised.
 
 Frames: SGP4 gives TEME (true equator, mean equinox of date); the Sun comes in the mean equator and
 equinox of date. The two differ by nutation only, at most 17 arcseconds or 0.07 s of a low orbit, which
@@ -20,10 +20,9 @@ from typing import Final
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sgp4 import omm
 from sgp4.api import WGS72, Satrec
-from sgp4.io import compute_checksum
 
+from node.power.elements import NS_PER_DAY, NS_PER_S, Elements
 from telemetry.errors import PenumbraError
 
 Array = NDArray[np.float64]
@@ -35,50 +34,21 @@ EARTH_FLATTENING: Final = 1.0 / 298.257223563
 SUN_RADIUS_KM: Final = 695_700.0
 """Nominal solar radius, IAU 2015 resolution B3."""
 ASTRONOMICAL_UNIT_KM: Final = 149_597_870.7
-NS_PER_S: Final = 1_000_000_000
-NS_PER_DAY: Final = 86_400 * NS_PER_S
+MINUTES_PER_DAY: Final = 1_440.0
+SGP4_ORIGIN_DAYS: Final = 7_306.0
+"""From SGP4's origin, 1949-12-31 00:00 UTC, to 1970-01-01."""
 UNIX_EPOCH_JD: Final = 2_440_587.5
 J2000_UNIX_S: Final = 946_728_000.0
 """2000-01-01 12:00 as seconds since 1970."""
 TT_MINUS_UTC_S: Final = 69.184
 """Since 2017. A leap second more or less moves the Sun by 0.04 arcseconds."""
-TLE_LENGTH: Final = 69
-OMM_NEEDED: Final = (
-    "EPOCH", "MEAN_MOTION", "ECCENTRICITY", "INCLINATION", "RA_OF_ASC_NODE", "ARG_OF_PERICENTER",
-    "MEAN_ANOMALY",
-)  # fmt: skip
-OMM_DEFAULTS: Final = {
-    "BSTAR": 0.0, "MEAN_MOTION_DOT": 0.0, "MEAN_MOTION_DDOT": 0.0, "CLASSIFICATION_TYPE": "U",
-    "OBJECT_ID": "", "EPHEMERIS_TYPE": 0, "ELEMENT_SET_NO": 0, "REV_AT_EPOCH": 0, "NORAD_CAT_ID": 0,
-}  # fmt: skip
-"""Fields that may be left out, and what they are then."""
+TRIAL_REVOLUTIONS: Final = (-1, 5)
+"""What a forecast reaches over, from the epoch: SGP4 has to give a position all along, or it is none."""
+TRIAL_POINTS: Final = 361
 
 
 class PropagationError(ArithmeticError):
-    """SGP4 cannot give a position: the satellite has decayed, or the time is far from the TLE's."""
-
-
-def check_tle(line1: str, line2: str) -> None:
-    """Refuse a TLE that is malformed or whose checksum is wrong.
-
-    Raises
-    ------
-    PenumbraError
-        Names the line, and what is wrong with it.
-    """
-    for number, line in ((1, line1), (2, line2)):
-        mend = "copy both lines again, all 69 characters of each, from the source of the TLE"
-        if len(line) != TLE_LENGTH or not line.isascii():
-            raise PenumbraError(
-                f"TLE line {number}: {line!r} has {len(line)} characters, 69 of ASCII are allowed", mend
-            )
-        if not line.startswith(f"{number} "):
-            raise PenumbraError(f"TLE line {number}: {line!r} does not begin with '{number} '", mend)
-        expected = str(compute_checksum(line))
-        if line[-1] != expected:
-            raise PenumbraError(
-                f"TLE line {number}: checksum {line[-1]!r} in {line!r}, {expected!r} is right for it", mend
-            )
+    """SGP4 cannot give a position: the satellite has decayed, or the time is far from the epoch."""
 
 
 def sun_of_date_km(t_ns: ArrayLike) -> Array:
@@ -178,80 +148,59 @@ class Ephemeris:
 
     Parameters
     ----------
-    line1, line2
-        A TLE, 69 characters each.
+    elements
+        As a TLE or an Orbit Mean-elements Message gives them.
     flattening
         Of the Earth, for the shadow; 0 for a sphere.
 
     Raises
     ------
     PenumbraError
-        The TLE is malformed, its checksum is wrong, or SGP4 refuses its elements.
+        SGP4 has no position somewhere in `TRIAL_REVOLUTIONS`.
     """
 
-    def __init__(self, line1: str, line2: str, *, flattening: float = EARTH_FLATTENING) -> None:
-        check_tle(line1, line2)
+    def __init__(self, elements: Elements, *, flattening: float = EARTH_FLATTENING) -> None:
+        self._flattening = flattening
+        self.epoch_ns: int = elements.epoch_ns
+        """Epoch of the elements, UTC."""
+        self.period_s: float = 86_400.0 / elements.mean_motion_rev_day
+        """Anomalistic period, s."""
+        self._satellite = Satrec()
+        self._satellite.sgp4init(
+            WGS72,
+            "i",
+            0,
+            elements.epoch_ns / NS_PER_DAY + SGP4_ORIGIN_DAYS,
+            elements.bstar,
+            0.0,
+            0.0,
+            elements.eccentricity,
+            math.radians(elements.arg_perigee_deg),
+            math.radians(elements.inclination_deg),
+            math.radians(elements.mean_anomaly_deg),
+            elements.mean_motion_rev_day * 2 * math.pi / MINUTES_PER_DAY,
+            math.radians(elements.raan_deg),
+        )
+        reach_ns = np.linspace(*TRIAL_REVOLUTIONS, TRIAL_POINTS) * self.period_s * NS_PER_S
         try:
-            satellite = Satrec.twoline2rv(line1, line2, WGS72)
-        except ValueError as error:
+            self.satellite_teme_km(self.epoch_ns + reach_ns.astype(np.int64))
+        except PropagationError as error:
             raise PenumbraError(
-                f"TLE {line1!r} / {line2!r}: {error}", "take a TLE from its source"
-            ) from error
-        self._adopt(satellite, f"TLE line 2: {line2!r}", flattening)
+                f"elements with perigee {elements.perigee_km:.0f} km, eccentricity "
+                f"{elements.eccentricity:g} and drag {elements.bstar:g} are no orbit SGP4 can propagate "
+                f"over five revolutions ({error})",
+                "take newer elements from their source",
+            ) from None
+
+    @classmethod
+    def from_tle(cls, line1: str, line2: str, *, flattening: float = EARTH_FLATTENING) -> Ephemeris:
+        """Return the ephemeris of a TLE; raises what `Elements.from_tle` does."""
+        return cls(Elements.from_tle(line1, line2), flattening=flattening)
 
     @classmethod
     def from_omm(cls, fields: Mapping[str, object], *, flattening: float = EARTH_FLATTENING) -> Ephemeris:
-        """Return the ephemeris of an Orbit Mean-elements Message (CCSDS 502.0), theory SGP4.
-
-        Parameters
-        ----------
-        fields
-            By their names in the standard (`MEAN_MOTION`, revolutions a day; angles in deg). Those that do
-            not move the satellite may be left out.
-        flattening
-            Of the Earth, for the shadow.
-
-        Raises
-        ------
-        PenumbraError
-            A field is missing or no number, or SGP4 refuses the elements; names the field.
-        """
-        mend = "take the message whole from its source, in the names of CCSDS 502.0"
-        values = {name: str(value) for name, value in {**OMM_DEFAULTS, **fields}.items()}
-        missing = [name for name in OMM_NEEDED if name not in values]
-        if missing:
-            raise PenumbraError(f"OMM: {', '.join(missing)} is missing", mend)
-        for name in (*OMM_NEEDED[1:], "BSTAR", "MEAN_MOTION_DOT", "MEAN_MOTION_DDOT"):
-            try:
-                good = math.isfinite(float(values[name]))
-            except ValueError:
-                good = False
-            if not good:
-                raise PenumbraError(f"OMM: {name} = {values[name]!r} is no number", mend)
-        if "." not in values["EPOCH"]:
-            values["EPOCH"] += ".0"
-        satellite = Satrec()
-        try:
-            omm.initialize(satellite, values)
-        except (ValueError, OverflowError) as error:
-            raise PenumbraError(f"OMM: {error}", mend) from None
-        found = cls.__new__(cls)
-        found._adopt(satellite, f"OMM of epoch {values['EPOCH']}", flattening)
-        return found
-
-    def _adopt(self, satellite: Satrec, what: str, flattening: float) -> None:
-        if satellite.error or not satellite.no_kozai > 0:
-            raise PenumbraError(
-                f"{what} is no orbit SGP4 can propagate (error {satellite.error})",
-                "a mean motion above 0, an eccentricity below 1 and a perigee above ground are needed",
-            )
-        self._satellite = satellite
-        self._flattening = flattening
-        self.period_s: float = 2 * math.pi / satellite.no_kozai * 60.0
-        """Anomalistic period, s."""
-        epoch_days = (satellite.jdsatepoch - UNIX_EPOCH_JD) + satellite.jdsatepochF
-        self.epoch_ns: int = round(epoch_days * 86_400_000) * 1_000_000
-        """Epoch of the elements, UTC, to the millisecond."""
+        """Return the ephemeris of an Orbit Mean-elements Message; raises what `Elements.from_omm` does."""
+        return cls(Elements.from_omm(fields), flattening=flattening)
 
     def satellite_teme_km(self, t_ns: ArrayLike) -> Array:
         """Return positions in TEME, km, the shape of `t_ns` with 3 added.

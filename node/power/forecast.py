@@ -9,7 +9,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from node.power.ephemeris import NS_PER_DAY, NS_PER_S, Array, Ephemeris
+from node.power.elements import NS_PER_DAY, NS_PER_S
+from node.power.ephemeris import Array, Ephemeris
 
 ORBITS_AHEAD: Final = 5
 ORBITS_NEEDED: Final = 3.2
@@ -62,9 +63,9 @@ class EclipseForecast:
         Raises
         ------
         PenumbraError
-            The TLE is malformed or its checksum is wrong; names the line.
+            The TLE is malformed, of two satellites, for another theory or no orbit; names the line.
         """
-        return cls(Ephemeris(line1, line2))
+        return cls(Ephemeris.from_tle(line1, line2))
 
     @classmethod
     def from_omm(cls, fields: Mapping[str, object]) -> EclipseForecast:
@@ -73,7 +74,7 @@ class EclipseForecast:
         Raises
         ------
         PenumbraError
-            A field is missing or bad; names it.
+            A field is missing or bad, or gives the others another meaning; names it.
         """
         return cls(Ephemeris.from_omm(fields))
 

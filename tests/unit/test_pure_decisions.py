@@ -15,7 +15,7 @@ FLIGHT = ("node", "fdir", "telemetry")
 ALLOWED = {
     "__future__", "bisect", "collections", "crc32c", "dataclasses", "enum", "fractions", "functools",
     "graphlib", "hashlib", "heapq", "highspy", "itertools", "math", "msgspec", "numpy", "operator",
-    "rainflow", "sgp4", "statistics", "struct", "types", "typing",
+    "rainflow", "re", "reprlib", "sgp4", "statistics", "struct", "types", "typing",
 }  # fmt: skip
 """Modules that compute and do nothing else."""
 FORBIDDEN_CALLS = {"open", "print", "input", "exec", "eval", "breakpoint", "__import__"}

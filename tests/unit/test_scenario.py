@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from hil.scenario import PACKAGED, Scenario, load_scenario, packaged_scenarios
-from hil.tle import altitude_km, mean_motion_rad_min
+from hil.tle import mean_motion_rad_min
+from node.power.elements import altitude_km, tle_checksum
 from node.power.ephemeris import Ephemeris
 from telemetry.commands import Infer
 from telemetry.errors import PenumbraError
@@ -86,7 +87,7 @@ def test_a_tle_from_elements_keeps_them() -> None:
     assert float(LINE2[8:16]) == pytest.approx(51.64)
     assert float(LINE2[17:25]) == pytest.approx(231.0)
     assert float(LINE2[43:51]) == pytest.approx(132.0)
-    assert abs(Ephemeris(LINE1, LINE2).epoch_ns - scenario.start_ns) < 2_000_000
+    assert abs(Ephemeris.from_tle(LINE1, LINE2).epoch_ns - scenario.start_ns) < 2_000_000
     assert mean_motion_rad_min(420.0) * scenario.period_s / 60 == pytest.approx(6.283185, abs=1e-4)
 
 
@@ -187,11 +188,27 @@ def test_a_duration_of_weeks_is_refused(tmp_path: Path) -> None:
         load_scenario(path)
 
 
+def spoilt(line: str, at: int, text: str) -> str:
+    """Return the line with other characters and a right checksum."""
+    line = line[:at] + text + line[at + len(text) : 68]
+    return line + str(tle_checksum(line))
+
+
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
         (lambda one, two: (one[:-1] + str((int(one[-1]) + 1) % 10), two), "TLE line 1: checksum"),
         (lambda one, two: (one, two[:60]), "TLE line 2"),
+        (lambda one, two: (one[:23] + "\u00a0" + one[24:], two), "TLE line 1: .* U\\+00A0 in column 24"),
+        (
+            lambda one, two: (one, spoilt(two, 2, "25544")),
+            "line 1 is of satellite '99001', line 2 of '25544'",
+        ),
+        (lambda one, two: (spoilt(one, 20, "999"), two), "day 999 of the year 2026"),
+        (lambda one, two: (one, spoilt(two, 8, "251")), "inclination 251"),
+        (lambda one, two: (spoilt(one, 62, "4"), two), "ephemeris type 4"),
+        # The node does not read the mean motion's derivative, but the plant's reader does.
+        (lambda one, two: (spoilt(one, 33, "garbage!!!"), two), "orbit: TLE '1 99001U"),
     ],
 )
 def test_a_wrong_tle_names_file_and_line(tmp_path: Path, spoil: Any, says: str) -> None:
