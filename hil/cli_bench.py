@@ -93,6 +93,28 @@ def perplexity(
 
 
 @bench_app.command()
+def tokens(
+    strings: Annotated[
+        int, typer.Option(min=1, max=10_000_000, help="Strings to generate, beside pieces and corpus.")
+    ] = 100_000,
+    seed: Annotated[int, typer.Option(min=0, help="Strings and corpus follow from it.")] = 1,
+    gguf: Gguf = None,
+    json_path: Json = None,
+    markdown: Markdown = None,
+) -> None:
+    """Hold our token ids against those of llama.cpp; exit code 1 when a difference is unexplained."""
+    source = _source(gguf)
+    from hil.bench import render
+    from hil.bench.tokens import run_tokens
+
+    with _status() as say:
+        result = run_tokens(source, strings=strings, seed=seed, progress=say)
+    _leave(result, render.tokens(result, _command()), json_path, markdown)
+    if result.unexplained:
+        raise typer.Exit(1)
+
+
+@bench_app.command()
 def ceiling(
     images: Images = None,
     json_path: Json = None,
@@ -181,25 +203,38 @@ def _model(images: Path | None, gguf: Path | None, peers: bool) -> tuple[Path, P
     from node.inference.slots import active_image
     from telemetry.errors import PenumbraError
 
-    try:
-        from node.inference.gguf_file import GgufFile
-        from node.inference.gguf_source import packaged_gguf
-    except ImportError as error:
-        raise PenumbraError(
-            f"the GGUF the image was built from cannot be read: {error}", "pip install 'penumbra-node[gemma]'"
-        ) from None
     if peers:
         require_peer()
     directory = images if images is not None else default_images_dir()
     image = active_image(directory)
     manifest = load_manifest(image)
-    source = gguf if gguf is not None else packaged_gguf(default_images_dir().parent / "gguf")
+    source = _source(gguf)
+    from node.inference.gguf_file import GgufFile
+
     if GgufFile(source).sha256() != manifest.gguf_sha256:
         raise PenumbraError(
             f"{image} was not built from {source}",
             f"give the GGUF with SHA-256 {manifest.gguf_sha256[:16]}... with --gguf",
         )
     return image, source
+
+
+def _source(gguf: Path | None) -> Path:
+    """Return the GGUF that is given, or the packaged one.
+
+    Raises
+    ------
+    PenumbraError
+        It cannot be read: the extra `gemma` is not installed.
+    """
+    from node.inference.manifest import default_images_dir
+    from telemetry.errors import PenumbraError
+
+    try:
+        from node.inference.gguf_source import packaged_gguf
+    except ImportError as error:
+        raise PenumbraError(f"a GGUF cannot be read: {error}", "pip install 'penumbra-node[gemma]'") from None
+    return gguf if gguf is not None else packaged_gguf(default_images_dir().parent / "gguf")
 
 
 def _cores() -> int:

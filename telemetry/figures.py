@@ -247,6 +247,62 @@ class BenchPerplexity(_Part, frozen=True, kw_only=True):
     """Largest error of the flown head's log of the sum over the vocabulary, over those positions."""
 
 
+class TokensRow(_Part, frozen=True, kw_only=True):
+    """How two tokenizers compare on the texts of one part."""
+
+    part: str
+    texts: Count
+    size_bytes: Bytes
+    """As UTF-8."""
+    tokens: Count
+    """Ours."""
+    equal: Count
+    """Texts with the same ids (or, of single pieces, the same bytes) in both."""
+    explained: dict[str, int]
+    """Texts that differ exactly as a stated rule foresees, by rule."""
+    unexplained: Count
+    """All others that differ, or whose bytes our ids do not give back."""
+    wall_s: float
+
+
+class TokenDifference(_Part, frozen=True):
+    """An unexplained difference; each field is cut to a length that can be read."""
+
+    part: str
+    text: str
+    """From the place on where the ids differ."""
+    ours: str
+    """Ids from that place on, or bytes."""
+    peer: str
+
+
+class BenchTokens(_Part, frozen=True, kw_only=True):
+    """The result of `penumbra bench tokens`."""
+
+    machine: Machine
+    model: str
+    gguf_sha256: str
+    seed: int
+    faker: str | None
+    """Release of the package that wrote most of the corpus."""
+    locales: list[str]
+    """Languages it wrote in, in turn."""
+    corpus_bytes: dict[str, int]
+    """Size of the corpus by kind, UTF-8."""
+    corpus_sha256: str
+    """The corpus is made at run time: from seed, Python and faker."""
+    rows: list[TokensRow]
+    rules: dict[str, str]
+    """What explains a difference, by the name it is counted under."""
+    made_control: dict[str, int]
+    """User-defined pieces of the GGUF that llama.cpp makes control pieces: id by text."""
+    unexplained: Count
+    """0, or the command ends with exit code 1."""
+    differences: list[TokenDifference]
+    """The first ten unexplained ones."""
+    wall_s: float
+
+
 class OperatingPoint(_Part, frozen=True, kw_only=True):
     """One way to run the worker, and what it gives."""
 
@@ -478,6 +534,8 @@ PARTS: tuple[type[msgspec.Struct], ...] = (
     Bar,
     PerplexityRow,
     Disagreement,
+    TokensRow,
+    TokenDifference,
     OperatingPoint,
     CurrentProfile,
     CodecRates,

@@ -352,6 +352,7 @@ def generate() -> str:
         f"## Figures of the bench\n\n{inspect.cleandoc(figures.__doc__ or '')}\n",
         _struct(figures.BenchInference, "penumbra bench inference"),
         _struct(figures.BenchPerplexity, "penumbra bench perplexity"),
+        _struct(figures.BenchTokens, "penumbra bench tokens"),
         _struct(figures.Calibration, "penumbra calibrate"),
         _struct(figures.CeilingBench, "penumbra bench ceiling"),
         _struct(figures.BenchLink, "penumbra bench link"),

@@ -20,6 +20,8 @@ from telemetry.errors import PenumbraError
 
 PREFILL_BATCH: Final = 512
 """Tokens a call of prefill takes at most: llama.cpp's own default."""
+PIECE_BYTES: Final = 64
+"""Room for the bytes of a piece at first; llama.cpp says how much is needed where that is too little."""
 
 
 def require_peer() -> Any:
@@ -36,9 +38,71 @@ def require_peer() -> Any:
         raise PenumbraError(
             f"the peer llama.cpp (llama-cpp-python) is not installed, or cannot be loaded: {error}",
             "pip install 'penumbra-node[peers]' (it is compiled: a C++ compiler and cmake are needed), "
-            "or measure without it: --no-peers",
+            "or, but for `bench tokens`, measure without it: --no-peers",
         ) from None
     return binding
+
+
+def _load(gguf: Path, *, vocab_only: bool) -> tuple[Any, Any, Any]:
+    """Return the binding, the log callback it must keep, and a loaded model."""
+    binding = require_peer()
+    # llama.cpp keeps the pointer to the log callback: without a reference here it would dangle.
+    quiet = binding.llama_log_callback(lambda level, text, data: None)
+    binding.llama_log_set(quiet, ctypes.c_void_p(0))
+    binding.llama_backend_init()
+    parameters = binding.llama_model_default_params()
+    parameters.vocab_only = vocab_only
+    model = binding.llama_model_load_from_file(str(gguf).encode(), parameters)
+    if not model:
+        raise PenumbraError(f"{gguf}: llama.cpp cannot load it", "check the file")
+    return binding, quiet, model
+
+
+class LlamaVocab:
+    """The tokenizer of llama.cpp: the vocabulary of a GGUF without its weights.
+
+    Parameters
+    ----------
+    gguf
+        The file.
+
+    Raises
+    ------
+    PenumbraError
+        The extra `peers` is not installed, or llama.cpp cannot load the file.
+    """
+
+    def __init__(self, gguf: Path) -> None:
+        self._c, self._quiet, self._model = _load(gguf, vocab_only=True)
+        self._vocab = self._c.llama_model_get_vocab(self._model)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text, without `bos`; what looks like a control piece is text."""
+        raw = text.encode()
+        room = len(raw) + 1  # a token has a byte or more
+        ids = (self._c.llama_token * room)()
+        count = self._c.llama_tokenize(self._vocab, raw, len(raw), ids, room, False, False)
+        if count < 0:
+            raise RuntimeError(f"llama_tokenize returned {count}")
+        return list(ids[:count])
+
+    def piece(self, number: int, *, control: bool = False) -> bytes:
+        """Return the bytes of an id; control pieces print nothing unless `control`."""
+        room = PIECE_BYTES
+        while True:
+            text = ctypes.create_string_buffer(room)
+            count = self._c.llama_token_to_piece(self._vocab, number, text, room, 0, control)
+            if count >= 0:
+                return text.raw[:count]
+            room = -count
+
+    def is_control(self, number: int) -> bool:
+        """Whether llama.cpp takes the id for a control piece."""
+        return bool(self._c.llama_vocab_is_control(self._vocab, number))
+
+    def close(self) -> None:
+        """Free the model."""
+        self._c.llama_model_free(self._model)
 
 
 class LlamaPeer:
@@ -58,15 +122,7 @@ class LlamaPeer:
     """
 
     def __init__(self, gguf: Path, threads: int) -> None:
-        self._c = require_peer()
-        # llama.cpp keeps the pointer to the log callback: without a reference here it would dangle.
-        self._quiet = self._c.llama_log_callback(lambda level, text, data: None)
-        self._c.llama_log_set(self._quiet, ctypes.c_void_p(0))
-        self._c.llama_backend_init()
-        parameters = self._c.llama_model_default_params()
-        self._model = self._c.llama_model_load_from_file(str(gguf).encode(), parameters)
-        if not self._model:
-            raise PenumbraError(f"{gguf}: llama.cpp cannot load it", "check the file")
+        self._c, self._quiet, self._model = _load(gguf, vocab_only=False)
         self.threads = threads
         self.vocab = int(self._c.llama_vocab_n_tokens(self._c.llama_model_get_vocab(self._model)))
 

@@ -8,6 +8,7 @@ from telemetry.figures import (
     BenchInference,
     BenchLink,
     BenchPerplexity,
+    BenchTokens,
     Calibration,
     CeilingBench,
     Machine,
@@ -169,6 +170,55 @@ def perplexity(result: BenchPerplexity, command: str) -> str:
     return "\n".join(sections)
 
 
+def tokens(result: BenchTokens, command: str) -> str:
+    """Return the page of `penumbra bench tokens`."""
+    kinds = ", ".join(f"{kind} {size:,}" for kind, size in result.corpus_bytes.items())
+    made_control = ", ".join(f"`{piece}` (id {number})" for piece, number in result.made_control.items())
+    sections = [
+        "# Token ids beside llama.cpp, measured\n",
+        f"Written by `{command}`; do not edit. Our tokenizer (SentencePiece, rebuilt from the GGUF) and that "
+        "of llama.cpp read the same file; control pieces in a text are text in both. Our ids must also give "
+        "back every text byte for byte (U+2581 as a space).\n",
+        _machine(result.machine),
+        f"Model: {result.model}, GGUF {result.gguf_sha256[:16]}. Seed {result.seed}.\n",
+        f"Corpus, bytes: {kinds}; SHA-256 {result.corpus_sha256[:16]}. It is made at run time and not kept: "
+        f"sources of the standard library, and text by faker {result.faker or '-'} in {len(result.locales)} "
+        f"languages ({', '.join(result.locales)}), with emoji.\n",
+        _table(
+            ("part", "texts", "bytes", "our tokens", "equal", "explained", "unexplained", "s"),
+            (
+                (
+                    row.part, f"{row.texts:,}", f"{row.size_bytes:,}", f"{row.tokens:,}", f"{row.equal:,}",
+                    f"{sum(row.explained.values()):,}", f"{row.unexplained:,}", f"{row.wall_s:.0f}",
+                )
+                for row in result.rows
+            ),
+        ),
+        "## Explained differences\n",
+        _table(
+            ("part", "rule", "texts"),
+            (
+                (row.part, rule, f"{count:,}")
+                for row in result.rows
+                for rule, count in sorted(row.explained.items())
+            ),
+        ),
+        *(f"- **{name}**: {rule}" for name, rule in result.rules.items()),
+        f"\nMade control pieces by llama.cpp: {made_control or 'none'}. The other control pieces print "
+        "nothing in both.\n",
+        f"## Unexplained differences: {result.unexplained:,}\n",
+    ]  # fmt: skip
+    if result.differences:
+        sections += [
+            f"The first {len(result.differences)}, from the place on where they differ:\n",
+            _table(
+                ("part", "text", "ours", "llama.cpp"),
+                ((each.part, code(each.text), each.ours, each.peer) for each in result.differences),
+            ),
+        ]
+    return "\n".join(sections)
+
+
 def ceiling(result: CeilingBench, command: str) -> str:
     """Return the page of `penumbra bench ceiling`."""
     return "\n".join([
@@ -269,6 +319,11 @@ def _machine(machine: Machine) -> str:
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def code(text: str) -> str:
+    """Return any text as code in a cell of a table."""
+    return "`` " + ascii(text).replace("|", "\\x7c") + " ``"
 
 
 def _spread(figure: Spread | None, digits: int) -> str:

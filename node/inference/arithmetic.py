@@ -70,7 +70,8 @@ def check_operators(operators: tuple[OperatorError, ...], where: str) -> None:
         # "not <=": no number is within no limit.
         if not each.roundings <= allowed:
             raise PenumbraError(
-                f"{where}: the product of {each.bits} bits in blocks of {each.block}, {each.columns} columns, "
-                f"{each.rows} rows errs by {each.roundings:.4g} roundings of float32, allowed are {allowed:.4g}",
+                f"{where}: the product of {each.bits} bits in blocks of {each.block}, {each.columns} columns "
+                f"and {each.rows} rows errs by {each.roundings:.4g} roundings of float32: "
+                f"{allowed:.4g} are allowed",
                 "this kernel of ONNX Runtime cannot be flown: take another version of it, and report the CPU",
             )

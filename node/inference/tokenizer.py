@@ -18,10 +18,38 @@ _UNKNOWN_ID: Final = 3
 _NO_ID: Final = -1
 _UNKNOWN_TYPE: Final = 2
 """SentencePiece's type of the unknown piece; Gemma's GGUF files mark it as a control piece, which fails."""
-_USER_DEFINED_TYPE: Final = 4
-"""SentencePiece's type of pieces that are found before anything is merged: runs of spaces, tags."""
+USER_DEFINED_TYPE: Final = 4
+"""SentencePiece's type of pieces that are cut out before all merging: runs of spaces or newlines, tags."""
 SPACE: Final = "\u2581"
 """What stands for a space in a piece."""
+
+
+def vocabulary(source: GgufSource) -> tuple[list[bytes], list[float], list[int]]:
+    """Return pieces, scores and types of the vocabulary in a GGUF, each by id.
+
+    Raises
+    ------
+    PenumbraError
+        The vocabulary is not SentencePiece's, or its fields are missing or differ in length.
+    """
+    fields = source.file.metadata
+    kind = fields.get("tokenizer.ggml.model")
+    tokens, scores, types = (
+        fields.get(f"tokenizer.ggml.{name}") for name in ("tokens", "scores", "token_type")
+    )
+    if (
+        kind != "llama"
+        or not isinstance(tokens, list)
+        or not isinstance(scores, np.ndarray)
+        or not isinstance(types, np.ndarray)
+        or not len(tokens) == len(scores) == len(types)
+    ):
+        raise PenumbraError(
+            f"{source.path}: no SentencePiece vocabulary: tokenizer.ggml.model is {kind!r}, 'llama' is "
+            "needed, with tokens, scores and token_type of one length",
+            "give a GGUF converted by llama.cpp from a Gemma 3 model",
+        )
+    return tokens, scores.tolist(), types.tolist()
 
 
 def sentencepiece_model(source: GgufSource) -> bytes:
@@ -48,23 +76,7 @@ def sentencepiece_model(source: GgufSource) -> bytes:
 
     proto: Any = sentencepiece_model_pb2
 
-    fields = source.file.metadata
-    kind = fields.get("tokenizer.ggml.model")
-    tokens, scores, types = (
-        fields.get(f"tokenizer.ggml.{name}") for name in ("tokens", "scores", "token_type")
-    )
-    if (
-        kind != "llama"
-        or not isinstance(tokens, list)
-        or not isinstance(scores, np.ndarray)
-        or not isinstance(types, np.ndarray)
-        or not len(tokens) == len(scores) == len(types)
-    ):
-        raise PenumbraError(
-            f"{source.path}: no SentencePiece vocabulary: tokenizer.ggml.model is {kind!r}, 'llama' is "
-            "needed, with tokens, scores and token_type of one length",
-            "give a GGUF converted by llama.cpp from a Gemma 3 model",
-        )
+    tokens, scores, types = vocabulary(source)
     model = proto.ModelProto()
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     trainer.model_type = proto.TrainerSpec.BPE
@@ -81,11 +93,11 @@ def sentencepiece_model(source: GgufSource) -> bytes:
     normalizer.add_dummy_prefix = False
     normalizer.remove_extra_whitespaces = False
     normalizer.escape_whitespaces = True
-    for number, (token, score, type_) in enumerate(zip(tokens, scores.tolist(), types.tolist(), strict=True)):
+    for number, (token, score, type_) in enumerate(zip(tokens, scores, types, strict=True)):
         kind = _UNKNOWN_TYPE if number == _UNKNOWN_ID else type_
         piece = token.decode("utf-8")
         # GGUF files keep the spaces of these pieces as spaces; SentencePiece looks for them in escaped text.
-        if kind == _USER_DEFINED_TYPE:
+        if kind == USER_DEFINED_TYPE:
             piece = piece.replace(" ", SPACE)
         model.pieces.add(piece=piece, score=score, type=kind)
     serialised: bytes = model.SerializeToString()
