@@ -313,6 +313,13 @@ async def test_a_job_ends_at_its_deadline_active_or_not_once_mission_time_is_kno
         await bench.set_mission_time(ISS_EPOCH_NS)
         await asyncio.sleep(1.0)
         assert bench.finished("a") is None
+        # A gateway that counts its weeks wrong for one second.
+        wrong = bus.BusTime(t_ns=ISS_EPOCH_NS + 1024 * 7 * 86400 * S)
+        await bench.publish(topics.bus(NODE, "time"), bus.encode(wrong))
+        await bench.until(lambda: bool(bench.events("clock.step_held")), "the step is held")
+        await asyncio.sleep(1.0)
+        assert bench.finished("a") is None
+        assert bench.finished("b") is None
         await bench.set_mission_time(deadline_ns)
         await bench.until(lambda: bench.finished("a") == "deadline", "end of the active job")
         await bench.until(lambda: bench.finished("b") == "deadline", "end of the queued job")
