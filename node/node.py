@@ -176,10 +176,16 @@ class Node:
             on_ack=self._on_ack,
             on_flow=lambda flow: self._downlink.on_flow(flow),  # noqa: PLW0108 - made later
             on_bus=self._on_bus,
+            on_retained=self._on_retained,
         )
         take = self._intake.on_message
         self._bus_link = MqttLink(
-            config.bus.url, f"penumbra-{name}-bus", self._intake.bus_topics, take, tls=tls_files(config.bus)
+            config.bus.url,
+            f"penumbra-{name}-bus",
+            self._intake.bus_topics,
+            take,
+            tls=tls_files(config.bus),
+            on_retained=self._intake.on_retained,
         )
         self._space_link = MqttLink(
             config.link.url,
@@ -396,6 +402,9 @@ class Node:
         else:
             self._view.handle(message, time.monotonic())
             self._look_for_contact()
+
+    def _on_retained(self, message: BusMessage) -> str | None:
+        return self._view.handle_retained(message, time.monotonic(), self._mission_ns(), self._clock.rate)
 
     def _steer_clock(self, event: BusTime | mission_clock.Tick) -> None:
         for action in self._clock.handle(event, time.monotonic_ns()):
