@@ -37,7 +37,8 @@ class ScheduleInsert(Arguments, frozen=True, kw_only=True):
 
     The schedule survives restarts. A command whose time passed by more than 30 s unexecuted is skipped, and
     reported so, unless it ends a restriction (a cap lifted or raised, an FDIR row enabled, external control
-    off): that is carried out however late. While a step of mission time is not confirmed, it waits. Not for hazardous commands, those of keys, `arm`, and what would feed the schedule itself.
+    off): that is carried out however late. While a step of mission time is not confirmed, it waits.
+    Not for hazardous commands, those of keys, `arm`, and what would feed the schedule itself.
     """
 
     name: ClassVar[str] = "schedule_insert"
