@@ -119,11 +119,60 @@ class BusView:
             case BusContact():
                 self.contact, self.contact_heard_s = message, now_s
             case BusOrbit() if message != self._orbit:
-                if message.omm is not None:
-                    self.forecast = EclipseForecast.from_omm(message.omm)
-                elif message.line1 is not None and message.line2 is not None:
-                    self.forecast = EclipseForecast.from_tle(message.line1, message.line2)
+                self.forecast = _forecast_from(message)
                 self._orbit = message
+
+    def handle_retained(
+        self, message: BusMessage, now_s: float, mission_ns: int | None, rate: float
+    ) -> str | None:
+        """Take a message that the broker had kept, if by its own stamp it is as good as live (ADR 0021).
+
+        Parameters
+        ----------
+        now_s
+            Monotonic clock, s.
+        mission_ns
+            Mission time, UTC ns; None while it is not known.
+        rate
+            Mission seconds a second of physical time.
+
+        Returns
+        -------
+        str or None
+            Why it is not taken; None if it is, or says nothing new.
+
+        Raises
+        ------
+        PenumbraError
+            As `handle`.
+        """
+        match message:
+            case BusOrbit() if message == self._orbit:
+                return None
+            case BusOrbit():
+                return self._take_retained_orbit(message, mission_ns)
+            case BusContact() if mission_ns is not None:
+                age_s = (mission_ns - message.t_ns) / NS_PER_S / rate
+                if abs(age_s) > STALE_S:
+                    return f"it is {age_s:.0f} s old"
+                heard_s = now_s - max(age_s, 0.0)
+                if self.contact is None or heard_s > self.contact_heard_s:
+                    self.handle(message, heard_s)
+                return None
+            case BusContact():
+                return "its age is not known before mission time is"
+            case _:
+                return "a live one is needed"
+
+    def _take_retained_orbit(self, message: BusOrbit, mission_ns: int | None) -> str | None:
+        forecast = _forecast_from(message)
+        if self.forecast is not None:
+            if mission_ns is None:
+                return "its age is not known before mission time is"
+            if forecast.tle_age_days(mission_ns) >= self.forecast.tle_age_days(mission_ns):
+                return "the elements in use are as near to mission time"
+        self.forecast, self._orbit = forecast, message
+        return None
 
     def tick(self, now_s: float) -> None:
         """Notice channels of a silent bus; about once a second."""
@@ -257,3 +306,10 @@ class BusView:
             return None if sunlit is None else reading.array_sun_w * sunlit
         value, at_s = self._held.get(name, (0.0, -math.inf))
         return value if 0 <= t_s - at_s <= self._bridge_s else None
+
+
+def _forecast_from(orbit: BusOrbit) -> EclipseForecast:
+    if orbit.omm is not None:
+        return EclipseForecast.from_omm(orbit.omm)
+    # One of the two forms is there, as the message's own check has seen.
+    return EclipseForecast.from_tle(orbit.line1 or "", orbit.line2 or "")

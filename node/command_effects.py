@@ -232,6 +232,27 @@ def _for_later(name: str, args: dict[str, Any]) -> None:
         raise CommandFailed(FailureCode.NOT_FOR_LATER, f"{name} is given from the ground, at its time")
 
 
+def ends_restriction(connection: sqlite3.Connection, name: str, args: dict[str, Any]) -> bool:
+    """Tell whether a command lifts what another one imposed: a power cap, or what holds the FDIR back.
+
+    Such a command is carried out however late: skipped, the restriction would last until the ground sees it.
+    """
+    try:
+        arguments = commands.parse_arguments(name, args)
+    except CommandError:
+        return False
+    match arguments:
+        case commands.SetPowerCap(power_w=power_w):
+            cap_w = state.cap_w(connection)
+            return cap_w is not None and (power_w is None or power_w > cap_w)
+        case commands.SetFdirRow(state=row_state):
+            return RowState(row_state) is RowState.ENABLED
+        case commands.ExternalControl(on=on):
+            return not on
+        case _:
+            return False
+
+
 def _remember(connection: sqlite3.Connection, arguments: Arguments) -> None:
     """Store the state a command sets."""
     match arguments:

@@ -15,12 +15,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from node import open_commands
-from node.command_effects import CommandEffects, CommandFailed, Done
+from node.command_effects import CommandEffects, CommandFailed, Done, ends_restriction
 from node.jobs import JobQueue
 from node.open_commands import OK, Order
 from node.pulse import Pulse
 from node.recorder import Recorder, Throttle
-from node.schedule import SKIP_AFTER_NS, Origin, Schedule
+from node.schedule import SKIP_AFTER_NS, Origin, Run, Schedule
 from telemetry import commands
 from telemetry.authenticator import (
     Accepted,
@@ -33,7 +33,7 @@ from telemetry.authenticator import (
 from telemetry.commands import Arguments, CommandError
 from telemetry.database import Database, StoreFull
 from telemetry.dictionary.codes import FailureCode
-from telemetry.packets import Packet, Stage, Verification
+from telemetry.packets import Event, Packet, Severity, Stage, Verification
 from telemetry.spool import Spool
 
 _log = logging.getLogger(__name__)
@@ -86,7 +86,10 @@ class Commanding:
     schedule
         Its tables exist; owned by this class from here on.
     mission_ns
-        Returns mission time, UTC ns; None while the bus has not told it: the schedule waits.
+        Returns mission time, UTC ns; None while the bus has not given it.
+    acting_ns
+        The same, and None as well while a step of it waits to be confirmed: the schedule waits. By default
+        `mission_ns`.
     check, take_other
         See `CommandEffects`; called in the database's thread and the command's transaction.
     """
@@ -102,6 +105,7 @@ class Commanding:
         on_executed: Callable[[Arguments], None],
         schedule: Schedule,
         mission_ns: Callable[[], int | None],
+        acting_ns: Callable[[], int | None] | None = None,
         on_begun: Callable[[Order, Arguments], None] = lambda _, __: None,
         check: Callable[[sqlite3.Connection, Arguments], None] = lambda _, __: None,
         take_other: Callable[[sqlite3.Connection, Arguments], Done | None] = lambda _, __: None,
@@ -114,7 +118,9 @@ class Commanding:
         self._recorder = recorder
         self._on_executed = on_executed
         self._schedule = schedule
-        self._mission_ns = mission_ns
+        self._acting_ns = acting_ns or mission_ns
+        self._step_ns = 0
+        """Steps of mission time that the sequences under way have yet to follow, ns."""
         self._on_begun = on_begun
         self._effects = CommandEffects(
             jobs, authenticator, schedule, mission_ns=mission_ns, check=check, take_other=take_other
@@ -199,18 +205,38 @@ class Commanding:
         """Wake the task that executes when the time of a scheduled command has come."""
         while True:
             await asyncio.sleep(SCHEDULE_TICK_S if self._stored else SCHEDULE_REST_S)
-            if self._due_ns() is not None:
+            if self._step_ns or self._due_ns() is not None:
                 self._wake()
+
+    def follow_step(self, by_ns: int) -> None:
+        """Note that mission time stepped: what is left of a sequence keeps its delays in physical time."""
+        self._step_ns += by_ns
+
+    async def _shift_sequences(self) -> None:
+        by_ns = self._step_ns
+        try:
+            await self._database.run(lambda c: self._schedule.shift_sequences(c, by_ns))
+        except (StoreFull, sqlite3.Error) as error:
+            self._stored = False
+            _log.error("sequences did not follow a step of mission time: %s", error)
+            await self._database.run(self._follow_disk)
+            return
+        self._stored = True
+        self._step_ns -= by_ns
 
     def _due_ns(self) -> int | None:
         """Return mission time if a scheduled command is due."""
-        now_ns, next_ns = self._mission_ns(), self._schedule.next_ns
+        if self._step_ns:
+            return None
+        now_ns, next_ns = self._acting_ns(), self._schedule.next_ns
         return now_ns if now_ns is not None and next_ns is not None and next_ns <= now_ns else None
 
     async def _handle(self) -> None:
         while True:
             authentic = await self._inbox.get()
             self.pulse.beat()
+            if self._step_ns:
+                await self._shift_sequences()
             while (due_ns := self._due_ns()) is not None and await self._execute_entry(due_ns):
                 pass
             if authentic is None:
@@ -315,7 +341,7 @@ class Commanding:
                     )
                 ]
             )
-        elif late_ns > SKIP_AFTER_NS:
+        elif late_ns > SKIP_AFTER_NS and not ends_restriction(connection, entry.name, entry.args):
             answer = Answer(
                 [order.report(Stage.STARTED, FailureCode.SKIPPED, f"its time was {late_ns / 1e9:.0f} s ago")]
             )
@@ -323,6 +349,10 @@ class Commanding:
             answer = self._execute_in(connection, order)
         for packet in answer.packets:
             self._spool.append(connection, packet, now_ns)
+        if entry.sequence is not None:
+            ended = self._schedule.count_step(connection, entry.sequence, ran=answer.executed is not None)
+            if ended is not None and ended.missed:
+                self._spool.append(connection, _partial(entry.sequence, ended), now_ns)
         return answer
 
     def _execute_in(self, connection: sqlite3.Connection, order: Order) -> Answer:
@@ -352,3 +382,14 @@ class Commanding:
         answer.reports.append(order.report(Stage.COMPLETED, OK, done.note))
         answer.packet = done.packet
         return answer
+
+
+def _partial(sequence: str, run: Run) -> Event:
+    """Return the event of a sequence that has ended, and of which not all steps were carried out."""
+    text = f"sequence {sequence} has ended: {run.ran} of its steps ran, {run.missed} did not"
+    return Event(
+        severity=Severity.MEDIUM,
+        name="sequence.partial",
+        text=text,
+        evidence={"sequence": sequence, "ran": run.ran, "missed": run.missed},
+    )

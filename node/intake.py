@@ -23,6 +23,8 @@ BUS_CHANNELS = tuple(c for c in CHANNELS if c not in FROM_NODE)
 """Channels the node listens to."""
 REPORT_PERIOD_S = 10.0
 """Time between two events about garbage, s (assumed)."""
+RETAINED_PERIOD_S = 3600.0
+"""The same about retained messages: each comes again with every renewed subscription, s (assumed)."""
 FLOW_FRESH_NS = 600 * 1_000_000_000
 """A word on flow further from mission time than this is an old one played again, ns (assumed)."""
 
@@ -48,6 +50,8 @@ class Intake:
         Takes an authenticated and fresh word on flow.
     on_bus
         Takes a message of the bus; raises ValueError or PenumbraError when its content is impossible.
+    on_retained
+        The same for one the broker had kept; returns why it is not taken, None if it is. By default none is.
     """
 
     def __init__(
@@ -61,9 +65,12 @@ class Intake:
         on_ack: Callable[[Ack], None],
         on_flow: Callable[[Flow], None],
         on_bus: Callable[[BusMessage], None],
+        on_retained: Callable[[BusMessage], str | None] = lambda _: "a live one is needed",
     ) -> None:
         self.garbage = 0
         """Messages that could not be read, since boot."""
+        self.retained = 0
+        """Retained messages of the bus that were not taken, since boot."""
         self._ring = ring
         self._recorder = recorder
         self._on_command = on_command
@@ -71,6 +78,7 @@ class Intake:
         self._on_ack = on_ack
         self._on_flow = on_flow
         self._on_bus = on_bus
+        self._on_retained = on_retained
         self._node = node
         self._open = True
         self._tc = topics.tc(node)
@@ -94,7 +102,11 @@ class Intake:
         """Drop everything from now on: the node is stopping."""
         self._open = False
 
-    def on_message(self, topic: str, payload: bytes) -> None:
+    def on_retained(self, topic: str, payload: bytes) -> None:
+        """Take one message that the broker had kept: of the bus, it may be of any age."""
+        self.on_message(topic, payload, retained=True)
+
+    def on_message(self, topic: str, payload: bytes, *, retained: bool = False) -> None:
         """Take one message."""
         if not self._open:
             return
@@ -108,9 +120,7 @@ class Intake:
             elif topic == self._flow:
                 self._take_flow(decode_flow(payload, self._ring))
             elif topic in self._bus:
-                channel = self._bus[topic]
-                # A sensor that gives nonsense costs its value, not the message.
-                self._on_bus(decode_eps(payload) if channel == "eps" else decode(channel, payload))
+                self._take_bus(topic, payload, retained=retained)
             else:
                 raise ValueError("nothing is expected on this topic")
         except (AckError, SignedError) as error:
@@ -123,6 +133,24 @@ class Intake:
             self._report(topic, str(error))
         except PenumbraError as error:
             self._report(topic, error.what)
+
+    def _take_bus(self, topic: str, payload: bytes, *, retained: bool) -> None:
+        channel = self._bus[topic]
+        # A sensor that gives nonsense costs its value, not the message.
+        message = decode_eps(payload) if channel == "eps" else decode(channel, payload)
+        if not retained:
+            self._on_bus(message)
+            return
+        why = self._on_retained(message)
+        if why is None:
+            return
+        self.retained += 1
+        throttle = self._throttles.setdefault(f"retained {topic}", Throttle(RETAINED_PERIOD_S))
+        count = throttle.admit(time.monotonic())
+        if count is not None:
+            text = f"retained message on {topic} is not taken: {why}"
+            evidence: Evidence = {"topic": topic, "since_last_report": count, "total": self.retained}
+            self._recorder.event(Severity.LOW, "bus.retained", text, evidence)
 
     def _take_flow(self, flow: Flow) -> None:
         if flow.node != self._node or abs(self._recorder.now_ns() - flow.t_ns) > FLOW_FRESH_NS:

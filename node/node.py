@@ -16,7 +16,7 @@ from pathlib import Path
 from fdir.boot import BootDecision, BootMode
 from fdir.table import Table
 from node import clock as mission_clock
-from node import contacts, modes, state
+from node import clock_events, contacts, modes, state
 from node.boards import Board
 from node.bus_view import BusView
 from node.commanding import Commanding
@@ -133,7 +133,7 @@ class Node:
             self.recorder,
             batch=lambda: self._power.point.batch,
             least_priority=lambda: self._power.planning.least_priority,
-            mission_ns=self._mission_ns,
+            mission_ns=self._acting_ns,
             send=self._worker.send,
             on_fault=self._worker.report_fault,
         )
@@ -162,6 +162,7 @@ class Node:
             on_executed=self._on_executed,
             schedule=schedule,
             mission_ns=self._mission_ns,
+            acting_ns=self._acting_ns,
             check=lambda connection, arguments: self._fdir.check(connection, arguments),  # noqa: PLW0108 - made later
             take_other=self._transfers.commands.take,
             on_begun=self._transfers.long_commands.begin,
@@ -175,10 +176,16 @@ class Node:
             on_ack=self._on_ack,
             on_flow=lambda flow: self._downlink.on_flow(flow),  # noqa: PLW0108 - made later
             on_bus=self._on_bus,
+            on_retained=self._on_retained,
         )
         take = self._intake.on_message
         self._bus_link = MqttLink(
-            config.bus.url, f"penumbra-{name}-bus", self._intake.bus_topics, take, tls=tls_files(config.bus)
+            config.bus.url,
+            f"penumbra-{name}-bus",
+            self._intake.bus_topics,
+            take,
+            tls=tls_files(config.bus),
+            on_retained=self._intake.on_retained,
         )
         self._space_link = MqttLink(
             config.link.url,
@@ -375,11 +382,16 @@ class Node:
             self.recorder.post(packet)
 
     def _mission_ns(self) -> int | None:
-        """Return mission time for the deadlines of jobs; None before the bus has told it.
-
-        A job that is ended too early is lost work; on the host's idea of the time alone none is.
-        """
+        """Return mission time for what commands ask for; None before the bus has given it."""
         return self.recorder.now_ns() if self._clock.known else None
+
+    def _acting_ns(self) -> int | None:
+        """Return mission time for what cannot be undone: deadlines of jobs, and the schedule.
+
+        A job that is ended too early is lost work: none is on the host's idea of the time, nor while the bus
+        gives another time than the clock.
+        """
+        return None if self._clock.holding else self._mission_ns()
 
     def _on_ack(self, ack: Ack) -> None:
         self._downlink.on_ack(ack)
@@ -391,18 +403,14 @@ class Node:
             self._view.handle(message, time.monotonic())
             self._look_for_contact()
 
+    def _on_retained(self, message: BusMessage) -> str | None:
+        return self._view.handle_retained(message, time.monotonic(), self._mission_ns(), self._clock.rate)
+
     def _steer_clock(self, event: BusTime | mission_clock.Tick) -> None:
         for action in self._clock.handle(event, time.monotonic_ns()):
-            match action:
-                case mission_clock.ClockLocked(error_s):
-                    text = f"mission clock locked to the bus, it was {error_s:+.3f} s off"
-                    self.recorder.event(Severity.INFO, "clock.locked", text, {"error_s": error_s})
-                case mission_clock.ClockStepped(error_s):
-                    text = f"mission clock stepped by {error_s:+.3f} s"
-                    self.recorder.event(Severity.MEDIUM, "clock.stepped", text, {"error_s": error_s})
-                case mission_clock.ClockLost(silent_s):
-                    text = f"no time from the bus for {silent_s:.1f} s: the mission clock runs free"
-                    self.recorder.event(Severity.LOW, "clock.free_running", text, {"silent_s": silent_s})
+            self.recorder.event(*clock_events.describe(action))
+            if isinstance(action, mission_clock.ClockStepped):
+                self._commanding.follow_step(round(action.error_s * 1e9))
 
     def _look_for_contact(self) -> None:
         view, now_ns = self._view, self.recorder.now_ns()

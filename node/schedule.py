@@ -1,9 +1,13 @@
 """Commands for later: a durable schedule by mission time, and named sequences that are put into it.
 
 A sequence is stored under its name, each step with the CRC-32C the ground gave it; starting it puts its steps
-into the schedule, stopping it takes them out. Entries and sequences are kept in three copies and voted when
-they are read: a struck copy is outvoted, and what is beyond a vote is reported and not executed. All methods
-take the connection and are meant for `telemetry.database.Database.run`.
+into the schedule, stopping it takes them out. A step is due by its delay after the one before: when mission
+time steps, what is left of a sequence moves with it, while a command scheduled by itself keeps its time. How
+many steps of a run were carried out is counted, since some may be skipped.
+
+Entries and sequences are kept in three copies and voted when they are read: a struck copy is outvoted, and
+what is beyond a vote is reported and not executed. All methods take the connection and are meant for
+`telemetry.database.Database.run`.
 """
 
 from __future__ import annotations
@@ -33,6 +37,10 @@ _SCHEMA = (
         sequence TEXT,
         record BLOB NOT NULL)""",
     "CREATE TABLE IF NOT EXISTS sequences (name TEXT PRIMARY KEY, steps BLOB NOT NULL)",
+    """CREATE TABLE IF NOT EXISTS sequence_runs (
+        name TEXT PRIMARY KEY,
+        ran INTEGER NOT NULL,
+        missed INTEGER NOT NULL)""",
 )
 
 
@@ -74,6 +82,18 @@ class Entry:
     origin: Origin
     sound: bool
     """Whether it is what the ground sent; if not, all but its number is unknown."""
+    sequence: str | None = None
+    """The sequence it is a step of."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a run of a sequence went."""
+
+    ran: int
+    """Steps that were carried out."""
+    missed: int
+    """Steps that were skipped, damaged or failed."""
 
 
 class Schedule:
@@ -137,31 +157,55 @@ class Schedule:
                 raise ScheduleError(
                     FailureCode.IN_THE_PAST, f"entry {number} would not lie ahead: none is moved"
                 )
-        for number, record in found:
+        self._move(connection, found, by_ns)
+        return len(found)
+
+    def shift_sequences(self, connection: sqlite3.Connection, by_ns: int) -> None:
+        """Move all steps of sequences under way in mission time, which stepped by `by_ns`."""
+        rows = connection.execute("SELECT entry, record FROM schedule WHERE sequence IS NOT NULL").fetchall()
+        self._move(connection, [(n, record) for n, blob in rows if (record := _decode(blob))], by_ns)
+
+    def _move(
+        self, connection: sqlite3.Connection, entries: Sequence[tuple[int, _Record]], by_ns: int
+    ) -> None:
+        for number, record in entries:
             moved = msgspec.structs.replace(record, t_ns=record.t_ns + by_ns)
             connection.execute(
                 "UPDATE schedule SET t_ns = ?, record = ? WHERE entry = ?",
                 (moved.t_ns, _encode(moved), number),
             )
         self.look(connection)
-        return len(found)
 
     def take_due(self, connection: sqlite3.Connection, now_ns: int) -> Entry | None:
         """Take the earliest entry whose time has come out of the schedule; None if there is none."""
         row = connection.execute(
-            "SELECT entry, t_ns, record FROM schedule WHERE t_ns <= ? ORDER BY t_ns, entry LIMIT 1", (now_ns,)
+            "SELECT entry, t_ns, sequence, record FROM schedule WHERE t_ns <= ? ORDER BY t_ns, entry LIMIT 1",
+            (now_ns,),
         ).fetchone()
         if row is None:
             self.look(connection)
             return None
-        number, t_ns, blob = row
+        number, t_ns, sequence, blob = row
         connection.execute("DELETE FROM schedule WHERE entry = ?", (number,))
         self.look(connection)
         record = _decode(blob)
         if record is None or record.t_ns != t_ns:
-            return Entry(number, t_ns, "", {}, Origin("", 0), sound=False)
+            return Entry(number, t_ns, "", {}, Origin("", 0), sound=False, sequence=sequence)
         origin = Origin(record.key_id, record.seq)
-        return Entry(number, t_ns, record.name, record.args, origin, sound=True)
+        return Entry(number, t_ns, record.name, record.args, origin, sound=True, sequence=record.sequence)
+
+    def count_step(self, connection: sqlite3.Connection, name: str, *, ran: bool) -> Run | None:
+        """Count a step that was taken out; return the count of the run if that was its last one."""
+        connection.execute(
+            "UPDATE sequence_runs SET ran = ran + ?, missed = missed + ? WHERE name = ?",
+            (int(ran), int(not ran), name),
+        )
+        if connection.execute("SELECT 1 FROM schedule WHERE sequence = ?", (name,)).fetchone():
+            return None
+        row = connection.execute(
+            "DELETE FROM sequence_runs WHERE name = ? RETURNING ran, missed", (name,)
+        ).fetchone()
+        return None if row is None else Run(*row)
 
     def load(self, connection: sqlite3.Connection, name: str, steps: Sequence[SequenceStep]) -> None:
         """Store a sequence, in the place of one of that name.
@@ -203,6 +247,7 @@ class Schedule:
             _check_step(number, step)
             t_ns += round(step.delay_s * 1e9)
             self._insert(connection, _Record(t_ns, step.command, step.args, origin.key_id, origin.seq, name))
+        connection.execute("INSERT OR REPLACE INTO sequence_runs VALUES (?, 0, 0)", (name,))
         self.look(connection)
         return len(steps)
 

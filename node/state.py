@@ -244,6 +244,12 @@ def set_cap(connection: sqlite3.Connection, cap_w: float | None) -> None:
     _set(connection, "cap_w", cap_w)
 
 
+def cap_w(connection: sqlite3.Connection) -> float | None:
+    """Return the commanded power cap, W; None without one."""
+    cap: float | None = _Reader(connection).get("cap_w", float | None, None)
+    return cap
+
+
 def set_slot(connection: sqlite3.Connection, slot: Slot) -> None:
     """Remember that the worker uses another image slot since the boot, which begins without failed starts."""
     failed = dict(_Reader(connection).get("failed_starts", dict[Slot, int], {}))

@@ -207,7 +207,9 @@ def _topic_section() -> str:
         )
     text = (
         f"`{node}` is a node name: `{topics.NODE_NAME.pattern}`. Every message travels with QoS 1 over MQTT "
-        "3.1.1 or 5; nothing is retained, and nothing relies on the broker's durability.\n"
+        "3.1.1 or 5; nothing is to be retained, and nothing relies on the broker's durability. Of retained "
+        "messages of the bus a node takes no `time`, `eps` and `thermal`, a `contact` by its own stamp, and "
+        "an `orbit` whose epoch is nearer to mission time than that of the elements in use.\n"
     )
     return f"## Topics\n\n{text}\n{_table(('topic', 'from and to', 'payload'), rows)}"
 

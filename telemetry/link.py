@@ -250,6 +250,9 @@ class MqttLink:
     on_message
         Called on the loop with (topic, payload) of each message; must be quick, and must not raise: an
         exception from it is a fault of the program and ends `run`.
+    on_retained
+        Called instead for what the broker had kept before the node subscribed, of whatever age; it comes
+        again with each renewed subscription. By default `on_message`, for messages that prove their age.
     keepalive_s
         MQTT keep-alive, s: a dead broker is noticed after twice that, and `2 * MISC_S`, even when nothing is
         published.
@@ -284,6 +287,7 @@ class MqttLink:
         max_backoff_s: float = 2.0,
         renew_s: float = RENEW_S,
         tls: TlsFiles | None = None,
+        on_retained: OnMessage | None = None,
     ) -> None:
         self.connected = asyncio.Event()
         self.connections = 0
@@ -298,6 +302,7 @@ class MqttLink:
         self._client_id = client_id
         self._topics = tuple(topics)
         self._on_message = on_message
+        self._on_retained = on_retained or on_message
         self._keepalive_s = keepalive_s
         self._publish_timeout_s = publish_timeout_s
         self._max_inflight = max_inflight
@@ -457,7 +462,8 @@ class MqttLink:
                     failure = aiomqtt.MqttError(f"not MQTT: {type(error).__name__}: {error}")
                     break
                 if isinstance(message.payload, bytes):
-                    self._on_message(message.topic.value, message.payload)
+                    take = self._on_retained if message.retain else self._on_message
+                    take(message.topic.value, message.payload)
             self._broken.set()
 
         async with asyncio.TaskGroup() as group:

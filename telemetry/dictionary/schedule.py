@@ -36,7 +36,9 @@ class ScheduleInsert(Arguments, frozen=True, kw_only=True):
     """Have a command executed later, by mission time. The verification tells the number of its entry.
 
     The schedule survives restarts. A command whose time passed by more than 30 s unexecuted is skipped, and
-    reported so. Not for hazardous commands, those of keys, `arm`, and what would feed the schedule itself.
+    reported so, unless it ends a restriction (a cap lifted or raised, an FDIR row enabled, external control
+    off): that is carried out however late. While a step of mission time is not confirmed, it waits.
+    Not for hazardous commands, those of keys, `arm`, and what would feed the schedule itself.
     """
 
     name: ClassVar[str] = "schedule_insert"
@@ -101,7 +103,11 @@ class SequenceLoad(Arguments, frozen=True, kw_only=True):
 
 
 class SequenceStart(Arguments, frozen=True, kw_only=True):
-    """Put the steps of a sequence into the schedule, from now on. A sequence runs once at a time."""
+    """Put the steps of a sequence into the schedule, from now on. A sequence runs once at a time.
+
+    Its delays are kept when mission time steps. When it ends and steps of it were skipped, damaged or failed,
+    the event `sequence.partial` says how many ran.
+    """
 
     name: ClassVar[str] = "sequence_start"
     hazard: ClassVar[Hazard] = Hazard.SERVICE

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 from hil.broker import EmbeddedBroker
+from node.clock import CONFIRM_AFTER_S
 from node.config import NodeConfig
 from telemetry import bus, topics
 from telemetry.ack import encode_ack
@@ -112,9 +113,13 @@ class Bench:
             await self.link.publish(topic, payload)
 
     async def set_mission_time(self, t_ns: int, rate: float = 1.0) -> None:
-        """Steer the node's mission clock as the bus does."""
-        self.mission_offset_ns = t_ns - time.time_ns()
-        await self.publish(topics.bus(NODE, "time"), bus.encode(bus.BusTime(t_ns=t_ns, rate=rate)))
+        """Steer the node's mission clock as the bus does: a second sample confirms the first."""
+        began_ns = time.time_ns()
+        self.mission_offset_ns = t_ns - began_ns
+        for _ in range(2):
+            now_ns = t_ns + round((time.time_ns() - began_ns) * rate)
+            await self.publish(topics.bus(NODE, "time"), bus.encode(bus.BusTime(t_ns=now_ns, rate=rate)))
+            await asyncio.sleep(2 * CONFIRM_AFTER_S)
 
     async def start(self) -> None:
         """Start the node and wait for its first housekeeping."""

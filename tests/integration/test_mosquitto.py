@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import aiomqtt
 import pytest
 from brokers import hardened, needs_mosquitto
 from waiting import until
@@ -67,6 +68,33 @@ async def test_plain_broker_serves_both_protocols_and_survives_a_kill(tmp_path: 
             await until(client.link.connected.is_set)
             await client.say("a/b", b"2")
             await until(lambda: client.heard[-1] == ("a/b", b"2"))
+
+
+@pytest.mark.parametrize("scheme", ["mqtt", "mqtt5"])
+async def test_what_the_broker_had_kept_is_apart_from_what_is_live(tmp_path: Path, scheme: str) -> None:
+    async with Mosquitto(tmp_path) as broker:
+        gateway = aiomqtt.Client("127.0.0.1", broker.port, identifier="gateway")
+        live: list[bytes] = []
+        kept: list[bytes] = []
+        link = MqttLink(
+            f"{scheme}://127.0.0.1:{broker.port}",
+            "node",
+            ["a/#"],
+            lambda _, payload: live.append(payload),
+            on_retained=lambda _, payload: kept.append(payload),
+            renew_s=0.2,
+        )
+        async with gateway:
+            await gateway.publish("a/b", b"yesterday", qos=1, retain=True)
+            task = asyncio.create_task(link.run(), name="test.link")
+            await until(lambda: len(kept) >= 2)  # with each renewed subscription
+            # Retained as well, and live for whoever has subscribed.
+            await gateway.publish("a/b", b"now", qos=1, retain=True)
+            await until(lambda: b"now" in kept)
+            task.cancel()
+            await asyncio.wait([task])
+    assert live == [b"now"]
+    assert set(kept) == {b"yesterday", b"now"}
 
 
 async def test_a_broker_that_cannot_start_says_why(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import sqlite3
 import time
 from pathlib import Path
 
+import aiomqtt
 import pytest
 from node_bench import NODE, STARTER, Bench, open_bench
 from scripted_worker import IMAGE_ID, text_of
@@ -16,6 +17,7 @@ from node.power.forecast import EclipseForecast
 from node.runtime import EXIT_CRASH, EXIT_OVERRUN
 from telemetry import bus, commands, topics
 from telemetry.certificate import check_chain, verify_results
+from telemetry.link import BrokerAddress
 from telemetry.packets import (
     BootReport,
     FdirReport,
@@ -313,6 +315,13 @@ async def test_a_job_ends_at_its_deadline_active_or_not_once_mission_time_is_kno
         await bench.set_mission_time(ISS_EPOCH_NS)
         await asyncio.sleep(1.0)
         assert bench.finished("a") is None
+        # A gateway that counts its weeks wrong for one second.
+        wrong = bus.BusTime(t_ns=ISS_EPOCH_NS + 1024 * 7 * 86400 * S)
+        await bench.publish(topics.bus(NODE, "time"), bus.encode(wrong))
+        await bench.until(lambda: bool(bench.events("clock.step_held")), "the step is held")
+        await asyncio.sleep(1.0)
+        assert bench.finished("a") is None
+        assert bench.finished("b") is None
         await bench.set_mission_time(deadline_ns)
         await bench.until(lambda: bench.finished("a") == "deadline", "end of the active job")
         await bench.until(lambda: bench.finished("b") == "deadline", "end of the queued job")
@@ -322,6 +331,21 @@ async def test_a_job_ends_at_its_deadline_active_or_not_once_mission_time_is_kno
         assert check_chain(IMAGE_ID, "a", bench.archive.results(NODE)["a"]) == len(text)
         await bench.execute(commands.Infer(job="c", prompt="x", max_tokens=8))
         await bench.until(lambda: bench.finished("c") == "length", "a job after that")
+
+
+async def test_what_the_broker_kept_of_yesterday_is_no_time_and_no_reading(tmp_path: Path) -> None:
+    async with open_bench(tmp_path) as bench:
+        yesterday_ns = time.time_ns() - 86400 * S
+        broker = BrokerAddress.parse(bench.url)
+        async with aiomqtt.Client(broker.host, broker.port, identifier="gateway") as gateway:
+            for channel, message in (("time", bus.BusTime(t_ns=yesterday_ns)), ("eps", EPS)):
+                topic = topics.bus(NODE, channel)
+                await gateway.publish(topic, bus.encode(message), qos=1, retain=True)
+        await bench.start()
+        await bench.until(lambda: len(bench.events("bus.retained")) >= 2, "both are reported")
+        latest = bench.new_housekeeping()[-1]
+        assert (latest.clock_locked, latest.battery_soc) == (False, None)
+        assert not bench.events("clock.locked")
 
 
 async def test_clock_modes_and_power_follow_the_bus(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from telemetry.database import Database, StoreFull
 from telemetry.envelope import COMMAND_VERSION, Command, encode_command, make_command
 from telemetry.frame import decode_frame
 from telemetry.keys import Key, KeyRing, KeyState
-from telemetry.packets import CommandSchedule, Mode, Packet, SecurityReport, Stage, Verification
+from telemetry.packets import CommandSchedule, Event, Mode, Packet, SecurityReport, Stage, Verification
 from telemetry.sampling import Sampling
 from telemetry.spool import Spool
 
@@ -44,6 +44,7 @@ class Ground:
         self.executed: list[Arguments] = []
         self.schedule = Schedule()
         self.mission_ns: int | None = NOW_NS
+        self.holding = False
         self.commanding = Commanding(
             database=database,
             spool=self.spool,
@@ -53,6 +54,7 @@ class Ground:
             on_executed=self.executed.append,
             schedule=self.schedule,
             mission_ns=lambda: self.mission_ns,
+            acting_ns=lambda: None if self.holding else self.mission_ns,
         )
         self.seq = itertools.count()
 
@@ -390,6 +392,114 @@ async def test_a_sequence_runs_step_by_step_and_can_be_stopped(tmp_path: Path) -
         stop = last(await ground.send(ground.sign(commands.SequenceStop(sequence="dawn"))))
         assert (stop.code, stop.reason) == ("ok", "1 steps were left")
         assert ground.schedule.next_ns is None
+
+
+S = 1_000_000_000
+LIFTED_LATER = (
+    commands.make_step(commands.SetPowerCap(power_w=5.0), delay_s=1.0),
+    commands.make_step(commands.ReportLedger(), delay_s=60.0),
+    commands.make_step(commands.SetPowerCap(power_w=None), delay_s=60.0),
+)
+
+
+async def begin_sequence(ground: Ground, steps: tuple[commands.SequenceStep, ...]) -> None:
+    """Load a sequence that caps the power, start it, and let its first step run."""
+    await ground.send(ground.sign(commands.SequenceLoad(sequence="dawn", steps=steps)))
+    assert last(await ground.send(ground.sign(commands.SequenceStart(sequence="dawn")))).code == "ok"
+    ground.mission_ns = NOW_NS + S
+    await until(lambda: commands.SetPowerCap(power_w=5.0) in ground.executed)
+
+
+async def test_nothing_scheduled_is_done_or_skipped_while_a_step_of_the_clock_is_held(tmp_path: Path) -> None:
+    insert = commands.ScheduleInsert(t_ns=NOW_NS + 500, command="report_ledger")
+    async with open_ground(tmp_path) as ground:
+        await ground.send(ground.sign(insert))
+        ground.holding = True
+        ground.mission_ns = NOW_NS + 500
+        await asyncio.sleep(3 * module.SCHEDULE_TICK_S)
+        assert commands.ReportLedger() not in ground.executed
+        # What is given now is taken by the time in force.
+        more = commands.ScheduleInsert(t_ns=NOW_NS + 900, command="ping")
+        assert last(await ground.send(ground.sign(more))).code == "ok"
+        ground.holding = False
+        await until(lambda: commands.ReportLedger() in ground.executed)
+
+
+@pytest.mark.parametrize("step_s", [3600, -3600, 1024 * 7 * 86400])
+async def test_a_sequence_under_way_keeps_its_delays_across_a_step_of_mission_time(
+    tmp_path: Path, step_s: int
+) -> None:
+    async with open_ground(tmp_path) as ground:
+        await begin_sequence(ground, LIFTED_LATER)
+        at_ns = ground.schedule.next_ns
+        assert at_ns == NOW_NS + 61 * S
+        alone = NOW_NS + 10**6 * S
+        await ground.send(ground.sign(commands.ScheduleInsert(t_ns=alone, command="ping")))
+        ground.commanding.follow_step(step_s * S)
+        ground.mission_ns = NOW_NS + (1 + step_s) * S
+        await until(lambda: not ground.commanding._step_ns)
+        report = await ground.database.run(ground.schedule.report)
+        assert {e.execute_ns for e in report.entries if e.sequence} == {
+            at_ns + step_s * S,
+            at_ns + (step_s + 60) * S,
+        }
+        assert {e.execute_ns for e in report.entries if not e.sequence} <= {alone}
+        ground.mission_ns += 121 * S
+        await until(lambda: commands.SetPowerCap(power_w=None) in ground.executed)
+        assert commands.ReportLedger() not in ground.executed  # 60 s late, with the last one: skipped
+        events = [p for p in await ground.send() if isinstance(p, Event)]
+        assert [e.name for e in events] == ["sequence.partial"]
+
+
+async def test_of_a_sequence_run_by_half_the_ground_learns_and_its_cap_is_lifted(tmp_path: Path) -> None:
+    async with open_ground(tmp_path) as ground:
+        await begin_sequence(ground, LIFTED_LATER)
+        ground.mission_ns = NOW_NS + 3600 * S
+        await until(lambda: ground.schedule.next_ns is None)
+        packets = await ground.send()
+        assert (await ground.database.run(state.begin_boot)).cap_w is None
+    assert ground.executed[-1] == commands.SetPowerCap(power_w=None)
+    assert commands.ReportLedger() not in ground.executed
+    (event,) = [p for p in packets if isinstance(p, Event)]
+    assert (event.name, event.evidence) == ("sequence.partial", {"sequence": "dawn", "ran": 2, "missed": 1})
+
+
+async def test_a_sequence_that_ran_as_a_whole_is_no_event(tmp_path: Path) -> None:
+    async with open_ground(tmp_path) as ground:
+        await begin_sequence(ground, LIFTED_LATER)
+        for second in (61, 121):
+            ground.mission_ns = NOW_NS + second * S
+            await asyncio.sleep(0)
+            await until(lambda: (ground.schedule.next_ns or 2**63) > (ground.mission_ns or 0))
+        packets = await ground.send()
+    assert not [p for p in packets if isinstance(p, Event)]
+
+
+@pytest.mark.parametrize(
+    ("late", "executed"),
+    [
+        (commands.SetPowerCap(power_w=None), True),
+        (commands.SetPowerCap(power_w=9.0), True),
+        (commands.SetPowerCap(power_w=7.0), False),
+        (commands.SetFdirRow(row="*", state="enabled"), True),
+        (commands.SetFdirRow(row="*", state="disabled"), False),
+        (commands.ExternalControl(on=False), True),
+        (commands.ExternalControl(on=True), False),
+        (commands.SetMode(mode="nominal"), False),
+    ],
+)
+async def test_of_what_is_late_only_the_end_of_a_restriction_is_carried_out(
+    tmp_path: Path, late: Arguments, executed: bool
+) -> None:
+    args = commands.make_step(late, delay_s=0.0).args
+    async with open_ground(tmp_path) as ground:
+        await ground.send(ground.sign(commands.SetPowerCap(power_w=8.0)))
+        insert = commands.ScheduleInsert(t_ns=NOW_NS + 500, command=late.name, args=args)
+        await ground.send(ground.sign(insert))
+        ground.mission_ns = NOW_NS + 501 + SKIP_AFTER_NS
+        await until(lambda: ground.schedule.next_ns is None)
+        await ground.send()
+    assert (late in ground.executed) == executed
 
 
 @pytest.mark.parametrize("copies", [1, 2, 3])

@@ -141,6 +141,22 @@ def test_reports_are_throttled_by_topic_and_the_count_is_not() -> None:
     assert len(sink.events.names) == 3
 
 
+def test_a_retained_message_of_the_bus_is_judged_apart_and_reported_once_an_hour() -> None:
+    sink = Sink()
+    topic, message = topics.bus("n", "time"), bus.BusTime(t_ns=1)
+    for _ in range(50):
+        sink.intake.on_retained(topic, bus.encode(message))
+    assert sink.taken == []
+    assert (sink.intake.retained, sink.intake.garbage) == (50, 0)
+    assert sink.events.names == ["bus.retained"]
+    sink.intake.on_retained(topic, b"\xc1")
+    assert (sink.intake.retained, sink.intake.garbage) == (50, 1)
+    # What proves its own age is judged by that.
+    ack = Ack(node="n", boot=1, stream=Stream.EVENT, upto=3)
+    sink.intake.on_retained(topics.ack("n"), encode_ack(ack, KEY))
+    assert sink.taken == [ack]
+
+
 def test_a_closed_intake_drops_everything() -> None:
     sink = Sink()
     sink.intake.close()
