@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
-from telemetry.errors import PenumbraError
-
 if TYPE_CHECKING:
     from hil.ground import GroundStation
     from telemetry.archive import Archive
@@ -87,9 +85,7 @@ def products(
     from telemetry.archive import Archive
     from telemetry.summary import write_json
 
-    if not archive.is_file():
-        raise PenumbraError(f"{archive}: no such file", "give the archive of a station or a flight")
-    opened = Archive.open(archive)
+    opened = Archive.read(archive)
     try:
         report = write_products(opened, node, out)
     finally:

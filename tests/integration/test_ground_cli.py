@@ -92,6 +92,11 @@ async def test_what_cannot_be_used_is_one_message(tmp_path: Path) -> None:
     assert (code, "none.toml" in said, "Traceback" in said) == (2, True, False), said
     code, said = await penumbra(tmp_path, "products", "none.db")
     assert (code, said.count("\n")) == (2, 2), said
+    (tmp_path / "empty.db").touch()
+    code, said = await penumbra(tmp_path, "products", "empty.db", "--out", "none")
+    assert (code, "empty.db: it is empty" in said, "Traceback" in said) == (2, True, False), said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.db"]
+    assert (tmp_path / "empty.db").stat().st_size == 0
 
 
 async def test_it_ends_on_interrupt_although_no_line_comes(tmp_path: Path) -> None:
