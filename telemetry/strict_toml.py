@@ -20,7 +20,7 @@ _AT = re.compile(r"(?s)(?P<what>.*) - at (?:`key` in )?`\$\.?(?P<path>.*)`")
 _FIELD = re.compile(r"field `(?P<name>[^`]+)`")
 _STEP = re.compile(r"[^.\[\]]+|\.\.\.")
 MAX_DEPTH: Final = 32
-"""Levels of tables and lists in a file (assumed: settings have five); deeper ones end Python's recursion."""
+"""Levels of tables and lists that are read (assumed: ours have six); deep ones exhaust Python's stack."""
 _INT_64: Final = range(-(2**63), 2**63)
 """Integers TOML promises to keep."""
 
@@ -82,7 +82,7 @@ def parse_toml(content: bytes, name: str) -> dict[str, Any]:
             f"{name}: no TOML: {error}", "correct the syntax where the message points, and save it as UTF-8"
         ) from None
     else:
-        deep = _is_deep(raw)
+        deep = is_deep(raw)
     if deep:
         raise PenumbraError(
             f"{name}: no TOML that can be read: nested deeper than {MAX_DEPTH} levels", "remove the nesting"
@@ -102,7 +102,7 @@ def convert_toml(raw: dict[str, Any], kind: type[T], path: Path) -> T:
         raise _explain(f"{path}: ", what, where, _value(raw, steps), _field_names(kind, steps)) from error
 
 
-def _is_deep(raw: object) -> bool:
+def is_deep(raw: object) -> bool:
     """Return whether tables and lists are nested deeper than `MAX_DEPTH`; without recursion."""
     level = [raw]
     for _ in range(MAX_DEPTH):
