@@ -21,6 +21,7 @@ import hmac
 import os
 import re
 import secrets
+import shlex
 import stat
 from collections.abc import Iterable, Iterator
 from enum import StrEnum
@@ -276,7 +277,7 @@ def _read_private(path: Path) -> bytes:
             if mode & 0o077:
                 raise PenumbraError(
                     f"key file {path}: mode {mode:04o} lets others read or write it, 0600 is needed",
-                    f"chmod 600 {path}",
+                    f"chmod 600 {shlex.quote(str(path))}",
                 )
             return file.read()
     except OSError as error:
