@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 from graphlib import CycleError, TopologicalSorter
@@ -23,7 +22,7 @@ from fdir import expr as expressions
 from fdir.items import ITEMS, ItemType
 from telemetry.errors import PenumbraError
 from telemetry.packets import Level, Mode, Severity
-from telemetry.strict_toml import convert_toml
+from telemetry.strict_toml import convert_toml, parse_toml, shown
 
 PACKAGED: Final = Path(__file__).with_name("table.toml")
 """The table of the software."""
@@ -269,14 +268,9 @@ def load_table(path: Path | None = None) -> Table:
 
 def read_table(content: bytes, path: Path) -> Table:
     """Return the table that bytes of TOML hold; `path` is for messages. Raises as `load_table`."""
-    try:
-        raw = tomllib.loads(content.decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise PenumbraError(
-            f"{path}: no TOML: {error}", "mend the syntax where the message points"
-        ) from error
+    raw = parse_toml(content, str(path))
     if unknown := sorted(raw.keys() - {"row"}):
-        raise PenumbraError(f"{path}: unknown key {unknown[0]!r}; allowed: row", "remove it")
+        raise PenumbraError(f"{path}: unknown key {shown(unknown[0])}; allowed: row", "remove it")
     rows = raw.get("row")
     if not isinstance(rows, list) or not rows:
         raise PenumbraError(f"{path}: it holds no [[row]]", "add the rows of the FDIR table")
@@ -300,16 +294,18 @@ def decode_table(encoded: bytes) -> Table:
 
 def _read_row(raw: Any, index: int, path: Path) -> Row:
     if not isinstance(raw, dict):
-        raise PenumbraError(f"{path}: row[{index}] = {raw!r}: a table is expected", "write it as [[row]]")
+        raise PenumbraError(
+            f"{path}: row[{index}] = {shown(raw)}: a table is expected", "write it as [[row]]"
+        )
     named = raw.get("id")
-    where = f"{path}: row {named if isinstance(named, str) and named else f'[{index}]'}"
+    where = f"{path}: row {named[:80] if isinstance(named, str) and named else f'[{index}]'}"
     check = raw.get("check")
     if isinstance(check, dict):
         # On its own first: a message about a union of checks could not name the fields allowed.
         kind = check.get("type")
         if not isinstance(kind, str) or kind not in _CHECKS:
             raise PenumbraError(
-                f"{where}: check.type = {kind!r}; allowed: {', '.join(_CHECKS)}", "name one of these"
+                f"{where}: check.type = {shown(kind)}; allowed: {', '.join(_CHECKS)}", "name one of these"
             )
         convert_toml(check, _CHECKS[kind], Path(f"{where}: check"))
     return convert_toml(raw, Row, Path(where))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import logging
 import sys
 import threading
@@ -10,7 +11,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeAlias
+from typing import TYPE_CHECKING, Annotated, BinaryIO, TypeAlias
 
 import typer
 
@@ -48,7 +49,7 @@ def ground(
 ) -> None:
     """Run a ground station: archive, acknowledge, and give the commands that are read from standard input.
 
-    One command a line, arguments as JSON: `ping`, `set_power_cap {"power_w": 9}`,
+    One command a line in UTF-8, arguments as JSON: `ping`, `set_power_cap {"power_w": 9}`,
     `fire switch_image {"slot": "b"}`, `upload image images/b`, `products dumps`. At the end of the input the
     station leaves; exit code 1 if a command failed. On a terminal, end it with Ctrl-D.
     """
@@ -60,6 +61,8 @@ def ground(
 
     ring, files = KeyRing.load(keys), TlsFiles.of(tls_ca, tls_certificate, tls_key)
     logging.basicConfig(level=logging.ERROR, format="%(message)s")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # What the locale cannot print ends nothing.
     opened = Archive.open(archive)
     try:
         report = asyncio.run(
@@ -87,9 +90,7 @@ def products(
     from telemetry.archive import Archive
     from telemetry.summary import write_json
 
-    if not archive.is_file():
-        raise PenumbraError(f"{archive}: no such file", "give the archive of a station or a flight")
-    opened = Archive.open(archive)
+    opened = Archive.read(archive)
     try:
         report = write_products(opened, node, out)
     finally:
@@ -111,7 +112,7 @@ async def _run(
     chunk_bytes: int,
 ) -> GroundReport:
     from hil.ground import GroundStation
-    from hil.operator import Operator
+    from hil.operator import MAX_LINE_BYTES, Operator
     from telemetry.ground_report import GroundReport
 
     station = GroundStation(
@@ -129,8 +130,11 @@ async def _run(
     async with asyncio.TaskGroup() as group:
         running = group.create_task(station.run(), name="hil.ground.run")
         saying = group.create_task(_say_link(station), name="hil.ground.say-link")
-        async for line in _lines():
-            await operator.execute(line)
+        try:
+            async for line in _lines(MAX_LINE_BYTES):
+                await operator.execute(line)
+        except PenumbraError as error:
+            operator.refuse(error)
         await asyncio.sleep(FINAL_S)
         for task in (running, saying):
             task.cancel()
@@ -164,19 +168,43 @@ async def _say_link(station: GroundStation) -> None:
             typer.echo("connected" if error is None else f"no connection to the broker: {error}", err=True)
 
 
-async def _lines() -> AsyncIterator[str]:
-    """Yield the lines of standard input, whatever it is.
+async def _lines(most_bytes: int) -> AsyncIterator[bytes]:
+    """Yield the lines of standard input, whatever it is; of a longer one than `most_bytes` one byte more.
 
     A thread waits for them, which nobody has to wait for: Ctrl-C ends the command although no line comes.
+
+    Raises
+    ------
+    PenumbraError
+        It cannot be read on.
     """
-    loop, lines = asyncio.get_running_loop(), asyncio.Queue[str]()
+    loop, lines = asyncio.get_running_loop(), asyncio.Queue[bytes | OSError]()
+
+    def put(line: bytes | OSError) -> None:
+        with suppress(RuntimeError):  # The loop may be gone by now.
+            loop.call_soon_threadsafe(lines.put_nowait, line)
 
     def read() -> None:
-        while line := sys.stdin.readline():
-            loop.call_soon_threadsafe(lines.put_nowait, line)
-        with suppress(RuntimeError):  # The loop may be gone by now.
-            loop.call_soon_threadsafe(lines.put_nowait, "")
+        try:
+            if sys.stdin is not None:
+                # A reader of its own: Python cannot close that of `sys.stdin` while a thread waits in it.
+                with open(sys.stdin.fileno(), "rb", closefd=False) as file:
+                    while line := _line(file, most_bytes):
+                        put(line)
+            put(b"")
+        except OSError as error:
+            put(error)
 
     threading.Thread(target=read, name="hil.ground.stdin", daemon=True).start()
     while line := await lines.get():
+        if isinstance(line, OSError):
+            raise PenumbraError(f"standard input: {line.strerror}", "give commands from a file or a terminal")
         yield line
+
+
+def _line(file: BinaryIO, most_bytes: int) -> bytes:
+    """Read a line; the rest of one that is longer than `most_bytes` is read and left out."""
+    line = rest = file.readline(most_bytes + 1)
+    while len(rest) > most_bytes and not rest.endswith(b"\n"):
+        rest = file.readline(most_bytes + 1)
+    return line

@@ -57,7 +57,7 @@ def debrief(
         Of the model image.
     """
     start_ns, node = scenario.start_ns, scenario.node.name
-    archive = Archive.open(run.archive)
+    archive = Archive.read(run.archive)
     try:
         stored = stored_frames(run.database)
         reports = [report for _, report in all_packets(archive, node, stored, FdirReport)]

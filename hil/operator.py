@@ -2,12 +2,13 @@
 
     ping                                       a command of the dictionary (docs/icd.md)
     infer {"job": "a", "prompt": "Why?", "max_tokens": 64}     with its arguments as JSON
-    fire switch_image {"slot": "b"}            a hazardous one: armed, then given
+    fire switch_image {"slot": "b"}            a hazardous one, and no other: armed, then given
     upload image DIR_OF_A_SLOT                 a model image, or a tar of `penumbra model pack`
     upload fdir_table FILE.toml                an FDIR table
     products DIR                               write down the products that are whole; tell the others
 
-Lines are executed one after the other.
+Lines are UTF-8, whatever the locale is, and executed one after the other. One that cannot be read or executed
+is refused with its reason and counted; the next ones go on.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ from hil.products import products
 from hil.uploader import CHUNK_BYTES, outcome_of, upload
 from node.inference.image_tar import pack_image
 from telemetry.archive import Archive
-from telemetry.commands import Arguments, Arm, CommandError, UploadStatus, parse_arguments
+from telemetry.commands import Arguments, Arm, CommandError, Hazard, UploadStatus, parse_arguments
 from telemetry.errors import PenumbraError
 from telemetry.ground_report import CommandEnd, ProductsReport, ProductState
 from telemetry.packets import Event, Packet, Severity, Stage, Verification
+from telemetry.strict_toml import MAX_DEPTH, is_deep
 
 UPLOADS: dict[str, Literal["image", "fdir_table"]] = {"image": "image", "fdir_table": "fdir_table"}
 
@@ -38,6 +40,8 @@ SILENCE_S = 10.0
 """Time after which a command that has not ended is spoken of, s."""
 MAX_TOLD = 10_000
 """Reports that are remembered, so that a repeated one is not told twice (assumed)."""
+MAX_LINE_BYTES = 1 << 20
+"""Longest line (assumed: a telecommand with the longest prompt has 64,000 bytes)."""
 
 
 class Operator:
@@ -77,16 +81,21 @@ class Operator:
         self._chunk_bytes = chunk_bytes
         self._told: set[Verification] = set()
 
-    async def execute(self, line: str) -> None:
+    async def execute(self, line: bytes) -> None:
         """Execute a line; whatever is wrong with it is printed."""
-        line = line.strip()
-        if not line or line.startswith("#"):
-            return
         try:
-            await self._execute(line)
+            text = _decode(line)
+            if text and not text.startswith("#"):
+                await self._execute(text)
         except PenumbraError as error:
-            self.failures += 1
-            self._say(str(error))
+            self.refuse(error)
+        except OSError as error:  # Of a path in the line.
+            self.refuse(PenumbraError(f"{_excerpt(line)}: {error.strerror or error}"))
+
+    def refuse(self, error: PenumbraError) -> None:
+        """Print why something could not be done, and count it."""
+        self.failures += 1
+        self._say(str(error))
 
     def tell(self, packet: Packet) -> None:
         """Print a packet that is for the operator, a report that was repeated once."""
@@ -111,23 +120,33 @@ class Operator:
                 pass  # The upload says how far it is.
             case Verification():
                 about = f"entry {packet.entry}, {packet.name}" if packet.entry is not None else packet.name
+                how = (
+                    f"{packet.stage} {packet.code}"
+                    if packet.ok
+                    else f"failed at {packet.stage}: {packet.code}"
+                )
                 reason = f": {packet.reason}" if packet.reason else ""
-                self._say(f"{about} {packet.command_seq} {packet.stage} {packet.code}{reason}")
+                self._say(f"{about} {packet.command_seq} {how}{reason}")
             case Event() if packet.severity >= Severity.MEDIUM:
                 self._say(f"event {packet.severity.name.lower()} {packet.name}: {packet.text}")
             case _:
                 pass
 
     async def _execute(self, line: str) -> None:
-        word, _, rest = line.partition(" ")
+        word, rest = _first_word(line)
         match word:
             case "upload":
                 await self._upload(_words(rest))
             case "products":
                 await self._write_products(_words(rest))
             case "fire":
-                name, _, args = rest.strip().partition(" ")
+                name, args = _first_word(rest)
                 arguments = _parse(name, args)
+                if arguments.hazard is not Hazard.HAZARDOUS:
+                    raise PenumbraError(
+                        f"fire {name}: not sent: {name} needs no arming, its hazard is {arguments.hazard}",
+                        f"give it without fire: {name} {args}".rstrip(),
+                    )
                 if await self._give(Arm(command=arguments.name, args=_plain(arguments))):
                     await self._give(arguments)
             case _:
@@ -226,23 +245,61 @@ def describe_products(report: ProductsReport) -> list[str]:
     return lines or [f"no product of {report.node} is archived"]
 
 
+def _decode(line: bytes) -> str:
+    """Return the text of a line, without the byte order mark that editors begin a file with."""
+    if len(line) > MAX_LINE_BYTES:
+        raise PenumbraError(
+            f"{_excerpt(line)}: a line of more than {MAX_LINE_BYTES} bytes", "one command a line is expected"
+        )
+    try:
+        return line.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise PenumbraError(
+            f"{_excerpt(line)}: not UTF-8: {error.reason} at byte {error.start} of the line",
+            "save the input as UTF-8",
+        ) from None
+
+
+def _excerpt(line: bytes) -> str:
+    return line[:60].decode("utf-8", "backslashreplace").strip()
+
+
+def _first_word(text: str) -> tuple[str, str]:
+    """Return the first word, and what follows it."""
+    word, *rest = text.split(maxsplit=1) or [""]
+    return word, rest[0] if rest else ""
+
+
 def _words(text: str) -> list[str]:
+    if "\0" in text:
+        raise PenumbraError(f"{text[:60]!r}: a path holds no NUL character", "remove it")
     try:
         return shlex.split(text)
     except ValueError as error:
-        raise PenumbraError(f"{text!r}: {error}") from None
+        raise PenumbraError(f"{text!r}: {error}", "put a path with spaces or quotes in quotes") from None
 
 
 def _parse(name: str, args: str) -> Arguments:
+    example = f'e.g. {name} {{"key": "value"}}'
     try:
         given = msgspec.json.decode(args or "{}", type=dict)
-        return parse_arguments(name, given)
+        deep = is_deep(given)
+    except RecursionError:
+        deep = True
     except msgspec.DecodeError as error:
-        raise PenumbraError(
-            f"{name}: its arguments are no JSON object: {error}", f'e.g. {name} {{"key": "value"}}'
-        ) from None
+        raise PenumbraError(f"{name}: its arguments are no JSON object: {error}", example) from None
+    if deep:
+        raise PenumbraError(f"{name}: its arguments are nested deeper than {MAX_DEPTH} levels", example)
+    try:
+        arguments = parse_arguments(name, given)
+        msgspec.msgpack.encode(arguments)
     except CommandError as error:
         raise PenumbraError(str(error), "see docs/icd.md") from None
+    except OverflowError:
+        raise PenumbraError(
+            f"{name}: an integer in its arguments has more than 64 bits", "see docs/icd.md"
+        ) from None
+    return arguments
 
 
 def _plain(arguments: Arguments) -> dict[str, object]:

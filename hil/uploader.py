@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
+import stat
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, Final, Literal
+from typing import Final, Literal
 
 from hil.ground import GroundStation
 from hil.uplink import Ticket
-from telemetry.commands import Arguments, Arm, UploadBegin, UploadCommit, UploadStatus
+from node.uploads import MAX_TABLE_BYTES
+from telemetry.commands import MAX_UPLOAD_BYTES, Arguments, Arm, UploadBegin, UploadCommit, UploadStatus
 from telemetry.dictionary.codes import FailureCode
 from telemetry.errors import PenumbraError
 from telemetry.packets import UploadReport, Verification
@@ -36,6 +39,8 @@ GO_ON: Final = (
     FailureCode.DAMAGED, FailureCode.INCOMPLETE, FailureCode.INTERRUPTED, FailureCode.NOT_ARMED,
 )  # fmt: skip
 """Codes of a commit that is tried again: chunks were struck on board, or the node restarted meanwhile."""
+MOST_BYTES: Final = {"image": MAX_UPLOAD_BYTES, "fdir_table": MAX_TABLE_BYTES}
+"""Largest file the node takes, by kind."""
 POLL_S: Final = 0.05
 REPORT_S: Final = 10.0
 """Time after which a report that did not come is asked for again, s."""
@@ -86,10 +91,7 @@ async def upload(
     PenumbraError
         The file cannot be read, or the node refuses the upload.
     """
-    try:
-        size_bytes, sha256 = await asyncio.to_thread(_measure, source)
-    except OSError as error:
-        raise PenumbraError(f"{source}: {error.strerror}", "give the path of a readable file") from None
+    size_bytes, sha256 = await asyncio.to_thread(_measure, source, MOST_BYTES[kind], kind)
     begin = UploadBegin(kind=kind, sha256=sha256, size_bytes=size_bytes, chunk_bytes=chunk_bytes)
     say("opening the upload", 0.0)
     _need(await _execute(station, begin))
@@ -122,13 +124,12 @@ async def _send_missing(
         say("sending", report.received / report.chunks)
         wanted = list(_first(report.missing, rounds.chunks))
         sent, begun_s = len(wanted), time.monotonic()
-        with source.open("rb") as file:
-            for at in range(0, len(wanted), AT_ONCE):
-                some = wanted[at : at + AT_ONCE]
-                pieces = [_piece(file, index, begin.chunk_bytes) for index in some]
-                sends = (station.send_chunk(whole, i, data) for i, data in zip(some, pieces, strict=True))
-                if not all(await asyncio.gather(*sends)):
-                    break
+        for at in range(0, len(wanted), AT_ONCE):
+            some = wanted[at : at + AT_ONCE]
+            pieces = _pieces(source, some, begin)
+            sends = (station.send_chunk(whole, i, data) for i, data in zip(some, pieces, strict=True))
+            if not all(await asyncio.gather(*sends)):
+                break
 
 
 async def _ask(station: GroundStation) -> UploadReport:
@@ -186,13 +187,40 @@ def _first(ranges: list[tuple[int, int]], count: int) -> Iterator[int]:
             yield index
 
 
-def _piece(file: BinaryIO, index: int, size: int) -> bytes:
-    file.seek(index * size)
-    return file.read(size)
+def _pieces(path: Path, indexes: list[int], begin: UploadBegin) -> list[bytes]:
+    """Return chunks of the file. Raises `PenumbraError` when it is not what it was any more."""
+    pieces = []
+    with _readable(path), path.open("rb") as file:
+        for index in indexes:
+            at = index * begin.chunk_bytes
+            file.seek(at)
+            pieces.append(file.read(begin.chunk_bytes))
+            if len(pieces[-1]) != min(begin.chunk_bytes, begin.size_bytes - at):
+                raise PenumbraError(f"{path}: its size changed while it was sent", "send it again")
+    return pieces
 
 
-def _measure(path: Path) -> tuple[int, str]:
-    """Return size, bytes, and SHA-256."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-        return file.tell(), digest.hexdigest()
+def _measure(path: Path, most_bytes: int, kind: str) -> tuple[int, str]:
+    """Return size, bytes, and SHA-256 of a file that can be uploaded. Raises `PenumbraError` for another."""
+    with _readable(path):
+        # Before it is opened: a FIFO would be waited for.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise PenumbraError(f"{path}: not a regular file", f"give the path of a file of kind {kind}")
+        with path.open("rb") as file:
+            size_bytes = os.fstat(file.fileno()).st_size
+            if not 1 <= size_bytes <= most_bytes:
+                found = f"{size_bytes} bytes; an upload of kind {kind} has at most {most_bytes}"
+                raise PenumbraError(
+                    f"{path}: {found if size_bytes else 'it is empty'}",
+                    f"give the path of a file of kind {kind}",
+                )
+            digest = hashlib.file_digest(file, "sha256")
+            return file.tell(), digest.hexdigest()
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise PenumbraError(f"{path}: {error.strerror}", "give the path of a readable file") from None

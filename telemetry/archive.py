@@ -9,6 +9,7 @@ The class blocks on the disk; an asyncio ground calls it through `asyncio.to_thr
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator
@@ -58,7 +59,7 @@ class Ingested:
 
 
 class Archive:
-    """An open archive. Made by `Archive.open`."""
+    """An open archive. Made by `Archive.open`, or by `Archive.read` where it is only read."""
 
     def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
         self.path = path
@@ -67,7 +68,7 @@ class Archive:
 
     @classmethod
     def open(cls, path: Path) -> Archive:
-        """Open or create an archive, and check it.
+        """Open an archive, or make one out of nothing or an empty file, and check it.
 
         Raises
         ------
@@ -75,22 +76,51 @@ class Archive:
             The directory is missing or not writable, or the file is damaged or no archive. It is left as
             it is: what the ground has is for people to repair, not for a program to move away.
         """
+        return cls._opened(path, str(path))
+
+    @classmethod
+    def read(cls, path: Path) -> Archive:
+        """Open an archive that is there to be read only, and check it; a station may be writing it.
+
+        Raises
+        ------
+        PenumbraError
+            There is no such file, or it is empty, damaged or no archive. It is left as it is.
+        """
+        if not path.is_file():
+            problem = "not a regular file" if path.exists() else "no such file"
+            raise PenumbraError(f"archive {path}: {problem}", "give the archive of a station or a flight")
+        # Without a write-ahead log, SQLite needs no place to write: of read-only media it must be said.
+        still = not os.access(path.absolute().parent, os.W_OK) and not Path(f"{path}-wal").exists()
+        uri = f"{path.absolute().as_uri()}?mode=ro{'&immutable=1' if still else ''}"
+        return cls._opened(path, uri, reads=True)
+
+    @classmethod
+    def _opened(cls, path: Path, database: str, *, reads: bool = False) -> Archive:
         connection: sqlite3.Connection | None = None
         try:
-            connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-            connection.execute("PRAGMA journal_mode=WAL")
-            connection.execute("PRAGMA synchronous=FULL")
+            connection = sqlite3.connect(database, uri=reads, isolation_level=None, check_same_thread=False)
+            tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_schema")}
+            if "frame" not in tables and (reads or tables):
+                # Before anything is written: it may be another program's.
+                raise sqlite3.DatabaseError("it has no table of frames" if tables else "it is empty")
+            if not reads:
+                connection.execute("PRAGMA journal_mode=WAL")
+                connection.execute("PRAGMA synchronous=FULL")
             findings = connection.execute("PRAGMA quick_check(1)").fetchall()
             if findings != [("ok",)]:
                 raise sqlite3.DatabaseError(findings[0][0])
-            for statement in _SCHEMA.split(";"):
+            for statement in [] if reads else _SCHEMA.split(";"):
                 connection.execute(statement)
         except sqlite3.Error as error:
             if connection is not None:
                 connection.close()
             raise PenumbraError(
                 f"archive {path}: {error}",
-                "check that its directory exists and is writable; if the file is damaged, move it away",
+                "give the archive of a station or a flight; if this is one and damaged, repair a copy of it"
+                if reads
+                else "check that its directory exists and is writable; if the file is damaged, move it away; "
+                "if it is no archive, name another",
             ) from None
         return cls(path, connection)
 

@@ -62,6 +62,7 @@ from telemetry.dictionary.schedule import (
 )
 from telemetry.dictionary.transfer import (
     MAX_CHUNK_BYTES,
+    MAX_UPLOAD_BYTES,
     ChunkIndex,
     DeleteProduct,
     DumpMemory,
@@ -80,6 +81,7 @@ __all__ = (
     "COMMANDS",
     "DEFAULT_PRIORITY",
     "MAX_CHUNK_BYTES",
+    "MAX_UPLOAD_BYTES",
     "RECOVERY",
     "ActivateKey",
     "ArgumentCode",

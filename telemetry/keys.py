@@ -21,8 +21,8 @@ import hmac
 import os
 import re
 import secrets
+import shlex
 import stat
-import tomllib
 from collections.abc import Iterable, Iterator
 from enum import StrEnum
 from pathlib import Path
@@ -32,6 +32,7 @@ import msgspec
 from msgspec import Meta
 
 from telemetry.errors import PenumbraError
+from telemetry.strict_toml import parse_toml
 from telemetry.voting import COPIES, Unvoted, seal, unseal, vote
 
 if TYPE_CHECKING:
@@ -204,10 +205,10 @@ class KeyRing:
             Missing, unreadable, readable by others, not valid, a secret under 32 bytes, an id twice,
             or no active key.
         """
-        text = _read_private(path)
+        raw = parse_toml(_read_private(path), f"key file {path}")
         try:
-            content = msgspec.convert(tomllib.loads(text), _KeyFile)
-        except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
+            content = msgspec.convert(raw, _KeyFile)
+        except msgspec.ValidationError as error:
             # The error names the field, never its value: a secret must not reach a log.
             raise PenumbraError(
                 f"key file {path}: {error}",
@@ -269,22 +270,20 @@ class KeyRing:
         raise ValueError("no key of the ring is active")
 
 
-def _read_private(path: Path) -> str:
+def _read_private(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
             if mode & 0o077:
                 raise PenumbraError(
                     f"key file {path}: mode {mode:04o} lets others read or write it, 0600 is needed",
-                    f"chmod 600 {path}",
+                    f"chmod 600 {shlex.quote(str(path))}",
                 )
-            return file.read().decode()
+            return file.read()
     except OSError as error:
         raise PenumbraError(
             f"key file {path}: {error.strerror or error}", "generate one, or correct its path"
         ) from None
-    except UnicodeDecodeError:
-        raise PenumbraError(f"key file {path}: not UTF-8 text", "generate it again") from None
 
 
 def generate_key_file(path: Path, key_id: str = "ground-1") -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import ssl
 import stat
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ class TlsFiles:
             if mode & 0o077:
                 raise PenumbraError(
                     f"tls_key = {str(self.key)!r}: mode {mode:04o} lets others read it, 0600 is needed",
-                    f"chmod 600 {self.key}",
+                    f"chmod 600 {shlex.quote(str(self.key))}",
                 )
         try:
             context = ssl.create_default_context(ssl.Purpose.SERVER_AUTH, cafile=self.ca)

@@ -287,7 +287,7 @@ class _LongCommands:
 
 def _read_books(directory: Path) -> _Books:
     """Read both databases and hold every record of one side against the other."""
-    archive = Archive.open(directory / ARCHIVE_DB)
+    archive = Archive.read(directory / ARCHIVE_DB)
     connection = sqlite3.connect(directory / NODE_DB, isolation_level=None)
     try:
         check, boots = _check(connection, archive)

@@ -14,6 +14,7 @@ import math
 import mmap
 import struct
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TypeAlias
 
@@ -22,11 +23,14 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
 from telemetry.errors import PenumbraError
+from telemetry.strict_toml import shown
 
 Value: TypeAlias = "int | float | bool | str | bytes | list[bytes] | NDArray[np.generic]"
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
+_MAX_RANK = 4
+"""Dimensions of a tensor at most (`GGML_MAX_DIMS`)."""
 _STRING, _ARRAY, _BOOL = 8, 9, 7
 _SCALARS: dict[int, np.dtype[np.generic]] = {
     0: np.dtype("<u1"),
@@ -82,7 +86,8 @@ class GgufFile:
     Raises
     ------
     PenumbraError
-        The file is missing, is not a GGUF, is of another version, or ends too early.
+        The file is missing, is not a GGUF, is of another version, ends too early, or says of a tensor or a
+        field what the format does not allow.
     """
 
     def __init__(self, path: Path) -> None:
@@ -133,6 +138,8 @@ class GgufFile:
         tensor_count, field_count = self._unpack("<QQ")
         for _ in range(field_count):
             key = self._string().decode("utf-8", "replace")
+            if key in self.metadata:
+                raise self._malformed(f"metadata field {shown(key)} is there twice")
             (kind,) = self._unpack("<I")
             self.metadata[key] = self._value(kind)
         alignment = self.metadata.get("general.alignment", 32)
@@ -144,20 +151,40 @@ class GgufFile:
         start = -(-self._at // alignment) * alignment
         for name, shape, kind_, offset in headers:
             block, block_bytes = GGML_QUANT_SIZES[kind_]
+            if name in self.tensors:
+                raise self._malformed(f"tensor {shown(name)} is there twice")
+            if shape[-1] % block:
+                raise self._malformed(
+                    f"tensor {shown(name)}: rows of {shape[-1]} columns; {kind_.name} has blocks of {block}"
+                )
+            if offset % alignment:
+                raise self._malformed(
+                    f"tensor {shown(name)} begins at byte {offset} of the data, no multiple of {alignment}"
+                )
             length = math.prod(shape) // block * block_bytes
             if start + offset + length > len(self._map):
                 raise self._truncated(start + offset + length)
             self.tensors[name] = TensorEntry(name, shape, kind_, start + offset, length)
+        for one, next_ in pairwise(sorted(self.tensors.values(), key=lambda entry: entry.offset)):
+            if one.offset + one.length > next_.offset:
+                raise self._malformed(f"tensors {shown(one.name)} and {shown(next_.name)} share bytes")
+
+    def _malformed(self, what: str) -> PenumbraError:
+        return PenumbraError(f"{self.path}: {what}", _REPLACE)
 
     def _tensor_header(self) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
         name = self._string().decode("utf-8", "replace")
         (rank,) = self._unpack("<I")
+        if not 1 <= rank <= _MAX_RANK:
+            raise self._malformed(f"tensor {shown(name)} has {rank} dimensions, 1 to {_MAX_RANK} are allowed")
         shape = self._unpack(f"<{rank}Q")[::-1]
+        if 0 in shape:
+            raise self._malformed(f"tensor {shown(name)} of shape {shape} holds nothing")
         kind, offset = self._unpack("<IQ")
         try:
             return name, shape, GGMLQuantizationType(kind), offset
         except ValueError:
-            raise PenumbraError(f"{self.path}: tensor {name} is of unknown type {kind}", _REPLACE) from None
+            raise self._malformed(f"tensor {shown(name)} is of unknown type {kind}") from None
 
     def _unpack(self, layout: str) -> tuple[int, ...]:
         values = struct.unpack_from(layout, self._map, self._at)

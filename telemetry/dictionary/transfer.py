@@ -56,6 +56,7 @@ Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z", description="64 hexadec
 
 
 MAX_CHUNK_BYTES = 64 * 1024
+MAX_UPLOAD_BYTES = 16 << 30
 
 
 class UploadBegin(Arguments, frozen=True, kw_only=True):
@@ -68,7 +69,7 @@ class UploadBegin(Arguments, frozen=True, kw_only=True):
     """`image`: a tar of the files of a model image; `fdir_table`: TOML, see docs/fdir-table.md."""
     sha256: Sha256
     """Of the whole; names the upload."""
-    size_bytes: Annotated[int, Meta(ge=1, le=16 << 30, description="1 to 2^34 byte")]
+    size_bytes: Annotated[int, Meta(ge=1, le=MAX_UPLOAD_BYTES, description="1 to 2^34 byte")]
     chunk_bytes: Annotated[int, Meta(ge=256, le=MAX_CHUNK_BYTES, description="256 to 65,536 byte")]
     """Size of every chunk but the last."""
 

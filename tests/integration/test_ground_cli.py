@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import sys
 from pathlib import Path
 
 import msgspec
+import pytest
 from brokers import hardened, needs_mosquitto
 from node_bench import NODE, open_bench
 
@@ -18,18 +20,23 @@ from telemetry.keys import generate_key_file
 
 
 async def penumbra(
-    directory: Path, *arguments: str, lines: str = "", bound_s: float = 60.0
+    directory: Path,
+    *arguments: str,
+    lines: str | bytes = "",
+    environment: dict[str, str] | None = None,
+    bound_s: float = 60.0,
 ) -> tuple[int, str]:
     """Run the command; return its exit code, and what it said."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "hil.cli", *arguments),
         cwd=directory,
+        env=environment,
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
     )
     async with asyncio.timeout(bound_s):
-        said, _ = await process.communicate(lines.encode())
+        said, _ = await process.communicate(lines.encode() if isinstance(lines, str) else lines)
     return process.returncode or 0, said.decode()
 
 
@@ -92,6 +99,41 @@ async def test_what_cannot_be_used_is_one_message(tmp_path: Path) -> None:
     assert (code, "none.toml" in said, "Traceback" in said) == (2, True, False), said
     code, said = await penumbra(tmp_path, "products", "none.db")
     assert (code, said.count("\n")) == (2, 2), said
+    (tmp_path / "empty.db").touch()
+    code, said = await penumbra(tmp_path, "products", "empty.db", "--out", "none")
+    assert (code, "empty.db: it is empty" in said, "Traceback" in said) == (2, True, False), said
+    assert _sizes(tmp_path) == {"empty.db": 0}
+
+
+def _sizes(directory: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in directory.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "locale",
+    [{"LC_ALL": "C.UTF-8"}, {"LC_ALL": "C"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}],
+    ids=["utf-8", "c", "ascii"],
+)
+async def test_lines_that_cannot_be_read_are_refused_and_the_next_go_on(
+    tmp_path: Path, locale: dict[str, str]
+) -> None:
+    deep = b'ping {"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    lines = [b"\xef\xbb\xbfping", b"ping \xff\xfe", b"s\xc3\xbcng", deep, b"fire ping", b"report_ledger"]
+    async with open_bench(tmp_path) as bench:
+        await bench.start()
+        code, said = await penumbra(
+            *(tmp_path, "ground", "--broker", bench.url, "--node", NODE, "--keys", "keys.toml"),
+            *("--archive", "my.db"),
+            lines=b"\n".join(lines),
+            environment=os.environ | locale,
+        )
+    assert code == 1, said
+    for each in (
+        *("ping 1 completed ok", "not UTF-8", "no command 's", "nested deeper than 32 levels"),
+        *("fire ping: not sent", "report_ledger 2 completed ok", "4 commands failed"),
+    ):
+        assert each in said
+    assert "Traceback" not in said
 
 
 async def test_it_ends_on_interrupt_although_no_line_comes(tmp_path: Path) -> None:

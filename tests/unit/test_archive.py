@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sqlite3
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -142,6 +145,80 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
     with pytest.raises(PenumbraError, match="not a database"):
         Archive.open(path)
     assert path.read_bytes() == b"no database" * 1000
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    """Return what is in a directory."""
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
+
+
+def another_programs(path: Path, mode: str) -> None:
+    connection = sqlite3.connect(path)
+    connection.execute(f"PRAGMA journal_mode={mode}")
+    connection.execute("CREATE TABLE mine (x)")
+    connection.commit()
+    connection.close()
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (Path.touch, "it is empty"),
+        (lambda path: path.write_bytes(b"no database" * 1000), "not a database"),
+        (lambda path: another_programs(path, "DELETE"), "no table of frames"),
+        (Path.mkdir, "not a regular file"),
+        (os.mkfifo, "not a regular file"),
+        (lambda _: None, "no such file"),
+    ],
+    ids=["empty", "garbage", "another database", "directory", "fifo", "nothing"],
+)
+def test_what_is_no_archive_is_refused_for_reading_and_left_as_it_is(
+    tmp_path: Path, make: Callable[[Path], object], says: str
+) -> None:
+    path = tmp_path / "it.db"
+    make(path)
+    before = files(tmp_path)
+    with pytest.raises(PenumbraError, match=says) as caught:
+        Archive.read(path)
+    assert str(path) in caught.value.what
+    assert files(tmp_path) == before
+
+
+def test_another_programs_database_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "it.db"
+    another_programs(path, "DELETE")
+    before = files(tmp_path)
+    with pytest.raises(PenumbraError, match="no table of frames"):
+        Archive.open(path)
+    assert files(tmp_path) == before
+
+
+def test_an_archive_is_read_while_a_station_writes_it_and_cannot_be_written_so(tmp_path: Path) -> None:
+    path = tmp_path / "it # of 50 %?.db"
+    writing = Archive.open(path)
+    writing.ingest([frame(0)])
+    reading = Archive.read(path)
+    writing.ingest([frame(1)])
+    assert reading.sequences("sat-1") == {(1, Stream.EVENT): [(0, 1)]}
+    with pytest.raises(sqlite3.OperationalError, match="readonly"):
+        reading.ingest([frame(2)])
+    reading.close()
+    writing.close()
+
+
+def test_an_archive_is_read_where_nothing_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "archive.db"
+    opened = Archive.open(path)
+    opened.ingest([frame(0)])
+    opened.close()
+    monkeypatch.setattr(os, "access", lambda *_: False)  # A mode would not hold back root.
+    before = files(tmp_path)
+    reading = Archive.read(path)
+    assert reading.sequences("sat-1") == {(1, Stream.EVENT): [(0, 0)]}
+    reading.close()
+    assert files(tmp_path) == before
 
 
 def test_the_raw_frames_are_what_was_received(archive: Archive) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import sys
 from pathlib import Path
 
@@ -175,6 +176,66 @@ def test_another_version_is_refused(tiny_gguf, tmp_path):
     path.write_bytes(b"GGUF\x09\0\0\0" + tiny_gguf.read_bytes()[8:])
     with pytest.raises(PenumbraError, match="GGUF version 9"):
         GgufSource(path)
+
+
+def container(
+    *tensors: tuple[str, tuple[int, ...], Type, int],
+    fields: tuple[str, ...] = (),
+    alignment: int = 32,
+    data_bytes: int = 4096,
+) -> bytes:
+    """A GGUF by hand: tensors as (name, shape in the order of the file, type, offset), fields of value 1."""
+
+    def text(value: str) -> bytes:
+        return struct.pack("<Q", len(value)) + value.encode()
+
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(fields) + 1)
+    for key, value in (*((field, 1) for field in fields), ("general.alignment", alignment)):
+        head += text(key) + struct.pack("<II", 4, value)
+    for name, shape, kind, offset in tensors:
+        head += text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
+    return head + b"\0" * (-len(head) % alignment + data_bytes)
+
+
+def test_a_container_by_hand_is_read(tmp_path):
+    path = tmp_path / "hand.gguf"
+    path.write_bytes(container(("a", (64, 2), Type.Q8_0, 0), ("b", (3,), Type.F32, 160), fields=("x",)))
+    found = GgufFile(path)
+    assert {name: (one.shape, one.length) for name, one in found.tensors.items()} == {
+        "a": ((2, 64), 136),
+        "b": ((3,), 12),
+    }
+    assert found.metadata["x"] == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (container(("a", (32,), Type.F32, 0), ("a", (32,), Type.F32, 128)), "tensor 'a' is there twice"),
+        (container(fields=("x", "x")), "field 'x' is there twice"),
+        (container(("a", (33, 2), Type.Q8_0, 0)), "rows of 33 columns; Q8_0 has blocks of 32"),
+        (container(("a", (33, 32), Type.Q5_0, 0)), "rows of 33 columns"),
+        (container(("a", (128, 2), Type.Q4_K, 0)), "rows of 128 columns; Q4_K has blocks of 256"),
+        (container(("a", (31,), Type.Q8_0, 0)), "rows of 31 columns"),
+        (container(("a", (32, 0), Type.F32, 0)), "holds nothing"),
+        (container(("a", (), Type.F32, 0)), "has 0 dimensions, 1 to 4"),
+        (container(("a", (1,) * 5, Type.F32, 0)), "has 5 dimensions, 1 to 4"),
+        (container(("a", (32,), Type.F32, 8)), "byte 8 of the data, no multiple of 32"),
+        (container(("a", (32,), Type.F32, 0), ("b", (32,), Type.F32, 64)), "'a' and 'b' share bytes"),
+        (container(("a", (2**40,) * 4, Type.F32, 0)), "truncated"),
+        (container(("a", (32,), Type.F32, 2**63)), "truncated"),
+        (container(("n" * 3000, (33,), Type.Q8_0, 0)), "rows of 33 columns"),
+    ],
+    ids=range(14),
+)
+def test_what_the_format_does_not_allow_is_refused(tmp_path, content, says):
+    path = tmp_path / "hand.gguf"
+    path.write_bytes(content)
+    with pytest.raises(PenumbraError) as caught:
+        GgufFile(path)
+    assert says in caught.value.what
+    assert str(path) in caught.value.what
+    assert len(caught.value.what) < 300 + len(str(path))
 
 
 def test_another_architecture_is_refused(tmp_path):

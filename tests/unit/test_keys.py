@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
+import shlex
 import stat
 from pathlib import Path
 
@@ -59,6 +60,14 @@ def test_a_file_others_can_touch_is_refused(tmp_path: Path, mode: int) -> None:
     with pytest.raises(PenumbraError, match="0600 is needed") as caught:
         KeyRing.load(path)
     assert "chmod 600" in caught.value.mend
+
+
+def test_the_command_that_is_suggested_names_the_file_to_a_shell(tmp_path: Path) -> None:
+    path = tmp_path / "my $keys & 'others'.toml"
+    path.touch(0o644)
+    with pytest.raises(PenumbraError) as caught:
+        KeyRing.load(path)
+    assert shlex.split(caught.value.mend) == ["chmod", "600", str(path)]
 
 
 def test_active_and_retired_keys(tmp_path: Path) -> None:

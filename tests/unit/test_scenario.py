@@ -140,6 +140,7 @@ def test_natural_upsets_are_flux_times_cross_section_times_bits_times_time() -> 
         ('kind = "sim"', 'kind = "jetson"', "board.kind", "'sim'"),
         ("upsets_per_orbit = 60", "upsets_per_orbit = -1", "radiation.upsets_per_orbit", ">= 0"),
         ("latitude_deg = -25.887", "latitude_deg = -95.0", "stations[1].latitude_deg", ">= -90"),
+        ("latitude_deg = -25.887", 'latitude_deg = "78N"', "stations[1].latitude_deg = '78N': ", "float"),
         ("latitude_deg = -25.887", "latitude = -25.887", "'latitude'", "stations[1]"),
         ('name = "Wallops"', 'name = "Maspalomas"', "stations.name", "each name once"),
         ("count = 64", "count = 8", "jobs.first_contact", "up to count 8"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import ssl
 from pathlib import Path
 
@@ -40,8 +41,10 @@ def test_files_that_are_wrong_are_named(tmp_path: Path) -> None:
     with pytest.raises(PenumbraError, match="tls_certificate"):
         TlsFiles(files.ca, files.ca, files.key).context()
     files.key.chmod(0o640)
-    with pytest.raises(PenumbraError, match="mode 0640"):
-        files.context()
+    named = files.key.rename(tmp_path / "my $key.pem")
+    with pytest.raises(PenumbraError, match="mode 0640") as caught:
+        TlsFiles(files.ca, files.certificate, named).context()
+    assert shlex.split(caught.value.mend) == ["chmod", "600", str(named)]
 
 
 def test_tls_and_the_url_must_agree(tmp_path: Path) -> None:

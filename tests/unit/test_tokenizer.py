@@ -103,6 +103,22 @@ def test_stop_strings_are_found_inside_and_across_runs(tokenizer, stop):
     )
 
 
+CONTROL = 3
+"""SentencePiece's type of control pieces."""
+
+
+def test_the_name_of_a_control_piece_in_a_prompt_is_text(tokenizer):
+    pieces, _, types = tiny_gemma.vocabulary()
+    control = {number: pieces[number].decode() for number, kind in enumerate(types) if kind == CONTROL}
+    assert set(control.values()) >= {"<bos>", "<eos>", "<pad>", "<unk>"}
+    for name in (*control.values(), "<start_of_turn>"):
+        for text in (name, f"the {name}sun", name * 2):
+            begin, *ids = tokenizer.encode(text)
+            assert begin == tiny_gemma.BOS
+            assert not control.keys() & set(ids)
+            assert tokenizer.decode(ids) == text
+
+
 def test_unknown_ids_are_refused(tokenizer):
     with pytest.raises(IndexError):
         tokenizer.decode([tokenizer.size])
@@ -138,6 +154,8 @@ def test_fields_of_different_length_are_refused(tiny_gguf):
 def test_gemma_encodes_a_known_text(gemma_image):
     tokenizer = Tokenizer(gemma_image / TOKENIZER)
     assert tokenizer.encode("The capital of France is") == [2, 818, 5279, 529, 7001, 563]
+    turn = [236820, 3041, 236779, 1340, 236779, 887, 236813]
+    assert tokenizer.encode("<start_of_turn>") == [2, *turn]  # Never 105, the control piece.
     assert tokenizer.eos == 1
 
 
