@@ -149,7 +149,8 @@ def _range_text(number: Any) -> str:
 
 def _number(value: float) -> str:
     powers = {(1 << 63) - 1: "2^63-1", -(1 << 63): "-2^63", (1 << 32) - 1: "2^32-1"}
-    return powers.get(int(value), f"{value}")
+    # A bound of 1 and one of 1.0 are equal, and typing keeps whichever it met first.
+    return powers.get(int(value), str(int(value)) if value == int(value) else str(value))
 
 
 def _unit(field: Any) -> str:
