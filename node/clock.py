@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from telemetry.bus import BusTime
+from telemetry.bus import EARLIEST_NS, LATEST_NS, BusTime
 
 STEP_S = 0.5
 """Error above which the clock steps, s of physical time (assumed: far over the jitter of the bus)."""
@@ -18,10 +18,6 @@ SLEW_S = 1.0
 SILENT_S = 3.0
 """Silence of the bus after which the clock counts as free-running, s of physical time (assumed)."""
 _NS = 1_000_000_000
-EARLIEST_NS = 946_684_800 * _NS
-"""2000-01-01 UTC: no mission time lies before it."""
-LATEST_NS = 4_102_444_800 * _NS
-"""2100-01-01 UTC: nor after it."""
 
 
 @dataclass(frozen=True)

@@ -148,8 +148,11 @@ def _range_text(number: Any) -> str:
 
 
 def _number(value: float) -> str:
-    powers = {(1 << 63) - 1: "2^63-1", -(1 << 63): "-2^63", (1 << 32) - 1: "2^32-1"}
-    return powers.get(int(value), f"{value}")
+    known = {
+        **{(1 << 63) - 1: "2^63-1", -(1 << 63): "-2^63", (1 << 32) - 1: "2^32-1"},
+        **{bus.EARLIEST_NS: "2000-01-01", bus.LATEST_NS: "2100-01-01"},
+    }
+    return known.get(int(value), f"{value}")
 
 
 def _unit(field: Any) -> str:

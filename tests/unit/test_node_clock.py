@@ -3,8 +3,6 @@ from __future__ import annotations
 import pytest
 
 from node.clock import (
-    EARLIEST_NS,
-    LATEST_NS,
     SILENT_S,
     SLEW_S,
     STEP_S,
@@ -14,7 +12,7 @@ from node.clock import (
     MissionClock,
     Tick,
 )
-from telemetry.bus import BusTime
+from telemetry.bus import EARLIEST_NS, LATEST_NS, BusTime
 
 S = 1_000_000_000
 T0 = 1_700_000_000 * S

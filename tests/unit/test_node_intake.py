@@ -64,7 +64,7 @@ class Sink:
 def test_each_topic_goes_to_its_handler() -> None:
     sink = Sink()
     ack = Ack(node="n", boot=1, stream=Stream.EVENT, upto=3)
-    time = bus.BusTime(t_ns=1, rate=2.0)
+    time = bus.BusTime(t_ns=NOW_NS, rate=2.0)
     sink.intake.on_message(topics.tc("n"), b"anything")
     sink.intake.on_message(topics.ack("n"), encode_ack(ack, KEY))
     sink.intake.on_message(topics.bus("n", "time"), bus.encode(time))
@@ -128,7 +128,7 @@ def test_a_chunk_of_an_upload_that_is_forged_or_for_another_node_is_refused(node
 def test_content_the_node_refuses_is_garbage(error: Exception) -> None:
     sink = Sink()
     sink.error = error
-    sink.intake.on_message(topics.bus("n", "time"), bus.encode(bus.BusTime(t_ns=1)))
+    sink.intake.on_message(topics.bus("n", "time"), bus.encode(bus.BusTime(t_ns=NOW_NS)))
     assert sink.intake.garbage == 1
 
 
