@@ -45,6 +45,10 @@ Text = Annotated[str, Meta(min_length=0, max_length=1000)]
 Int64 = Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 
 
+class BusError(ValueError):
+    """Bytes that are no message of the bus: no msgpack, or a field missing, unknown or out of its range."""
+
+
 class BusMessage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base of all bus messages."""
 
@@ -234,17 +238,17 @@ def decode(channel: str, payload: bytes) -> BusMessage:
 
     Raises
     ------
-    ValueError
+    BusError
         Unknown channel, or the payload is not valid for it: ranges, types, NaN, unknown fields.
     """
     try:
         kind = CHANNELS[channel]
     except KeyError:
-        raise ValueError(f"unknown bus channel {channel!r}") from None
+        raise BusError(f"unknown bus channel {channel!r}") from None
     try:
         return msgspec.msgpack.decode(payload, type=kind)
-    except msgspec.DecodeError as error:
-        raise ValueError(f"bus/{channel}: {error}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BusError(f"bus/{channel}: {error}") from error
 
 
 def decode_eps(payload: bytes) -> EpsReading:
@@ -252,14 +256,14 @@ def decode_eps(payload: bytes) -> EpsReading:
 
     Raises
     ------
-    ValueError
+    BusError
         The payload is no such message: another type, a missing or unknown field, or a value out of range
         that no sensor gives (capacity, floor, ...).
     """
     try:
         raw: Any = msgspec.msgpack.decode(payload)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"bus/eps: {error}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BusError(f"bus/eps: {error}") from error
     refused: list[RefusedValue] = []
     if isinstance(raw, dict):
         redundant = raw.get("redundant")
@@ -275,8 +279,8 @@ def decode_eps(payload: bytes) -> EpsReading:
         gaps = []
     try:
         whole = msgspec.convert(raw, BusEps)
-    except msgspec.ValidationError as error:
-        raise ValueError(f"bus/eps: {error}") from error
+    except (msgspec.ValidationError, RecursionError) as error:
+        raise BusError(f"bus/eps: {error}") from error
     reading = EpsReading.of(whole)
     main = msgspec.structs.replace(reading.sets[0], **dict.fromkeys(gaps))
     return msgspec.structs.replace(reading, sets=(main, *reading.sets[1:]), refused=tuple(refused))

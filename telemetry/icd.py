@@ -288,6 +288,7 @@ def _command_section() -> str:
         _enum(authenticator.RejectCode),
         _enum(commands.ArgumentCode),
         _enum(codes.FailureCode),
+        _enum(codes.DropCode),
     ]
     return "\n".join(parts)
 

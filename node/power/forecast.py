@@ -9,7 +9,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from node.power.ephemeris import NS_PER_DAY, NS_PER_S, Array, Ephemeris
+from node.power.ephemeris import NS_PER_DAY, NS_PER_S, Array, Ephemeris, PropagationError
+from telemetry.errors import PenumbraError
 
 ORBITS_AHEAD: Final = 5
 ORBITS_NEEDED: Final = 3.2
@@ -76,6 +77,21 @@ class EclipseForecast:
             A field is missing or bad; names it.
         """
         return cls(Ephemeris.from_omm(fields))
+
+    def prove(self) -> None:
+        """Ask for the Sun at the elements' own epoch and a revolution later.
+
+        Raises
+        ------
+        PenumbraError
+            There is no position: elements that do not hold for a revolution are none.
+        """
+        epoch_ns = self._ephemeris.epoch_ns
+        try:
+            for t_ns in (epoch_ns, epoch_ns + round(self.period_s * NS_PER_S)):
+                self.sunlit(t_ns)
+        except PropagationError as error:
+            raise PenumbraError(f"elements without a position at their own epoch: {error}") from None
 
     def beta_deg(self, t_ns: int) -> float:
         """Return the angle of the Sun above the plane of the orbit, deg.
