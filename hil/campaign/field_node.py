@@ -35,6 +35,7 @@ from telemetry.keys import KeyRing, generate_key_file
 from telemetry.link import MqttLink
 from telemetry.packets import Housekeeping, Packet
 
+NODE_COMMAND: Final = [sys.executable, "-m", "node"]
 UP_S: Final = 60.0
 STILL_S: Final = 20.0
 """Counts of the node that stand still for so long, and are not what was sent: messages were lost."""
@@ -91,7 +92,7 @@ class FieldNode:
             max_inflight=INFLIGHT, publish_timeout_s=STILL_S,
         )  # fmt: skip
         self._process = NodeProcess(
-            [sys.executable, "-m", "node", str(self._folder / "node.toml")], self._folder / "node.log"
+            [*NODE_COMMAND, str(self._folder / "node.toml")], self._folder / "node.log"
         )
         self._stack.callback(self._remove_arena)
         self._stack.push_async_callback(self._end_tasks)

@@ -108,7 +108,7 @@ class FieldsResult(msgspec.Struct, kw_only=True):
 MAX_FINDINGS: Final = 20
 
 
-class _Chosen(msgspec.Struct):
+class Chosen(msgspec.Struct):
     """Mutations of the bus, as they are sent: by kind, those to be refused and those to be taken."""
 
     refused: dict[str, list[tuple[bytes, DropCode]]] = {}
@@ -132,10 +132,10 @@ def _drawn(kind: Kind, count: int, chance: random.Random) -> Iterable[Mutation]:
         left -= several
 
 
-def mutate_bus(count: int, seed: int, result: FieldsResult, say: Say) -> _Chosen:
+def mutate_bus(count: int, seed: int, result: FieldsResult, say: Say) -> Chosen:
     """Give mutated messages of the bus to the node's code in this process; return them, sorted."""
     chance = random.Random(f"{seed} fields of the bus")  # noqa: S311 - damage, not secrets
-    shadow, chosen, kinds = Shadow(), _Chosen(), bus_kinds()
+    shadow, chosen, kinds = Shadow(), Chosen(), bus_kinds()
     for number, (kind, share) in enumerate(zip(kinds, _share(kinds, count, chance).values(), strict=True)):
         say(f"fields of bus/{kind.name}", number / len(kinds))
         for channel, message in bus_messages(T0_NS, chance).items():
@@ -218,9 +218,9 @@ def _decoded(decode: Callable[[bytes], Any], data: bytes) -> str:
     return TAKEN
 
 
-async def run_live(folder: Path, chosen: _Chosen, result: FieldsResult, say: Say) -> None:
+async def run_live(folder: Path, chosen: Chosen, result: FieldsResult, say: Say) -> None:
     """Send the mutations of the bus to a running node; its files stay in `folder` if something is wrong."""
-    counts = {name: LiveCount(message=f"bus/{name}") for name in chosen.refused}
+    counts = {name: LiveCount(message=f"bus/{name}") for name in {**chosen.refused, **chosen.taken}}
     result.live = list(counts.values())
     total = sum(map(len, chosen.refused.values())) + sum(map(len, chosen.taken.values()))
     sent = 0

@@ -7,9 +7,14 @@ import sys
 from pathlib import Path
 
 import msgspec
+import pytest
 
+from hil.bench.link_load import T0_NS
+from hil.campaign import field_node
+from hil.campaign.field_run import Chosen, FieldsResult, run_live
 from hil.campaign.fuzz_run import NODE_FILES, FuzzResult
 from hil.campaign.records import SUMMARY
+from telemetry import bus
 
 
 def test_a_node_lives_on_under_mutated_fields_and_counts_each(tmp_path: Path) -> None:
@@ -35,3 +40,33 @@ def test_a_node_lives_on_under_mutated_fields_and_counts_each(tmp_path: Path) ->
     assert "### Single fields" in done.stdout
     assert "Restarts of the node: **0**" in done.stdout
     assert not (out / NODE_FILES).exists()
+
+
+FRAGILE = """
+import os, sys
+from pathlib import Path
+from node.bus_view import BusView
+from node.runtime import main
+sound = BusView.handle
+
+def handle(self, message, now_s):
+    if getattr(message, "board_c", None) == 0.5:
+        os._exit(70)
+    sound(self, message, now_s)
+
+BusView.handle = handle
+sys.exit(main(Path(sys.argv[1])))
+"""
+
+
+async def test_a_node_that_ends_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(field_node, "NODE_COMMAND", [sys.executable, "-c", FRAGILE])
+    monkeypatch.setattr(field_node, "STILL_S", 3.0)
+    payload = bus.encode(bus.BusThermal(t_ns=T0_NS, board_c=0.5, radiator_c=5.0))
+    result = FieldsResult()
+    chosen = Chosen(taken={"thermal": [payload]})
+    await run_live(tmp_path / "node", chosen, result, lambda _, __: None)
+    assert result.node_restarts == 1
+    assert result.live[0].unaccounted == 1
+    assert not result.is_right
+    assert (tmp_path / "node" / "node.log").exists()
