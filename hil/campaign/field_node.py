@@ -12,8 +12,8 @@ import sqlite3
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,7 +32,7 @@ from telemetry.dictionary.codes import DropCode
 from telemetry.errors import PenumbraError
 from telemetry.frame import Frame
 from telemetry.keys import KeyRing, generate_key_file
-from telemetry.link import MqttLink
+from telemetry.link import LinkDown, MqttLink
 from telemetry.packets import Housekeeping, Packet
 
 NODE_COMMAND: Final = [sys.executable, "-m", "node"]
@@ -58,6 +58,7 @@ class FieldNode:
         self._folder = folder
         self._stack = AsyncExitStack()
         self._last: Housekeeping | None = None
+        self._newest = (0, -1)
         self._started_s = time.monotonic()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -104,11 +105,12 @@ class FieldNode:
             lambda: self._last is not None and self._bus.connected.is_set(), "housekeeping", UP_S
         )
         # A node whose link to the bus is not up yet hears nothing.
-        while self.taken == 0:
-            await self._publish(
-                [("thermal", bus.encode(bus.BusThermal(t_ns=T0_NS, board_c=20.0, radiator_c=5.0)))]
-            )
+        hello = bus.encode(bus.BusThermal(t_ns=T0_NS, board_c=20.0, radiator_c=5.0))
+        for _ in range(round(UP_S / PERIOD_S)):
+            await self._publish([("thermal", hello)])
             await asyncio.sleep(PERIOD_S)
+            if self.taken:
+                break
 
     def now_ns(self) -> int:
         """Return mission time, UTC ns."""
@@ -185,7 +187,7 @@ class FieldNode:
         """Times the node had to be started again."""
         return self._process.restarts
 
-    async def until(self, met: Any, what: str, bound_s: float) -> None:
+    async def until(self, met: Callable[[], bool], what: str, bound_s: float) -> None:
         """Wait for something. Raises `PenumbraError` when it does not come."""
         deadline_s = time.monotonic() + bound_s
         while not met():
@@ -203,15 +205,19 @@ class FieldNode:
                 task.result()
 
     async def _publish(self, messages: Sequence[tuple[str, bytes]]) -> None:
-        async with asyncio.TaskGroup() as group:
-            for channel, payload in messages:
-                group.create_task(
-                    self._bus.publish(topics.bus(NODE, channel), payload), name="hil.campaign.publish"
-                )
+        async def publish(channel: str, payload: bytes) -> None:
+            # What does not arrive is missing in the node's counts.
+            with suppress(LinkDown):
+                await self._bus.publish(topics.bus(NODE, channel), payload)
 
-    def _on_packet(self, _: Frame, packet: Packet) -> None:
-        if isinstance(packet, Housekeeping):
-            self._last = packet
+        async with asyncio.TaskGroup() as group:
+            for message in messages:
+                group.create_task(publish(*message), name="hil.campaign.publish")
+
+    def _on_packet(self, frame: Frame, packet: Packet) -> None:
+        # What is sent again comes late: it must not pass for the newest.
+        if isinstance(packet, Housekeeping) and (frame.boot, frame.seq) > self._newest:
+            self._newest, self._last = (frame.boot, frame.seq), packet
 
     def _write_config(self, url: str) -> None:
         generate_key_file(self._folder / "keys.toml")
