@@ -7,9 +7,8 @@ and current by their last value. When that ends, `eps` is None, as if the bus we
 
 from __future__ import annotations
 
-import logging
+import copy
 import math
-import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Literal, TypeVar
@@ -38,7 +37,6 @@ from telemetry.bus import (
     EpsReading,
 )
 
-_log = logging.getLogger(__name__)
 R = TypeVar("R")
 
 STALE_S = 10.0
@@ -89,6 +87,8 @@ class BusView:
     def __init__(self, estimator: EstimatorSettings | None = None) -> None:
         self.forecast: EclipseForecast | None = None
         """None until the bus has given orbital elements."""
+        self.forecast_fault = ""
+        """Why the last elements were dropped: the forecast failed on them."""
         self.contact: BusContact | None = None
         self.contact_heard_s = 0.0
         """When it came, monotonic, s."""
@@ -139,7 +139,7 @@ class BusView:
                     forecast = EclipseForecast.from_tle(message.line1, message.line2)
                 if forecast is not None:
                     forecast.prove()
-                self.forecast, self._orbit = forecast, message
+                self.forecast, self._orbit, self.forecast_fault = forecast, message, ""
 
     def forget(self) -> None:
         """Know nothing of the spacecraft, as before the first message; counts and findings stay."""
@@ -211,9 +211,8 @@ class BusView:
             return question(self.forecast)
         except PropagationError:
             return None
-        except Exception:
-            _log.exception("the orbital elements are dropped, for the forecast fails on them")
-            self.forecast = None
+        except Exception as error:
+            self.forecast, self.forecast_fault = None, f"{type(error).__name__}: {error}"
             return None
 
     def _note(self, actions: list[SensorAction]) -> None:
@@ -222,12 +221,11 @@ class BusView:
 
     def _take_reading(self, reading: EpsReading, now_s: float) -> None:
         """Take a reading as a whole, or not at all."""
-        # Faster than a deep copy, and read back only after a failure. Only this method changes what it holds.
-        kept = pickle.dumps({name: getattr(self, name) for name in _OF_READINGS}, pickle.HIGHEST_PROTOCOL)
+        kept = copy.deepcopy({name: getattr(self, name) for name in _OF_READINGS})
         try:
             self._vote(reading, now_s)
         except Exception:
-            vars(self).update(pickle.loads(kept))  # noqa: S301 - written above
+            vars(self).update(kept)
             raise
 
     def _vote(self, reading: EpsReading, now_s: float) -> None:

@@ -230,6 +230,9 @@ class PowerService:
             return
         evidence: Evidence = {"source": how, "edge_margin_s": eclipses.edge_margin_s}
         text = f"eclipses: {how}; edges are taken as good to {eclipses.edge_margin_s:.0f} s"
+        if self._view.forecast_fault:
+            evidence["fault"] = self._view.forecast_fault[:200]
+            text += "; the elements are dropped, for the forecast fails on them"
         severity = Severity.INFO if how == "forecast" else Severity.LOW
         self._recorder.event(severity, "power.eclipses", text, evidence)
 

@@ -98,6 +98,7 @@ def test_elements_on_which_the_forecast_fails_later_are_dropped(monkeypatch: pyt
     monkeypatch.setattr(EclipseForecast, "passes", raising)
     assert view.eclipses(EPOCH_NS).source == "unknown"
     assert view.forecast is None
+    assert view.forecast_fault == "ZeroDivisionError: float division by zero"
     view.handle(ISS, 41.0)
     assert view.forecast is None, "the same elements again"
     assert view.sunlit(EPOCH_NS) == 1.0, "by the array"
