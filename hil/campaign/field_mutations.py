@@ -55,7 +55,7 @@ class Mutation:
     """One field set to one value."""
 
     path: str
-    """As `windows[0].end_ns`; empty for the message itself."""
+    """As `windows[].end_ns`; empty for the message itself."""
     tree: Any
 
 
@@ -71,9 +71,10 @@ def paths(tree: Any, at: Way = ()) -> Iterator[Way]:
 
 
 def name_of(path: Way) -> str:
-    """Return a path as text; elements of one list share a name."""
-    text = "".join("[]" if isinstance(part, int) else f".{part}" for part in path)
-    return text.removeprefix(".")
+    """Return a path as text; elements of one list share a name, but for those of the message itself."""
+    head = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path[:1])
+    rest = "".join("[]" if isinstance(part, int) else f".{part}" for part in path[1:])
+    return (head + rest).removeprefix(".")
 
 
 def put(tree: Any, path: Way, value: object) -> Any:

@@ -37,6 +37,7 @@ def said(_: str, __: float) -> None:
 def test_every_node_of_a_tree_is_a_field() -> None:
     names = [name_of(path) for path in paths(TREE)]
     assert names == ["", "a", "b", "b[]", "b[].c", "b[]", "b[].c", "d"]
+    assert [name_of(path) for path in paths([1, [2]])] == ["", "[0]", "[1]", "[1][]"]
     assert put(TREE, ("b", 1, "c"), 7) == {"a": 1, "b": [{"c": 2.0}, {"c": 7}], "d": "x"}
     assert TREE["b"][1] == {"c": 3.0}
 
