@@ -167,13 +167,19 @@ def fuzz(
     out: Out,
     inputs: Annotated[int, typer.Option(min=100, help="Mutated messages for all decoders.")] = 10_000_000,
     commands: Annotated[int, typer.Option(min=1, help="Mutated telecommands.")] = 1_000_000,
+    fields: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Bus messages with one field mutated, to a running node; half as many others."
+        ),
+    ] = 200_000,
     seed: Seed = 1,
 ) -> None:
-    """Mutated frames, blocks, acknowledgements, bus values and telecommands, and commands of strangers."""
+    """Mutated messages of every kind, by bytes and by single fields, and commands of strangers."""
     from hil.campaign.fuzz_run import run_fuzz
 
     with _status() as say:
-        run_fuzz(out, inputs=inputs, command_inputs=commands, seed=seed, say=say)
+        run_fuzz(out, inputs=inputs, command_inputs=commands, fields=fields, seed=seed, say=say)
     _show(out)
 
 

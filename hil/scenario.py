@@ -19,6 +19,7 @@ from node.boards import BoardSettings
 from node.power.ceiling import GovernorSettings
 from node.power.ephemeris import Ephemeris
 from node.power.planner import PlannerSettings
+from telemetry.bus import BatteryWh
 from telemetry.commands import DEFAULT_PRIORITY, Infer, Priority
 from telemetry.errors import PenumbraError
 from telemetry.sampling import GREEDY, Sampling
@@ -54,7 +55,7 @@ class Flight(Table, frozen=True, kw_only=True):
     epoch: Annotated[dt.datetime, Meta(tz=True)]
     """Mission time at the start, with an offset."""
     duration_orbits: Annotated[float, Meta(gt=0, le=100)] = 1.0
-    speed: Annotated[float, Meta(gt=0, le=1000)] = 60.0
+    speed: Annotated[float, Meta(ge=0.01, le=1000)] = 60.0
     """Mission seconds a second of physical time."""
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 1
     description: str = ""
@@ -109,7 +110,7 @@ class Array(Table, frozen=True, kw_only=True):
 class Battery(Table, frozen=True, kw_only=True):
     """`[spacecraft.battery]`: lithium-ion cells in series."""
 
-    capacity_wh: Positive
+    capacity_wh: BatteryWh
     """At the cells' nominal 3.6 V."""
     cells_in_series: Annotated[int, Meta(ge=1, le=24)] = 2
     resistance_ohm: Positive = 0.10

@@ -7,9 +7,11 @@ and current by their last value. When that ends, `eps` is None, as if the bus we
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, TypeVar
 
 from fdir.sensors import (
     ChannelSpec,
@@ -35,6 +37,8 @@ from telemetry.bus import (
     EpsReading,
 )
 
+R = TypeVar("R")
+
 STALE_S = 10.0
 """Age after which a value of the bus counts as unknown in telemetry, s of physical time (assumed)."""
 MAX_FINDINGS = 64
@@ -49,6 +53,13 @@ EPS_CHANNELS: Final = (
 )
 """Voted quantities. Tolerances are assumed: some times the error of common sensors. The state of charge moves
 slowly (a full charge within 300 s is beyond any battery here), the others may jump with load and shadow."""
+
+
+_OF_READINGS: Final = (
+    *("eps", "eps_source", "soc", "rejections"),
+    *("_voter", "_estimator", "_findings", "_stamps", "_held", "_eps_s", "_sensed"),
+)
+"""Attributes of a view that a reading of the power unit changes."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +87,8 @@ class BusView:
     def __init__(self, estimator: EstimatorSettings | None = None) -> None:
         self.forecast: EclipseForecast | None = None
         """None until the bus has given orbital elements."""
+        self.forecast_fault = ""
+        """Why the last elements were dropped: the forecast failed on them."""
         self.contact: BusContact | None = None
         self.contact_heard_s = 0.0
         """When it came, monotonic, s."""
@@ -107,20 +120,28 @@ class BusView:
         Raises
         ------
         PenumbraError
-            Orbital elements that are malformed or not for SGP4; the forecast stays as it was.
+            Orbital elements that are malformed or not for SGP4. Whatever is raised, all is as it was before.
         """
         match message:
             case BusEps():
-                self._vote(EpsReading.of(message), now_s)
+                self._take_reading(EpsReading.of(message), now_s)
             case EpsReading():
-                self._vote(message, now_s)
+                self._take_reading(message, now_s)
             case BusThermal():
                 self._thermal = (message, now_s)
             case BusContact():
                 self.contact, self.contact_heard_s = message, now_s
             case BusOrbit() if message != self._orbit:
-                self.forecast = _forecast_from(message)
-                self._orbit = message
+                self._take_orbit(message, _forecast_from(message))
+
+    def _take_orbit(self, message: BusOrbit, forecast: EclipseForecast) -> None:
+        self.forecast, self._orbit, self.forecast_fault = forecast, message, ""
+
+    def forget(self) -> None:
+        """Know nothing of the spacecraft, as before the first message; counts and findings stay."""
+        fresh = BusView(self._estimator.settings)
+        kept = ("_findings", "rejections", "load_w")
+        vars(self).update({name: value for name, value in vars(fresh).items() if name not in kept})
 
     def handle_retained(
         self, message: BusMessage, now_s: float, mission_ns: int | None, rate: float
@@ -171,7 +192,7 @@ class BusView:
                 return "its age is not known before mission time is"
             if forecast.tle_age_days(mission_ns) >= self.forecast.tle_age_days(mission_ns):
                 return "the elements in use are as near to mission time"
-        self.forecast, self._orbit = forecast, message
+        self._take_orbit(message, forecast)
         return None
 
     def tick(self, now_s: float) -> None:
@@ -204,11 +225,9 @@ class BusView:
 
     def sunlit(self, t_ns: int) -> float | None:
         """Return the sunlit fraction at mission time `t_ns`: forecast, else sensed; None when unknown."""
-        if self.forecast is not None and self.forecast.is_usable(t_ns):
-            try:
-                return self.forecast.sunlit(t_ns)
-            except PropagationError:
-                pass
+        forecast = self._ask(lambda f: f.sunlit(t_ns) if f.is_usable(t_ns) else None)
+        if forecast is not None:
+            return forecast
         return None if self._sensed.dark is None else 0.0 if self._sensed.dark else 1.0
 
     def next_umbra(self, t_ns: int) -> UmbraPass | None:
@@ -217,19 +236,45 @@ class BusView:
 
     def eclipses(self, t_ns: int) -> Eclipses:
         """Return what is known of the eclipses from mission time `t_ns` on."""
-        if self.forecast is not None and self.forecast.is_usable(t_ns):
-            try:
-                passes = self.forecast.passes(t_ns)
-            except PropagationError:
-                pass
-            else:
-                return Eclipses(passes, self.forecast.period_s, self.forecast.edge_margin_s(t_ns), "forecast")
+        forecast = self._ask(
+            lambda f: (
+                Eclipses(f.passes(t_ns), f.period_s, f.edge_margin_s(t_ns), "forecast")
+                if f.is_usable(t_ns)
+                else None
+            )
+        )
+        if forecast is not None:
+            return forecast
         passes, period_s = self._sensed.passes(t_ns), self._sensed.period_s
         return Eclipses(passes, period_s, EDGE_MARGIN_S, "unknown" if period_s is None else "sensed")
+
+    def _ask(self, question: Callable[[EclipseForecast], R | None]) -> R | None:
+        """Return what the forecast says, None where it says nothing.
+
+        Elements on which it fails in a way nobody foresaw are dropped.
+        """
+        if self.forecast is None:
+            return None
+        try:
+            return question(self.forecast)
+        except PropagationError:
+            return None
+        except Exception as error:
+            self.forecast, self.forecast_fault = None, f"{type(error).__name__}: {error}"
+            return None
 
     def _note(self, actions: list[SensorAction]) -> None:
         self.rejections += sum(isinstance(action, Rejected) for action in actions)
         self._findings += actions[: MAX_FINDINGS - len(self._findings)]
+
+    def _take_reading(self, reading: EpsReading, now_s: float) -> None:
+        """Take a reading as a whole, or not at all."""
+        kept = copy.deepcopy({name: getattr(self, name) for name in _OF_READINGS})
+        try:
+            self._vote(reading, now_s)
+        except Exception:
+            vars(self).update(kept)
+            raise
 
     def _vote(self, reading: EpsReading, now_s: float) -> None:
         t_s = reading.t_ns / NS_PER_S

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from telemetry.bus import BusTime
+from telemetry.bus import EARLIEST_NS, LATEST_NS, BusTime
 
 STEP_S = 0.5
 """Error above which the clock steps, s of physical time (assumed: far over the jitter of the bus)."""
@@ -26,10 +26,6 @@ HOLD_S = 10.0
 """Longest time that what cannot be undone waits for a second sample, s of physical time (assumed: 20 periods
 of the bus, and a third of what a scheduled command may be late)."""
 _NS = 1_000_000_000
-EARLIEST_NS = 946_684_800 * _NS
-"""2000-01-01 UTC: no mission time lies before it."""
-LATEST_NS = 4_102_444_800 * _NS
-"""2100-01-01 UTC: nor after it."""
 
 
 @dataclass(frozen=True)

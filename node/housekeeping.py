@@ -26,6 +26,7 @@ from node.state import BootState, Rates
 from node.worker_service import WorkerService
 from telemetry.authenticator import Authenticator
 from telemetry.database import Database, StoreFull
+from telemetry.dictionary.codes import DropCode
 from telemetry.frame import FrameError
 from telemetry.link import Link
 from telemetry.packets import Housekeeping, Ledger
@@ -182,6 +183,7 @@ class HousekeepingService:
         counters, power, eps = s.worker.counters, s.power, s.view.fresh_eps(now_s)
         umbra, setpoint = power.umbra, power.setpoint
         security = s.authenticator.report()
+        dropped = {**s.intake.dropped, DropCode.QUEUE_FULL: s.commanding.dropped}
         return Housekeeping(
             mode=s.modes.mode,
             uptime_s=now_s - self._started_s,
@@ -216,7 +218,9 @@ class HousekeepingService:
             link_up=s.link.connected.is_set(),
             commands_accepted=security.accepted,
             commands_rejected=sum(security.rejected.values()),
-            garbage_messages=s.intake.garbage + s.commanding.dropped,
+            bus_messages=s.intake.bus_messages,
+            garbage_messages=sum(dropped.values()),
+            dropped={code.value: count for code, count in dropped.items() if count},
             jobs_active=len(s.runner.running),
             batch=power.point.batch,
             threads=s.worker.threads,

@@ -19,7 +19,7 @@ from node.power.governor import Governor, Setpoint
 from node.power.operating_point import OperatingPoint
 from node.power.plan import Plan
 from node.pulse import Pulse
-from node.recorder import Evidence, Recorder
+from node.recorder import Evidence, Recorder, Throttle
 from node.scheduler import Task
 from telemetry import bus, topics
 from telemetry.errors import PenumbraError
@@ -36,6 +36,8 @@ PLAN_CHANGE = 0.05
 """Relative change of the ceiling that is reported (packets.PowerPlan)."""
 OLD_MARGIN_S = 10.0
 """Error of an edge from which on it is told: elements of a week."""
+FAILURE_PERIOD_S = 10.0
+"""Time between two events about failures of the loop, s (assumed)."""
 PLAN_PERIOD_S = 1.0
 """Shortest time between two plan packets, s of physical time (assumed)."""
 
@@ -122,6 +124,7 @@ class PowerService:
         self.on_reading: Callable[[BoardReading, float | None], None] = lambda _reading, _board_c: None
         """Called with each reading of the board, and its temperature, degC."""
         self._rest_until_s = 0.0
+        self._failures = Throttle(FAILURE_PERIOD_S)
         self._least_priority = 0
         self._eclipses_from: str | None = None
         self._asked: tuple[int, str | None] | None = None
@@ -154,6 +157,26 @@ class PowerService:
             await asyncio.sleep(PERIOD_S)
 
     def _turn(self, now_s: float) -> None:
+        try:
+            self._decide(now_s)
+        except Exception as error:
+            # What the bus said is at fault, in a way nobody foresaw: the loop goes on as with a silent bus.
+            # A failure also without it is a defect of the node.
+            self._view.forget()
+            self._report_failure(error, now_s)
+            self._decide(now_s)
+
+    def _report_failure(self, error: Exception, now_s: float) -> None:
+        count = self._failures.admit(now_s)
+        if count is None:
+            return
+        _log.error("the power loop failed on what the bus said", exc_info=error)
+        what = f"{type(error).__name__}: {error}"[:200]
+        evidence: Evidence = {"error": what, "since_last_report": count}
+        text = f"the power loop failed on what the bus said, which is dropped: {what}"
+        self._recorder.event(Severity.MEDIUM, "power.failed", text, evidence)
+
+    def _decide(self, now_s: float) -> None:
         t_ns = self._recorder.now_ns()
         self.reading = self._board.read()
         self.sunlit = self._view.sunlit(t_ns)
@@ -207,6 +230,9 @@ class PowerService:
             return
         evidence: Evidence = {"source": how, "edge_margin_s": eclipses.edge_margin_s}
         text = f"eclipses: {how}; edges are taken as good to {eclipses.edge_margin_s:.0f} s"
+        if self._view.forecast_fault:
+            evidence["fault"] = self._view.forecast_fault[:200]
+            text += "; the elements are dropped, for the forecast fails on them"
         severity = Severity.INFO if how == "forecast" else Severity.LOW
         self._recorder.event(severity, "power.eclipses", text, evidence)
 

@@ -22,10 +22,31 @@ SENSOR_RANGES: Final[dict[str, tuple[float, float]]] = {
 SENSOR_SETS: Final = 3
 """Most sensor sets a power unit may have: its main one and two redundant ones."""
 
-Soc = Annotated[float, Meta(ge=0, le=1)]
-BatteryV = Annotated[float, Meta(ge=0, le=100)]
-BatteryA = Annotated[float, Meta(ge=-100, le=100)]
-ArrayW = Annotated[float, Meta(ge=0, le=100_000)]
+NS_PER_S: Final = 1_000_000_000
+EARLIEST_NS: Final = 946_684_800 * NS_PER_S
+"""2000-01-01 UTC: no mission time lies before it."""
+LATEST_NS: Final = 4_102_444_800 * NS_PER_S
+"""2100-01-01 UTC: nor after it."""
+LEAST_WH: Final = 1.0
+"""No battery that feeds a payload computer has less, Wh (assumed: that of a 1U CubeSat has 10)."""
+
+# Physical ranges: what no spacecraft of this kind has, and what arithmetic may rely on (all assumed).
+MissionNs = Annotated[int, Meta(ge=EARLIEST_NS, le=LATEST_NS, description="ns")]
+Rate = Annotated[float, Meta(ge=0.0001, le=10_000, description="s/s")]
+Soc = Annotated[float, Meta(ge=0, le=1, description="0 to 1")]
+BatteryV = Annotated[float, Meta(ge=0, le=100, description="V")]
+BatteryA = Annotated[float, Meta(ge=-100, le=100, description="A")]
+BatteryWh = Annotated[float, Meta(ge=LEAST_WH, le=100_000, description="Wh")]
+SourceW = Annotated[float, Meta(ge=0, le=100_000, description="W")]
+LoadW = Annotated[float, Meta(ge=0, le=10_000, description="W")]
+BusC = Annotated[float, Meta(ge=-150, le=200, description="degC")]
+Name = Annotated[str, Meta(min_length=0, max_length=64)]
+Text = Annotated[str, Meta(min_length=0, max_length=1000)]
+Int64 = Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
+
+
+class BusError(ValueError):
+    """Bytes that are no message of the bus: no msgpack, or a field missing, unknown or out of its range."""
 
 
 class BusMessage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -41,9 +62,9 @@ class BusMessage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 class BusTime(BusMessage, frozen=True, kw_only=True):
     """Mission time from the bus."""
 
-    t_ns: int
+    t_ns: MissionNs
     """UTC, ns since 1970."""
-    rate: Annotated[float, Meta(gt=0, le=10_000)] = 1.0
+    rate: Rate = 1.0
     """Mission seconds a second of physical time: above 1 is an accelerated bench."""
 
 
@@ -52,7 +73,7 @@ class BusOrbit(BusMessage, frozen=True, kw_only=True):
 
     line1: Annotated[str, Meta(min_length=69, max_length=69)] | None = None
     line2: Annotated[str, Meta(min_length=69, max_length=69)] | None = None
-    omm: Annotated[dict[str, Any], Meta(max_length=100)] | None = None
+    omm: Annotated[dict[Name, Any], Meta(max_length=100)] | None = None
     """Fields by their names in CCSDS 502.0, instead of the two lines. Numbers may come as text; null and
     blank text are no value. Fields that do not move the satellite may hold anything. Times are UTC, the
     elements SGP4's, about the Earth in TEME: a message that says otherwise is refused."""
@@ -62,6 +83,9 @@ class BusOrbit(BusMessage, frozen=True, kw_only=True):
         lines = (self.line1 is not None, self.line2 is not None)
         if lines != ((True, True) if self.omm is None else (False, False)):
             raise ValueError("either line1 and line2 are given, or omm")
+        for name, value in (self.omm or {}).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"omm field {name} is not finite")
 
 
 class EpsSensors(BusMessage, frozen=True, kw_only=True):
@@ -74,8 +98,8 @@ class EpsSensors(BusMessage, frozen=True, kw_only=True):
     battery_soc: Soc | None = None
     battery_v: BatteryV | None = None
     battery_a: BatteryA | None = None
-    array_w: ArrayW | None = None
-    t_ns: int | None = None
+    array_w: SourceW | None = None
+    t_ns: MissionNs | None = None
     """When this set was sampled, UTC; null: with the message. One that stands still tells of a stale set."""
 
 
@@ -86,20 +110,20 @@ class BusEps(BusMessage, frozen=True, kw_only=True):
     a node votes on them, and takes each as `EpsSensors` says.
     """
 
-    t_ns: int
+    t_ns: MissionNs
     battery_soc: Soc
     battery_v: BatteryV
     battery_a: BatteryA
     """Battery current, positive when charging, A."""
-    battery_wh: Annotated[float, Meta(gt=0, le=100_000)]
+    battery_wh: BatteryWh
     """Capacity, Wh."""
-    array_w: ArrayW
+    array_w: SourceW
     """Power the solar array delivers now, W."""
-    array_sun_w: Annotated[float, Meta(ge=0, le=100_000)]
+    array_sun_w: SourceW
     """Power the array delivers in full sunlight, W."""
-    platform_w: Annotated[float, Meta(ge=0, le=100_000)]
+    platform_w: SourceW
     """Draw of the rest of the spacecraft, W."""
-    soc_floor: Annotated[float, Meta(ge=0, le=1)]
+    soc_floor: Soc
     """State of charge the spacecraft must not go under."""
     redundant: Annotated[list[EpsSensors], Meta(max_length=SENSOR_SETS - 1)] = []
     """Second and third set of sensors."""
@@ -120,13 +144,13 @@ class RefusedValue(BusMessage, frozen=True, kw_only=True):
 class EpsReading(BusMessage, frozen=True, kw_only=True):
     """`bus/eps` as it is received: checked by sensor instead of as a whole."""
 
-    t_ns: int
+    t_ns: MissionNs
     sets: tuple[EpsSensors, ...]
     """The main set first."""
     refused: tuple[RefusedValue, ...] = ()
-    battery_wh: Annotated[float, Meta(gt=0, le=100_000)]
-    array_sun_w: ArrayW
-    platform_w: ArrayW
+    battery_wh: BatteryWh
+    array_sun_w: SourceW
+    platform_w: SourceW
     soc_floor: Soc
 
     @classmethod
@@ -146,49 +170,49 @@ class EpsReading(BusMessage, frozen=True, kw_only=True):
 class BusThermal(BusMessage, frozen=True, kw_only=True):
     """Temperatures seen by the bus."""
 
-    t_ns: int
-    board_c: Annotated[float, Meta(ge=-150, le=200)]
-    radiator_c: Annotated[float, Meta(ge=-150, le=200)]
+    t_ns: MissionNs
+    board_c: BusC
+    radiator_c: BusC
 
 
 class ContactSpan(BusMessage, frozen=True, kw_only=True):
     """One contact window, UTC."""
 
-    start_ns: int
-    end_ns: int
+    start_ns: MissionNs
+    end_ns: MissionNs
 
 
 class BusContact(BusMessage, frozen=True, kw_only=True):
     """Radio state, and the next contact window."""
 
-    t_ns: int
+    t_ns: MissionNs
     in_contact: bool
-    station: str = ""
-    next_start_ns: int | None = None
-    next_end_ns: int | None = None
+    station: Name = ""
+    next_start_ns: MissionNs | None = None
+    next_end_ns: MissionNs | None = None
     windows: Annotated[list[ContactSpan], Meta(max_length=64)] = []
     """Windows under way and ahead, by their start: jobs are planned by them."""
-    known_until_ns: int | None = None
+    known_until_ns: MissionNs | None = None
     """UTC up to which `windows` holds all there are; null: it does not say."""
 
 
 class BusLoad(BusMessage, frozen=True, kw_only=True):
     """What the payload computer draws (published by the node)."""
 
-    t_ns: int
-    power_w: Annotated[float, Meta(ge=0, le=10_000)]
+    t_ns: MissionNs
+    power_w: LoadW
 
 
 class BusRequest(BusMessage, frozen=True, kw_only=True):
     """What the payload computer asks the spacecraft for (published by the node, several times)."""
 
-    t_ns: int
+    t_ns: MissionNs
     """When it was decided: the same in every repetition of a request."""
     request: Literal["power_cycle"]
     """`power_cycle`: take the supply away for a moment, which ends a latch-up."""
-    reason: str
+    reason: Text
     """Why, in words."""
-    evidence: dict[str, str | int | float | bool | None] = {}
+    evidence: Annotated[dict[Name, Text | Int64 | float | bool | None], Meta(max_length=40)] = {}
 
 
 CHANNELS: dict[str, type[BusMessage]] = {
@@ -216,17 +240,17 @@ def decode(channel: str, payload: bytes) -> BusMessage:
 
     Raises
     ------
-    ValueError
+    BusError
         Unknown channel, or the payload is not valid for it: ranges, types, NaN, unknown fields.
     """
     try:
         kind = CHANNELS[channel]
     except KeyError:
-        raise ValueError(f"unknown bus channel {channel!r}") from None
+        raise BusError(f"unknown bus channel {channel!r}") from None
     try:
         return msgspec.msgpack.decode(payload, type=kind)
-    except msgspec.DecodeError as error:
-        raise ValueError(f"bus/{channel}: {error}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BusError(f"bus/{channel}: {error}") from error
 
 
 def decode_eps(payload: bytes) -> EpsReading:
@@ -234,14 +258,14 @@ def decode_eps(payload: bytes) -> EpsReading:
 
     Raises
     ------
-    ValueError
+    BusError
         The payload is no such message: another type, a missing or unknown field, or a value out of range
         that no sensor gives (capacity, floor, ...).
     """
     try:
         raw: Any = msgspec.msgpack.decode(payload)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"bus/eps: {error}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BusError(f"bus/eps: {error}") from error
     refused: list[RefusedValue] = []
     if isinstance(raw, dict):
         redundant = raw.get("redundant")
@@ -257,8 +281,8 @@ def decode_eps(payload: bytes) -> EpsReading:
         gaps = []
     try:
         whole = msgspec.convert(raw, BusEps)
-    except msgspec.ValidationError as error:
-        raise ValueError(f"bus/eps: {error}") from error
+    except (msgspec.ValidationError, RecursionError) as error:
+        raise BusError(f"bus/eps: {error}") from error
     reading = EpsReading.of(whole)
     main = msgspec.structs.replace(reading.sets[0], **dict.fromkeys(gaps))
     return msgspec.structs.replace(reading, sets=(main, *reading.sets[1:]), refused=tuple(refused))

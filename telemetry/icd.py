@@ -148,9 +148,12 @@ def _range_text(number: Any) -> str:
 
 
 def _number(value: float) -> str:
-    powers = {(1 << 63) - 1: "2^63-1", -(1 << 63): "-2^63", (1 << 32) - 1: "2^32-1"}
+    known = {
+        **{(1 << 63) - 1: "2^63-1", -(1 << 63): "-2^63", (1 << 32) - 1: "2^32-1"},
+        **{bus.EARLIEST_NS: "2000-01-01", bus.LATEST_NS: "2100-01-01"},
+    }
     # A bound of 1 and one of 1.0 are equal, and typing keeps whichever it met first.
-    return powers.get(int(value), str(int(value)) if value == int(value) else str(value))
+    return known.get(int(value), str(int(value)) if value == int(value) else str(value))
 
 
 def _unit(field: Any) -> str:
@@ -288,6 +291,7 @@ def _command_section() -> str:
         _enum(authenticator.RejectCode),
         _enum(commands.ArgumentCode),
         _enum(codes.FailureCode),
+        _enum(codes.DropCode),
     ]
     return "\n".join(parts)
 

@@ -1,8 +1,8 @@
-"""Runs tests as aarch64 code under emulation: `python tests/aarch64.py [--cpu cortex-a76] [what pytest takes]`.
+"""Runs tests as aarch64 code, emulated: `python tests/aarch64.py [--cpu cortex-a76] [what pytest takes]`.
 
-Emulation by qemu-user is exact for integer and IEEE arithmetic, so kernels of ONNX Runtime give what they give
-on such a CPU; only speed and races differ. What is needed comes from Debian (qemu-user 10 or newer, a root for
-arm64 with Python) and the package index (wheels for aarch64), into `build/aarch64`, once.
+Emulation by qemu-user is exact for integer and IEEE arithmetic, so kernels of ONNX Runtime give what they
+give on such a CPU; only speed and races differ. What is needed comes from Debian (qemu-user 10 or newer, a
+root for arm64 with Python) and the package index (wheels for aarch64), into `build/aarch64`, once.
 
 Needs apt and dpkg of a Debian host; any of its releases will do.
 """

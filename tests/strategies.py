@@ -149,6 +149,8 @@ PACKETS: dict[str, st.SearchStrategy[p.Packet]] = {
         commands_accepted=counts,
         commands_rejected=counts,
         garbage_messages=counts,
+        bus_messages=counts,
+        dropped=st.dictionaries(texts, counts, max_size=3),
         jobs_active=counts,
         batch=counts,
         threads=counts,

@@ -1,8 +1,9 @@
-"""`penumbra campaign run fuzz`: mutated messages against every decoder and the command authenticator.
+"""`penumbra campaign run fuzz`: mutated messages against decoders, command authenticator and a running node.
 
 A decoder may reject, by its own error, or accept; anything else that comes out of it is a finding. What a
 CRC guards is accepted only when the CRC was made anew over the damage, what a key guards never. One input
-for each distinct answer is kept as corpus.
+for each distinct answer is kept as corpus. Single fields of sound messages are mutated too
+(`hil.campaign.field_run`).
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ import crc32c
 import msgspec
 
 from hil.bench.link_load import NODE, T0_NS
+from hil.campaign.field_run import FieldsResult, run_fields
 from hil.campaign.fuzz_seeds import examples
 from hil.campaign.hostile import KEY, RING, hostile_commands
 from hil.campaign.mutations import mutate
-from hil.campaign.records import SUMMARY, Header, write_header, write_json
+from hil.campaign.records import SUMMARY, Header, Value, write_header, write_json
 from telemetry import bus, commands
 from telemetry.ack import Ack, AckError, decode_ack, encode_ack
 from telemetry.authenticator import Accepted, Authenticator, Rejected
@@ -37,6 +39,8 @@ from telemetry.packets import Stream
 from telemetry.signed import SignedError
 from telemetry.upload import Chunk, decode_chunk, encode_chunk
 
+NODE_FILES: Final = "node"
+"""Directory of the node that single-field mutations are sent to, in that of the campaign."""
 CORPUS: Final = "corpus.msgpack"
 MAX_CORPUS: Final = 80
 """Inputs kept of each target."""
@@ -90,6 +94,8 @@ class FuzzResult(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
     decoders: list[DecoderResult]
     commands: CommandResult
+    fields: FieldsResult | None = None
+    """Mutations of single fields; None where none were asked for."""
     corpus: int
     """Inputs kept, one for each distinct answer."""
     findings: int
@@ -264,12 +270,23 @@ def fuzz_commands(count: int, chance: random.Random, corpus: Corpus) -> CommandR
 
 
 def run_fuzz(
-    out: Path, *, inputs: int, command_inputs: int, seed: int, say: Callable[[str, float], None]
+    out: Path,
+    *,
+    inputs: int,
+    command_inputs: int,
+    fields: int = 0,
+    seed: int,
+    say: Callable[[str, float], None],
 ) -> None:
-    """Fuzz all of it and leave `summary.json`, the corpus and the findings in `out`."""
-    write_header(
-        out, Header(plan="fuzz", seed=seed, settings={"inputs": inputs, "command_inputs": command_inputs})
-    )
+    """Fuzz all of it and leave `summary.json`, the corpus and the findings in `out`.
+
+    Raises
+    ------
+    PenumbraError
+        The node that `fields` mutated messages of the bus are sent to does not serve.
+    """
+    settings: dict[str, Value] = {"inputs": inputs, "command_inputs": command_inputs}
+    write_header(out, Header(plan="fuzz", seed=seed, settings=settings | {"fields": fields}))
     begun, corpus = time.monotonic(), Corpus()
     results = []
     for number, target in enumerate(targets()):
@@ -283,10 +300,11 @@ def run_fuzz(
         msgspec.msgpack.encode([[name, answer, data] for (name, answer), data in sorted(corpus.kept.items())])
     )
     (out / FINDINGS).write_bytes(msgspec.msgpack.encode(corpus.findings))
+    single = run_fields(out / NODE_FILES, fields, seed, say) if fields else None
     write_json(
         out / SUMMARY,
         FuzzResult(
-            seed=seed, decoders=results, commands=judged, corpus=len(corpus.kept),
+            seed=seed, decoders=results, commands=judged, fields=single, corpus=len(corpus.kept),
             findings=len(corpus.findings), wall_s=time.monotonic() - begun,
         ),
     )  # fmt: skip

@@ -9,6 +9,8 @@ from typing import Final
 
 import msgspec
 
+from hil.campaign.field_run import FieldsResult
+from hil.campaign.field_shadow import TAKEN
 from hil.campaign.fuzz_run import FuzzResult
 from hil.campaign.kill_run import KINDS, KillRecord
 from hil.campaign.link_run import LinkRecord
@@ -295,8 +297,55 @@ def fuzz_section(path: Path, _: Header) -> str:
             f"{judged.slowest_ms:.1f} ms. Rejected: {reasons}.\n",
             attacks,
             f"Kept: {result.corpus} inputs, one for each distinct answer; findings: {result.findings}.\n",
+            *([] if result.fields is None else [fields_section(result.fields)]),
         ]
     )
+
+
+def fields_section(result: FieldsResult) -> str:
+    """Return the part of a fuzzing run that is about single fields."""
+    counts = [*result.bus, *result.others]
+    asked = table(
+        ["message", "fields", "mutations", "accepted", "refused, by why", "other errors",
+         "refused, and something changed"],
+        [
+            [c.message, str(c.fields), f"{c.sent:,}", f"{c.answers.get(TAKEN, 0):,}",
+             _answers({why: count for why, count in c.answers.items() if why != TAKEN}),
+             str(c.escaped), str(c.changed)]
+            for c in counts
+        ],
+    )  # fmt: skip
+    counted = table(
+        ["message", "sent", "counted by the node", "not counted", "counted otherwise than expected",
+         "batches refused after which something differs"],
+        [
+            [c.message, f"{c.sent:,}", _answers(c.answers), str(c.unaccounted), str(c.unexpected),
+             str(c.changed)]
+            for c in result.live
+        ],
+    )  # fmt: skip
+    sent = sum(c.sent for c in result.live)
+    findings = "".join(f"- {finding}\n" for finding in result.findings)
+    return "\n".join(
+        [
+            "### Single fields\n",
+            "Each field of a sound message, nested ones too, is taken out, or set to another type or value, "
+            "with all others valid; what is signed or has a CRC gets the one that fits. Asked in the bench, "
+            "of the flight's own code (telecommands with their effects, each undone):\n",
+            asked,
+            f"The {sent:,} messages of the bus were also sent to a node that runs, through a broker, and "
+            "counted by it. Those to be refused came first: what its housekeeping tells (clock, eclipse, "
+            "battery, array, board, mode) must not change.\n",
+            counted,
+            f"Restarts of the node: **{result.node_restarts}**; it ended with {result.node_end}; after sound "
+            f"messages it {'knew' if result.recovered else '**did not know**'} again what it knew before.\n",
+            findings,
+        ]
+    )
+
+
+def _answers(answers: dict[str, int]) -> str:
+    return ", ".join(f"`{answer}` {count:,}" for answer, count in sorted(answers.items()))
 
 
 def latchup_section(path: Path, _: Header) -> str:

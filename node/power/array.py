@@ -15,6 +15,8 @@ Array = NDArray[np.float64]
 FULL_SOC: Final = 0.985
 """Above this state of charge the battery may take less than the array could give."""
 SUNLIT: Final = 0.999
+LEAST_W: Final = 0.1
+"""A power no array has in sunlight, W (assumed): a share of it says nothing."""
 LEAST_INCIDENCE: Final = 0.3
 """Below this share of the mean incidence small errors of attitude count for much: nothing is learnt."""
 
@@ -95,7 +97,12 @@ class ArrayModel:
             return
         self._array_c = self._next_c(self._array_c, sunlit, dt_s)
         expected_w = array_sun_w * sunlit * incidence * self._warm(self._array_c) / self._at_hot
-        if sunlit < SUNLIT or incidence < LEAST_INCIDENCE or expected_w <= 0 or not math.isfinite(array_w):
+        if (
+            sunlit < SUNLIT
+            or incidence < LEAST_INCIDENCE
+            or expected_w < LEAST_W
+            or not math.isfinite(array_w)
+        ):
             return
         measured = array_w / expected_w
         held_back = soc > FULL_SOC or not taking_all

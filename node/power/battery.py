@@ -9,6 +9,8 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
+from telemetry.bus import LEAST_WH
+
 NOMINAL_CELL_V: Final = 3.6
 """Voltage a capacity in Wh is stated at."""
 SECONDS_PER_HOUR: Final = 3600.0
@@ -56,6 +58,11 @@ class BatterySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
             raise ValueError(f"life_depth {list(self.life_depth)} must rise")
 
 
+def capacity_j(battery_wh: float) -> float:
+    """Return a capacity in J that may be divided by: never less than that of `LEAST_WH`, and never NaN."""
+    return max(LEAST_WH, battery_wh) * SECONDS_PER_HOUR
+
+
 class BatteryModel:
     """Energy, voltage and losses of one battery.
 
@@ -76,11 +83,11 @@ class BatteryModel:
     def energy_j(self, soc: float, capacity_wh: float) -> float:
         """Return the energy between empty and a state of charge, J, of a nominal capacity, Wh."""
         share = float(np.interp(soc, self._soc, self._energy))
-        return share * capacity_wh * SECONDS_PER_HOUR
+        return share * capacity_j(capacity_wh)
 
     def soc(self, energy_j: float, capacity_wh: float) -> float:
         """Return the state of charge that holds an energy, J."""
-        return float(np.interp(energy_j / (capacity_wh * SECONDS_PER_HOUR), self._energy, self._soc))
+        return float(np.interp(energy_j / capacity_j(capacity_wh), self._energy, self._soc))
 
     def open_circuit_v(self, soc: float) -> float:
         """Return the voltage of the pack at rest, V."""

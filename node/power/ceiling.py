@@ -17,10 +17,10 @@ from typing import Annotated, Final
 import msgspec
 from msgspec import Meta
 
+from node.power.battery import capacity_j
 from node.power.forecast import UmbraPass
 from telemetry.bus import BusEps
 
-SECONDS_PER_HOUR: Final = 3600.0
 NS_PER_S: Final = 1_000_000_000
 DARK_SHARE: Final = 0.02
 """An array below this share of its full power is dark, whatever the forecast says. A full battery also
@@ -175,7 +175,7 @@ class Limits:
                 limits[Reason.PLAN] = inputs.planned_w
                 # What may be overspent before the loop has brought the draw down belongs to the margin.
                 overspent_j = (inputs.max_w - service_w) * s.response_s * inputs.rate
-                margin = s.floor_guard + inputs.soc_sigma + overspent_j / (eps.battery_wh * SECONDS_PER_HOUR)
+                margin = s.floor_guard + inputs.soc_sigma + overspent_j / capacity_j(eps.battery_wh)
                 if eclipse:
                     limits[Reason.BATTERY] = self._reach_w(inputs, eps, margin)
                 else:
@@ -236,7 +236,7 @@ class Limits:
         """Return the payload watts the battery gives to the end of this eclipse, a margin above the floor."""
         s = self.settings
         usable = max(0.0, eps.battery_soc - eps.soc_floor - margin)
-        usable_j = usable * eps.battery_wh * SECONDS_PER_HOUR * s.discharge_efficiency
+        usable_j = usable * capacity_j(eps.battery_wh) * s.discharge_efficiency
         left_s = s.unforeseen_eclipse_s
         if inputs.umbra is not None and _in_umbra(inputs):
             left_s = (inputs.umbra.exit_ns - inputs.t_ns) / NS_PER_S
@@ -248,13 +248,13 @@ class Limits:
         By what the array gives now, whatever it was expected to give.
         """
         s = self.settings
-        capacity_j = eps.battery_wh * SECONDS_PER_HOUR * s.discharge_efficiency
+        gives_j = capacity_j(eps.battery_wh) * s.discharge_efficiency
         needed = eps.soc_floor + margin
         left_s = s.unforeseen_eclipse_s
         if inputs.umbra is not None:
-            needed += (eps.platform_w + service_w) * inputs.umbra.duration_s / capacity_j
+            needed += (eps.platform_w + service_w) * inputs.umbra.duration_s / gives_j
             left_s = (inputs.umbra.entry_ns - inputs.t_ns) / NS_PER_S
-        spare_j = (eps.battery_soc - needed) * capacity_j
+        spare_j = (eps.battery_soc - needed) * gives_j
         return eps.array_w - eps.platform_w + spare_j / max(left_s, s.settle_s * inputs.rate)
 
     def _sunlight_w(self, inputs: PowerInputs, eps: BusEps, service_w: float) -> tuple[float, float | None]:
@@ -265,8 +265,8 @@ class Limits:
         left_s = inputs.period_s or s.unforeseen_eclipse_s
         if inputs.umbra is not None:
             _, dark_w = self._orbit_w(inputs, eps)
-            capacity_j = eps.battery_wh * SECONDS_PER_HOUR * s.discharge_efficiency
-            per_w = inputs.umbra.duration_s / capacity_j
+            gives_j = capacity_j(eps.battery_wh) * s.discharge_efficiency
+            per_w = inputs.umbra.duration_s / gives_j
             reserve = eps.soc_floor + s.soc_margin
             least = reserve + (eps.platform_w + service_w) * per_w
             wanted = reserve + (eps.platform_w + max(dark_w, service_w)) * per_w
@@ -274,8 +274,8 @@ class Limits:
             to_go = min(wanted, max(s.target_soc, min(least, 1.0)))
             left_s = (inputs.umbra.entry_ns - inputs.t_ns) / NS_PER_S
         left_s = max(left_s, s.settle_s * inputs.rate)
-        missing_wh = max(0.0, to_go - eps.battery_soc) * eps.battery_wh / s.charge_efficiency
-        return spare_w - missing_wh * SECONDS_PER_HOUR / left_s, to_go
+        missing_j = max(0.0, to_go - eps.battery_soc) * capacity_j(eps.battery_wh) / s.charge_efficiency
+        return spare_w - missing_j / left_s, to_go
 
 
 def _in_umbra(inputs: PowerInputs) -> bool:

@@ -14,7 +14,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-SECONDS_PER_HOUR = 3600.0
+from node.power.battery import capacity_j
 
 
 class EstimatorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -96,7 +96,7 @@ class SocEstimator:
             self.estimate = None
             return None
         dt_s = reading.t_s - last
-        capacity_ws = reading.battery_wh * SECONDS_PER_HOUR
+        capacity_ws = capacity_j(reading.battery_wh)
         soc = held.soc + net[0] * dt_s / capacity_ws
         # An error of the power is the same way all along: it adds up, where noise would average out.
         sigma = held.sigma + net[1] * dt_s / capacity_ws

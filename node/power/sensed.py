@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from node.power.array import LEAST_W
 from node.power.forecast import UmbraPass
 
 DARK_SHARE: Final = 0.02
@@ -45,7 +46,7 @@ class SensedEclipses:
 
     def handle(self, t_ns: int, array_w: float, array_sun_w: float) -> None:
         """Take a reading of the array at mission time `t_ns`."""
-        if array_sun_w <= 0:
+        if array_sun_w < LEAST_W:
             return
         share = array_w / array_sun_w
         before = self._dark
@@ -68,6 +69,8 @@ class SensedEclipses:
             return ()
         found: list[UmbraPass] = []
         entry = self._entries[-1] if self._began_ns is None else self._began_ns
+        # Mission time may have jumped by years: what lies between is not walked through.
+        entry += max(0, t_ns - length_ns - entry) // period_ns * period_ns
         while len(found) < PASSES:
             leave = entry + length_ns
             if leave > t_ns:

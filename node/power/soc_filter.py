@@ -13,7 +13,7 @@ from typing import Annotated, Final
 import msgspec
 from msgspec import Meta
 
-from node.power.battery import NOMINAL_CELL_V, SECONDS_PER_HOUR, BatteryModel
+from node.power.battery import NOMINAL_CELL_V, BatteryModel, capacity_j
 
 LOST_AFTER: Final = 8
 """Readings in a row too far away after which the sensor is believed rather than the count."""
@@ -80,8 +80,8 @@ class SocFilter:
             amps = (self._amps + battery_a) / 2
             # Conversion loses power before the terminals, where the current is measured.
             kept = min(1.0, b.charge_efficiency / b.discharge_efficiency) if amps > 0 else 1.0
-            hours_ah = battery_wh / (NOMINAL_CELL_V * b.cells_in_series) * SECONDS_PER_HOUR
-            counted = amps * kept * dt_s / hours_ah
+            capacity_as = capacity_j(battery_wh) / (NOMINAL_CELL_V * b.cells_in_series)
+            counted = amps * kept * dt_s / capacity_as
             held = self.soc + counted
             self._variance += (s.current_error * abs(counted)) ** 2 + (1e-6 * dt_s) ** 2
             held = self._correct(held, soc, sensor)

@@ -1,8 +1,27 @@
-"""Why an accepted telecommand failed, or a scheduled one was not executed: the codes of its verification."""
+"""Why a telecommand failed or a scheduled one was not executed, and why a message was dropped."""
 
 from __future__ import annotations
 
 from enum import StrEnum
+
+
+class DropCode(StrEnum):
+    """Why a message was dropped (`Housekeeping.dropped`)."""
+
+    MALFORMED = "malformed"
+    """No such message: no msgpack, or a field missing, unknown, of another type or out of its range."""
+    NOT_AUTHENTIC = "not_authentic"
+    """An acknowledgement, a word on flow or a chunk that is not signed, not for this node, or too old."""
+    WRONG_TOPIC = "wrong_topic"
+    """Nothing is expected there."""
+    REFUSED = "refused"
+    """Well-formed, and its content is impossible: elements that are no orbit, a time that is none."""
+    FAILED = "failed"
+    """Whoever took it failed in a way nobody foresaw; what was known before it stays in force."""
+    QUEUE_FULL = "queue_full"
+    """An authentic telecommand too many."""
+    RETAINED = "retained"
+    """A message of the bus that the broker had kept: it is no time and no reading (event `bus.retained`)."""
 
 
 class FailureCode(StrEnum):

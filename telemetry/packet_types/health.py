@@ -91,6 +91,10 @@ class Housekeeping(Packet, frozen=True, kw_only=True):
     """Telecommands rejected, since boot."""
     garbage_messages: Count
     """Messages on any topic that could not be read, counted and dropped."""
+    bus_messages: Count = 0
+    """Messages of the bus that were taken, since boot."""
+    dropped: dict[str, Count] = {}
+    """`garbage_messages` by why they were dropped (`DropCode`)."""
     jobs_active: Count = 0
     """Jobs that have a place in the batch now."""
     batch: Count = 0

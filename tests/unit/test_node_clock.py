@@ -4,9 +4,7 @@ import pytest
 
 from node.clock import (
     CONFIRM_AFTER_S,
-    EARLIEST_NS,
     HOLD_S,
-    LATEST_NS,
     SILENT_S,
     SLEW_S,
     STEP_S,
@@ -18,7 +16,7 @@ from node.clock import (
     StepRejected,
     Tick,
 )
-from telemetry.bus import BusTime
+from telemetry.bus import EARLIEST_NS, LATEST_NS, BusTime
 
 S = 1_000_000_000
 T0 = 1_700_000_000 * S

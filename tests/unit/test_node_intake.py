@@ -10,6 +10,7 @@ from node.intake import BUS_CHANNELS, FLOW_FRESH_NS, Intake
 from telemetry import bus, topics
 from telemetry.ack import Ack, encode_ack
 from telemetry.commands import Ping
+from telemetry.dictionary.codes import DropCode
 from telemetry.envelope import encode_command, make_command
 from telemetry.errors import PenumbraError
 from telemetry.flow import Flow, encode_flow
@@ -64,7 +65,7 @@ class Sink:
 def test_each_topic_goes_to_its_handler() -> None:
     sink = Sink()
     ack = Ack(node="n", boot=1, stream=Stream.EVENT, upto=3)
-    time = bus.BusTime(t_ns=1, rate=2.0)
+    time = bus.BusTime(t_ns=NOW_NS, rate=2.0)
     sink.intake.on_message(topics.tc("n"), b"anything")
     sink.intake.on_message(topics.ack("n"), encode_ack(ack, KEY))
     sink.intake.on_message(topics.bus("n", "time"), bus.encode(time))
@@ -128,8 +129,61 @@ def test_a_chunk_of_an_upload_that_is_forged_or_for_another_node_is_refused(node
 def test_content_the_node_refuses_is_garbage(error: Exception) -> None:
     sink = Sink()
     sink.error = error
-    sink.intake.on_message(topics.bus("n", "time"), bus.encode(bus.BusTime(t_ns=1)))
+    sink.intake.on_message(topics.bus("n", "time"), bus.encode(bus.BusTime(t_ns=NOW_NS)))
     assert sink.intake.garbage == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ZeroDivisionError("z"), TypeError("t"), OverflowError("o"), RecursionError("r"), KeyError("k"),
+     AssertionError("a"), MemoryError(), StopIteration(), UnicodeDecodeError("utf-8", b"x", 0, 1, "u")],
+)  # fmt: skip
+def test_whatever_a_consumer_raises_is_counted_and_reported_and_no_more(error: Exception) -> None:
+    sink = Sink()
+    sink.error = error
+    payload = bus.encode(bus.BusTime(t_ns=NOW_NS))
+    for _ in range(100):
+        sink.intake.on_message(topics.bus("n", "time"), payload)
+    foreseen = isinstance(error, ValueError)
+    assert sink.intake.dropped == {DropCode.REFUSED if foreseen else DropCode.FAILED: 100}
+    assert sink.events.names == ["garbage.received" if foreseen else "message.failed"]
+    assert sink.intake.bus_messages == 0
+    sink.error = None
+    sink.intake.on_message(topics.bus("n", "time"), payload)
+    assert sink.intake.bus_messages == 1
+
+
+def test_a_failure_of_any_consumer_ends_nothing() -> None:
+    events: Any = Events()
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("float division by zero")
+
+    intake = Intake(
+        "n", KeyRing([KEY]), events,
+        on_command=fail, on_upload=fail, on_ack=fail, on_flow=fail, on_bus=fail,
+    )  # fmt: skip
+    command = make_command(Ping(), key_id="g", seq=1, t_issue_ns=0, t_expire_ns=1, node="n")
+    payload = encode_command(command, KeyRing([KEY]))
+    intake.on_message(topics.tc("n"), payload)
+    intake.on_message(topics.ack("n"), payload)
+    intake.on_message(topics.ack("n"), encode_ack(Ack(node="n", boot=1, stream=Stream.EVENT, upto=3), KEY))
+    flow = Flow(node="n", t_ns=NOW_NS, records=3, valid_s=1.0)
+    intake.on_message(topics.flow("n"), encode_flow(flow, KEY))
+    intake.on_message(topics.up("n"), b"chunk")
+    intake.on_message(topics.bus("n", "time"), bus.encode(bus.BusTime(t_ns=NOW_NS)))
+    assert intake.dropped == {DropCode.FAILED: 6}
+
+
+def test_each_reason_has_its_code() -> None:
+    sink = Sink()
+    sink.intake.on_message(topics.bus("n", "time"), b"\x81" * 5000)
+    sink.intake.on_message(topics.bus("n", "eps"), b"\x91" * 5000 + b"\x01")
+    sink.intake.on_message(topics.ack("n"), b"x")
+    sink.intake.on_message("elsewhere", b"x")
+    assert sink.intake.dropped == {
+        DropCode.MALFORMED: 2, DropCode.NOT_AUTHENTIC: 1, DropCode.WRONG_TOPIC: 1,
+    }  # fmt: skip
 
 
 def test_reports_are_throttled_by_topic_and_the_count_is_not() -> None:
@@ -147,10 +201,10 @@ def test_a_retained_message_of_the_bus_is_judged_apart_and_reported_once_an_hour
     for _ in range(50):
         sink.intake.on_retained(topic, bus.encode(message))
     assert sink.taken == []
-    assert (sink.intake.retained, sink.intake.garbage) == (50, 0)
+    assert sink.intake.dropped == {DropCode.RETAINED: 50}
     assert sink.events.names == ["bus.retained"]
     sink.intake.on_retained(topic, b"\xc1")
-    assert (sink.intake.retained, sink.intake.garbage) == (50, 1)
+    assert sink.intake.dropped == {DropCode.RETAINED: 50, DropCode.MALFORMED: 1}
     # What proves its own age is judged by that.
     ack = Ack(node="n", boot=1, stream=Stream.EVENT, upto=3)
     sink.intake.on_retained(topics.ack("n"), encode_ack(ack, KEY))

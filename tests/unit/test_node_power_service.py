@@ -150,6 +150,30 @@ def test_each_turn_paces_the_worker_and_a_plan_is_sent_on_change_only() -> None:
     assert len(rig.posted.packets) == 2
 
 
+def test_a_failure_on_what_the_bus_said_costs_what_it_said_and_not_the_node(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rig = Rig()
+
+    def fail(*_: object, **__: object) -> bus.BusEps:
+        raise ZeroDivisionError("float division by zero")
+
+    rig.view.handle(ISS, 0.0)
+    rig.view.handle(EPS, 0.0)
+    with monkeypatch.context() as patched:
+        patched.setattr(rig.service.planning, "observe", fail)
+        for turn in range(20):
+            rig.view.handle(EPS, turn * 0.25)
+            rig.service._turn(turn * 0.25)
+            assert rig.service.setpoint is not None
+            assert rig.service.setpoint.reason == "unknown_bus"
+    assert len(rig.sent) == 20
+    assert rig.posted.events.count("power.failed") == 1
+    rig.view.handle(EPS, 5.0)
+    rig.service._turn(5.0)
+    assert rig.service.setpoint.reason == "board"
+
+
 def test_a_commanded_cap_binds_and_blocked_results_pace_to_the_minimum() -> None:
     rig = Rig()
     rig.view.handle(EPS, 0.0)

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FLIGHT = ("node", "fdir", "telemetry")
 ALLOWED = {
-    "__future__", "bisect", "collections", "crc32c", "dataclasses", "enum", "fractions", "functools",
+    "__future__", "bisect", "collections", "copy", "crc32c", "dataclasses", "enum", "fractions", "functools",
     "graphlib", "hashlib", "heapq", "highspy", "itertools", "math", "msgspec", "numpy", "operator",
     "rainflow", "re", "reprlib", "sgp4", "statistics", "struct", "types", "typing",
 }  # fmt: skip

@@ -126,7 +126,7 @@ def test_natural_upsets_are_flux_times_cross_section_times_bits_times_time() -> 
         ("soc_floor = 0.70", "soc_floor = 0.95", "spacecraft.battery.soc_floor", "below soc_start 0.88"),
         ("soc_floor = 0.70", "soc_floor = 1.5", "spacecraft.battery.soc_floor", "1.5"),
         ("speed = 60.0", "speed = 0.0", "scenario.speed", "0.0"),
-        ("speed = 60.0", "speed = -1.0", "scenario.speed", "> 0"),
+        ("speed = 60.0", "speed = -1.0", "scenario.speed", ">= 0.01"),
         ("speed = 60.0", 'speed = "fast"', "scenario.speed", "'fast'"),
         ("speed = 60.0", "sped = 60.0", "'sped'", "did you mean 'speed'"),
         ("duration_orbits = 1.0", "duration_orbits = 0", "scenario.duration_orbits", "> 0"),

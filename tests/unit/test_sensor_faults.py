@@ -16,9 +16,11 @@ from node.bus_view import BusView
 from node.power.estimator import EstimatorSettings
 from telemetry.bus import SENSOR_RANGES, BusEps, EpsReading, decode_eps, encode
 
+T0_NS = 1_700_000_000 * 10**9
+
 TRUTH = BusEps(
-    t_ns=0, battery_soc=0.8, battery_v=14.0, battery_a=-2.0, battery_wh=100.0, array_w=50.0, array_sun_w=60.0,
-    platform_w=10.0, soc_floor=0.5,
+    t_ns=T0_NS, battery_soc=0.8, battery_v=14.0, battery_a=-2.0, battery_wh=100.0, array_w=50.0,
+    array_sun_w=60.0, platform_w=10.0, soc_floor=0.5,
 )  # fmt: skip
 
 
@@ -34,7 +36,7 @@ class Bench:
     def fly(self, seconds: int, **values: float) -> BusEps | None:
         for _ in range(seconds):
             self.now_s += 1.0
-            truth = msgspec.structs.replace(TRUTH, t_ns=round(self.now_s * 1e9), **values)
+            truth = msgspec.structs.replace(TRUTH, t_ns=T0_NS + round(self.now_s * 1e9), **values)
             self.view.handle(decode_eps(encode(self.sensors.read(truth))), self.now_s)
             self.found += [a for a in self.view.take_findings() if isinstance(a, Rejected)]
         return self.view.eps

@@ -15,7 +15,7 @@ from hil.plant.plant import Plant
 from hil.scenario import Scenario, load_scenario
 from hil.spacecraft import HOLD_LEAD_S, HOLD_RATE, LOAD_SILENT_S, FlightClock, Spacecraft
 from telemetry import topics
-from telemetry.bus import BusLoad, BusMessage, BusTime, decode, encode
+from telemetry.bus import EARLIEST_NS, BusLoad, BusMessage, BusTime, decode, encode
 from telemetry.link import MqttLink
 
 NODE = "penumbra-1"
@@ -86,10 +86,10 @@ async def test_every_channel_is_published_and_the_load_is_heard(scenario: Scenar
         assert craft.load_w == 4.0
 
         clock.start()
-        await bus.link.publish(topics.bus(NODE, "load"), encode(BusLoad(t_ns=0, power_w=9.5)))
+        await bus.link.publish(topics.bus(NODE, "load"), encode(BusLoad(t_ns=EARLIEST_NS, power_w=9.5)))
         await until(lambda: 9.5 in seen)
         await bus.link.publish(topics.bus(NODE, "load"), b"garbage")
-        await bus.link.publish(topics.bus(NODE, "load"), encode(BusLoad(t_ns=0, power_w=8.5)))
+        await bus.link.publish(topics.bus(NODE, "load"), encode(BusLoad(t_ns=EARLIEST_NS, power_w=8.5)))
         await until(lambda: 8.5 in seen)
         assert craft.garbage == 1
         await until(lambda: len(craft.samples) >= 5)
@@ -111,7 +111,7 @@ def test_a_board_that_is_silent_counts_as_idle(scenario: Scenario, monkeypatch: 
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     clock = FlightClock(scenario.start_ns, 60.0)
     craft = Spacecraft("mqtt://127.0.0.1:1", NODE, Plant(scenario), clock, idle_w=4.0)
-    craft._on_message("", encode(BusLoad(t_ns=0, power_w=11.0)))
+    craft._on_message("", encode(BusLoad(t_ns=EARLIEST_NS, power_w=11.0)))
     assert craft.load_w == 11.0
     now[0] += LOAD_SILENT_S + 0.1
     assert craft.load_w == 4.0
