@@ -15,7 +15,7 @@ from hil.cli_campaign import campaign_app
 from hil.cli_ground import ground, products
 from hil.cli_model import model_app
 from hil.cli_study import study_app
-from hil.ending import end_as_by_ctrl_c
+from hil.ending import EXIT_INTERRUPTED, end_as_by_ctrl_c, was_interrupted
 from hil.output import Outputs, a_view
 from telemetry.errors import PenumbraError
 
@@ -190,6 +190,10 @@ def main() -> None:
     except PenumbraError as error:
         sys.stderr.write(f"penumbra: {error}\n")
         sys.exit(error.exit_code)
+    except (KeyboardInterrupt, Exception) as error:
+        if not was_interrupted(error):
+            raise
+        sys.exit(EXIT_INTERRUPTED)
 
 
 if __name__ == "__main__":

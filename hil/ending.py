@@ -78,6 +78,13 @@ class Ending:
                 os._exit(EXIT_INTERRUPTED)
 
 
+def was_interrupted(error: BaseException | None) -> bool:
+    """Return whether an error is Ctrl-C, or what an extension that was being loaded made of it."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
 def end_as_by_ctrl_c() -> None:
     """Have SIGTERM and SIGHUP end this command as Ctrl-C does: in order, with what it made cleared away."""
 

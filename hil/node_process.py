@@ -60,7 +60,7 @@ def describe_exit(code: int) -> str:
         return f"killed by signal {-code}"
 
 
-async def _until(done: Callable[[], bool], bound_s: float) -> bool:
+async def until(done: Callable[[], bool], bound_s: float) -> bool:
     """Wait, at most `bound_s`, for a condition that nothing announces; return whether it came true."""
     deadline = time.monotonic() + bound_s
     while not (met := done()):
@@ -267,7 +267,7 @@ class NodeProcess:
             with suppress(ProcessLookupError):
                 self._process.kill()
             await self._process.wait()
-        await _until(lambda: not self._left_behind(life.pid), grace_s)
+        await until(lambda: not self._left_behind(life.pid), grace_s)
         left = self._left_behind(life.pid)
         for process in left:
             if same(process):
@@ -275,7 +275,7 @@ class NodeProcess:
                     os.kill(process.pid, signal.SIGKILL)
                 life.orphans_killed += 1
                 self._on_event("node.orphan", f"process {process.pid} outlived node {life.pid}: killed")
-        await _until(lambda: not any(same(process) for process in left), KILL_BOUND_S)
+        await until(lambda: not any(same(process) for process in left), KILL_BOUND_S)
 
     def _left_behind(self, node_pid: int) -> list[Process]:
         session = [p for p in all_processes() if p.session == node_pid and p.pid != node_pid]

@@ -173,3 +173,20 @@ def test_ctrl_c_while_the_command_is_loaded_is_no_traceback() -> None:
         process.send_signal(signal.SIGINT)
         assert process.communicate(timeout=30) == ("", "")
         assert process.returncode == -signal.SIGINT
+
+
+CONVERTED = """
+from hil import cli
+def app():
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt as error:
+        raise ImportError("initialization failed") from error
+cli.app = app
+cli.main()
+"""
+
+
+def test_ctrl_c_that_an_extension_made_an_import_error_of_is_no_traceback() -> None:
+    done = subprocess.run([sys.executable, "-c", CONVERTED], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

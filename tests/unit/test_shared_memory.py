@@ -44,9 +44,14 @@ def start(shared: Path) -> subprocess.Popen[str]:
 
 def test_owned_is_gone_afterwards_also_after_an_error(shared: Path) -> None:
     path = shared / "penumbra-n-1"
-    with pytest.raises(IsADirectoryError), owned(path):
-        path.write_text("rows")
-        shared.read_text()
+
+    def use() -> None:
+        with owned(path):
+            path.write_text("rows")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        use()
     with scratch("bench") as folder:
         (folder / "arena").write_text("rows")
     assert list(shared.iterdir()) == []
