@@ -155,16 +155,17 @@ async def run_trial(images: Path, index: int, seed: int, phases_s: dict[str, flo
             index=index, kind=kind, variant=variant, moment_s=round(moment_s, 3), phase=phase, code=code,
             end_s=round(end_s, 3), processes_left=processes_left, shared_left=len(flight.shared()),
             cleared=len(before) if kind == "kill" else 0, begun=run is not None,
-            report=run is not None and _is_whole(run.report),
+            report=run is not None and is_whole(run.report),
         )  # fmt: skip
-        problems = list(_problems(record, flight.said()))
-        if problems:
+        found = list(problems(record, flight.said()))
+        if found:
             shutil.copytree(folder, keep := Path(tempfile.mkdtemp(prefix="ends-")), dirs_exist_ok=True)
-            problems.append(f"kept in {keep}")
-        return msgspec.structs.replace(record, problems=problems)
+            found.append(f"kept in {keep}")
+        return msgspec.structs.replace(record, problems=found)
 
 
-def _problems(record: EndRecord, said: str) -> Iterator[str]:
+def problems(record: EndRecord, said: str) -> Iterator[str]:
+    """Yield what is wrong with how a flight ended; `said` is what came on its standard error."""
     if record.code is None:
         yield "the bench hung"
     if record.processes_left:
@@ -173,6 +174,8 @@ def _problems(record: EndRecord, said: str) -> Iterator[str]:
         yield f"{record.shared_left} pieces of shared memory left"
     if record.kind in REPORT_DUE and record.begun and not record.report:
         yield "no whole report"
+    if record.kind in {"pipe", "full"} and not record.begun:
+        yield "no run directory"
     if "Traceback" in said:
         yield "a traceback"
     codes: set[int | None] = {0, 1}
@@ -186,7 +189,8 @@ def _problems(record: EndRecord, said: str) -> Iterator[str]:
         yield f"return code {record.code}"
 
 
-def _is_whole(report: Path) -> bool:
+def is_whole(report: Path) -> bool:
+    """Return whether there is a report, written to its end."""
     return report.is_file() and report.read_text(encoding="utf-8").endswith("</html>\n")
 
 
@@ -210,7 +214,7 @@ async def undisturbed(images: Path) -> dict[str, float]:
             await flight.end_what_is_left()
             await flight.close()
         run = flight.run_dir()
-        if code not in {0, 1} or run is None or not _is_whole(run.report):
+        if code not in {0, 1} or run is None or not is_whole(run.report):
             raise PenumbraError(
                 f"an undisturbed flight fails with code {code}: {flight.said()}", "fly one by itself"
             )
