@@ -52,7 +52,17 @@ POLL_S: Final = 0.02
 STARTING: Final = "starting"
 ENDED: Final = "ended"
 ENVIRONMENT: Final = "PENUMBRA_TRIAL"
-ON_A_TERMINAL: Final = "import os, sys; os.login_tty(0); os.execv(sys.argv[1], sys.argv[1:])"
+AS_BY_A_USER: Final = """
+import os, signal, sys
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)
+if sys.argv[1] == "terminal":
+    os.login_tty(0)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+"""Starts a flight. A campaign under `nohup` would hand its ignored SIGHUP down: the flight would obey that."""
+ENDED_EARLY: Final = {"loading the model", "flying"}
+"""Phases in which a signal must show in the return code."""
 
 
 class EndRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -180,7 +190,7 @@ def problems(record: EndRecord, said: str) -> Iterator[str]:
         yield "a traceback"
     codes: set[int | None] = {0, 1}
     if record.kind in {"hup", "term", "twice"}:
-        codes.add(EXIT_INTERRUPTED)
+        codes = {EXIT_INTERRUPTED} if record.phase in ENDED_EARLY else {*codes, EXIT_INTERRUPTED}
     if record.kind == "kill":
         codes.add(-signal.SIGKILL)
     if not record.begun:  # nothing to end in order yet
@@ -242,12 +252,12 @@ class _Flight:
 
     async def start(self) -> None:
         """Start the command, with its output where the kind of trial wants it."""
-        command, given, terminal = self._command, [], self._kind == "hup" and self._variant
+        given, terminal = [], self._kind == "hup" and self._variant
+        command = [sys.executable, "-I", "-c", AS_BY_A_USER, "terminal" if terminal else "", *self._command]
         errors = os.open(self._folder / "stderr", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         given.append(errors)
         if terminal:
             self._ends["terminal"], out = pty.openpty()
-            command = [sys.executable, "-I", "-c", ON_A_TERMINAL, *command]
         elif self._kind == "pipe":
             self._ends["pipe"], out = os.pipe()
         else:

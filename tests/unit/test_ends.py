@@ -41,6 +41,7 @@ def test_what_is_right() -> None:
         ("return code -1", {"kind": "hup", "code": -1}),
         ("return code 130", {"kind": "pipe"}),
         ("return code 2", {"code": 2}),
+        ("return code 0", {"kind": "hup", "code": 0}),  # the signal was ignored: it flew on to its end
     ],
 )
 def test_what_is_wrong(words: str, changes: dict[str, Any]) -> None:
