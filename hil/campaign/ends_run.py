@@ -60,7 +60,7 @@ if sys.argv[1] == "terminal":
     os.login_tty(0)
 os.execv(sys.argv[2], sys.argv[2:])
 """
-"""Starts a flight. A campaign under `nohup` would hand its ignored SIGHUP down: the flight would obey that."""
+"""Starts a flight. A campaign under `nohup` would hand down its ignored SIGHUP, and the flight obey that."""
 ENDED_EARLY: Final = {"loading the model", "flying"}
 """Phases in which a signal must show in the return code."""
 
