@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import socket
 from contextlib import suppress
 from types import TracebackType
 
@@ -49,6 +50,7 @@ class EmbeddedBroker:
             raise PenumbraError(f"broker port {port}: 0 to 65535 is allowed", "0 takes any free port")
         self.port = port
         self._broker: Broker | None = None
+        self._bound: socket.socket | None = None
         self._server: asyncio.Server | None = None
         self._connections: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
 
@@ -62,19 +64,14 @@ class EmbeddedBroker:
         """True between `start` and `stop` or `kill`."""
         return self._server is not None
 
-    async def start(self) -> None:
-        """Listen. Raises `PenumbraError` when the port cannot be had."""
-        if self._server is not None:
-            return
-        for name in ("amqtt", "transitions"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-        config = BrokerConfig(
-            listeners={_LISTENER: ListenerConfig(type=ListenerType.EXTERNAL, bind=f"{HOST}:{self.port}")},
-            plugins=_PLUGINS,
-        )
+    def bind(self) -> None:
+        """Take the port, and do not listen yet. Raises `PenumbraError` when it cannot be had."""
+        bound = socket.socket()
         try:
-            server = await asyncio.start_server(self._connected, HOST, self.port)
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind((HOST, self.port))
         except OSError as error:
+            bound.close()
             if error.errno not in {errno.EADDRINUSE, errno.EACCES}:
                 raise
             why = "is in use" if error.errno == errno.EADDRINUSE else "may not be opened by this user"
@@ -82,10 +79,32 @@ class EmbeddedBroker:
                 f"broker port {HOST}:{self.port} {why}",
                 "choose another --port, or 0 for any free one, or stop the program that holds it",
             ) from error
+        self._bound = bound
+        self.port = bound.getsockname()[1]
+
+    def release(self) -> None:
+        """Give back a port that was bound and not listened on."""
+        if self._bound is not None:
+            self._bound.close()
+            self._bound = None
+
+    async def start(self) -> None:
+        """Listen, on the port that was bound if one was. Raises `PenumbraError` as `bind`."""
+        if self._server is not None:
+            return
+        if self._bound is None:
+            self.bind()
+        bound, self._bound = self._bound, None
+        for name in ("amqtt", "transitions"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        config = BrokerConfig(
+            listeners={_LISTENER: ListenerConfig(type=ListenerType.EXTERNAL, bind=f"{HOST}:{self.port}")},
+            plugins=_PLUGINS,
+        )
+        server = await asyncio.start_server(self._connected, sock=bound)
         self._broker = Broker(config)
         await self._broker.start()
         self._server = server
-        self.port = server.sockets[0].getsockname()[1]
 
     async def stop(self) -> None:
         """Close the listener, then every session in order. Bounded by `STOP_BOUND_S`."""

@@ -11,9 +11,7 @@ the same, from readings taken as the node takes them: the latch-up detector need
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
@@ -25,9 +23,9 @@ import msgspec
 from fdir.latchup import DrawSample
 from hil.bench.machine import describe_machine, load_average
 from hil.current_fit import fit_current
+from hil.shared_memory import scratch
 from node.boards import BoardSettings, open_board
 from node.inference import protocol
-from node.inference.arena import SHARED_MEMORY
 from node.inference.manifest import image_id, load_manifest
 from node.power import operating_point as power_side
 from node.power.cpu_share import CpuShare, process_cpu_s
@@ -148,12 +146,10 @@ def calibrate(
     settings = msgspec.structs.replace(board, cores=threads)
     driver = open_board(settings)
     load_before = load_average()
-    with tempfile.TemporaryDirectory(
-        prefix=f"penumbra-calibrate-{os.getpid()}-", dir=SHARED_MEMORY
-    ) as folder:
+    with scratch("calibrate") as folder:
         session = WorkerSession(
             image,
-            Path(folder),
+            folder,
             threads=threads,
             seats=max(batches),
             positions=min(POSITIONS, load_manifest(image).shape.context),

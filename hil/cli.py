@@ -15,6 +15,8 @@ from hil.cli_campaign import campaign_app
 from hil.cli_ground import ground, products
 from hil.cli_model import model_app
 from hil.cli_study import study_app
+from hil.ending import EXIT_INTERRUPTED, end_as_by_ctrl_c, was_interrupted
+from hil.output import Outputs, a_view
 from telemetry.errors import PenumbraError
 
 app = typer.Typer(
@@ -41,11 +43,13 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
     show_version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand != "node":  # it has its own order of ending
+        end_as_by_ctrl_c()
 
 
 class Policy(StrEnum):
@@ -82,23 +86,22 @@ def fly(
     from hil.fly import FlyOptions
     from hil.fly import fly as run_flight
 
-    raise typer.Exit(
-        run_flight(
-            FlyOptions(
-                scenario=scenario,
-                speed=speed,
-                seed=seed,
-                board=None if board is None else board.value,
-                governor=None if governor is None else governor.value,
-                live=live,
-                json_path=json_path,
-                out_dir=out,
-                images_dir=images,
-                port=port,
-                reference=reference,
-            )
-        )
+    options = FlyOptions(
+        scenario=scenario,
+        speed=speed,
+        seed=seed,
+        board=None if board is None else board.value,
+        governor=None if governor is None else governor.value,
+        live=live,
+        json_path=json_path,
+        out_dir=out,
+        images_dir=images,
+        port=port,
+        reference=reference,
     )
+    with a_view():
+        code = run_flight(options)
+    raise typer.Exit(code)
 
 
 class Memory(StrEnum):
@@ -176,11 +179,21 @@ def _probe(config: Path) -> None:
 
 def main() -> None:
     """Entry point: a `PenumbraError` becomes one message and an exit code."""
+    outputs = Outputs.install()
     try:
-        app()
+        try:
+            app()
+        except SystemExit as end:
+            if not end.code:
+                outputs.check()
+            raise
     except PenumbraError as error:
         sys.stderr.write(f"penumbra: {error}\n")
         sys.exit(error.exit_code)
+    except (KeyboardInterrupt, Exception) as error:
+        if not was_interrupted(error):
+            raise
+        sys.exit(EXIT_INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -183,6 +183,24 @@ def fuzz(
     _show(out)
 
 
+@run_app.command()
+def ends(
+    out: Out,
+    trials: Annotated[int, typer.Option(min=1, help="Flights of each kind: six kinds.")] = 50,
+    at_once: Annotated[int, typer.Option(min=1, max=8, help="Flights side by side.")] = 2,
+    seed: Seed = 1,
+    images: Images = None,
+) -> None:
+    """End flights by signals, a closed terminal, a closed pipe, a full output; look at what is left."""
+    from hil.campaign.ends_run import run_ends
+    from node.inference.manifest import default_images_dir
+
+    directory = images or default_images_dir()
+    with _status() as say:
+        asyncio.run(run_ends(directory, out, trials=trials, seed=seed, at_once=at_once, say=say))
+    _show(out)
+
+
 @campaign_app.command()
 def report(
     directories: Annotated[list[Path], typer.Argument(help="Directories of campaigns.")],

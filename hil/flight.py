@@ -17,7 +17,7 @@ import logging
 import sys
 import time
 from collections import deque
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +40,7 @@ from hil.run_dir import RunDir, write_inputs
 from hil.scenario import Fault as ProcessFault
 from hil.scenario import FaultKind, Scenario
 from hil.sensor_faults import SensorBench
+from hil.shared_memory import owned
 from hil.spacecraft import FlightClock, Spacecraft
 from node.config import NodeConfig
 from telemetry.archive import Archive
@@ -126,12 +127,19 @@ class Flight:
         Holds the model image.
     plant
         The spacecraft, not stepped yet.
-    port
-        Of the broker; 0 for a free one.
+    broker
+        Not started yet.
     """
 
     def __init__(
-        self, scenario: Scenario, source: str, run: RunDir, *, images_dir: Path, plant: Plant, port: int = 0
+        self,
+        scenario: Scenario,
+        source: str,
+        run: RunDir,
+        *,
+        images_dir: Path,
+        plant: Plant,
+        broker: EmbeddedBroker,
     ) -> None:
         flight = scenario.scenario
         self.scenario = scenario
@@ -146,20 +154,27 @@ class Flight:
             soc_floor=scenario.spacecraft.battery.soc_floor,
             board_max_w=scenario.board.idle_w + scenario.board.core_w * scenario.board.cores,
         )
+        self.kill_now: Callable[[], None] = lambda: None
+        """Kills what runs, and waits for nothing: the bench is about to end."""
         self._source = source
         self._images_dir = images_dir
         self._plant = plant
-        self._broker = EmbeddedBroker(port)
+        self._broker = broker
         self._clock = FlightClock(scenario.start_ns, flight.speed)
         self._stop = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._happenings: list[Happening] = []
         self._process_faults: list[Happening] = []
         self._jobs = deque(scenario.jobs.listed())
         self._contacts_begun = 0
 
     def stop(self) -> None:
-        """End the flight early, in order."""
-        self._stop.set()
+        """End the flight early, in order. A signal handler may call it at any moment of the flight."""
+        if self._loop is None:
+            self._stop.set()
+        else:
+            with contextlib.suppress(RuntimeError):  # the flight has just ended
+                self._loop.call_soon_threadsafe(self._stop.set)
 
     async def fly(self, console: Console, *, live: bool) -> Flown:
         """Fly, from the first start to the last stop.
@@ -169,6 +184,7 @@ class Flight:
         PenumbraError
             Something the user must mend: a port in use, a node that does not come up.
         """
+        self._loop = asyncio.get_running_loop()
         archive = Archive.open(self.run_dir.archive)
         try:
             async with self._broker, LinkProxy(self._broker.port, seed=self.scenario.scenario.seed) as link:
@@ -181,13 +197,13 @@ class Flight:
                     bus_url=self._broker.url,
                     link_url=link.url,
                 )
-                return await self._fly(archive, console, live=live)
+                config = NodeConfig.load(self.run_dir.node_config)
+                with owned(config.arena_path):
+                    return await self._fly(archive, config, console, live=live)
         finally:
             archive.close()
-            self._remove_arena()
 
-    async def _fly(self, archive: Archive, console: Console, *, live: bool) -> Flown:
-        node_config = NodeConfig.load(self.run_dir.node_config)
+    async def _fly(self, archive: Archive, node_config: NodeConfig, console: Console, *, live: bool) -> Flown:
         name, clock = self.scenario.node.name, self._clock
         self._feed = LiveFeed(self.live, clock, self.run_dir.database)
         self._ground = GroundStation(
@@ -212,6 +228,7 @@ class Flight:
             self.run_dir.node_log,
             on_event=self._on_process_event,
         )
+        self.kill_now = self._node.kill_now
         memory = WorkerMemory(node_config.image_dir, node_config.arena_path)
         drawn = draw(self.scenario)
         fault_list.save_faults(drawn, self.run_dir.faults)
@@ -260,10 +277,10 @@ class Flight:
         self._injector.injecting = False
         interrupted = self._stop.is_set()
         if not interrupted:
-            self.live.phase = "landing"
+            self._enter("landing")
             await self._settle()
             await self._drain()
-        self.live.phase = "stopping"
+        self._enter("stopping")
         stopped_how = await self._node.stop()
         self._link.shut()
         watch.cancel()
@@ -288,7 +305,7 @@ class Flight:
 
     async def _hold(self) -> bool:
         """Wait until the worker computes; return False when the flight was stopped before."""
-        self.live.phase = "loading the model"
+        self._enter("loading the model")
         deadline = time.monotonic() + READY_BOUND_S
         while not self._stop.is_set():
             found = await asyncio.to_thread(newest_packet, self.run_dir.database, Housekeeping)
@@ -309,7 +326,7 @@ class Flight:
         return False
 
     async def _cruise(self) -> None:
-        self.live.phase = "flying"
+        self._enter("flying")
         self._happen("flight.begin", f"flight begins, x{self._clock.speed:g}")
         while not self._stop.is_set() and self._clock.elapsed_s < self.scenario.duration_s:
             await self._follow_contact()
@@ -378,6 +395,10 @@ class Flight:
             await self._follow_contact()
             await asyncio.sleep(POLL_S)
 
+    def _enter(self, phase: str) -> None:
+        self.live.phase = phase
+        _log.info("phase: %s", phase)
+
     def _on_process_event(self, name: str, text: str) -> None:
         self._happen(name, text, severity=1 if name == "node.started" else 2)
 
@@ -396,11 +417,6 @@ class Flight:
         self.live.note(text, severity)
         _log.info("%s: %s", name, text)
         return happened
-
-    def _remove_arena(self) -> None:
-        """Shared memory outlives every process: what this flight made there goes with it."""
-        with contextlib.suppress(PenumbraError):
-            NodeConfig.load(self.run_dir.node_config).arena_path.unlink(missing_ok=True)
 
 
 def draw(scenario: Scenario) -> list[fault_list.Fault]:

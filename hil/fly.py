@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
+import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
@@ -17,14 +17,17 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from hil.broker import EmbeddedBroker
 from hil.debrief import debrief
-from hil.flight import Flight, Flown
+from hil.ending import Ending, interrupt
+from hil.flight import Flight
 from hil.plant.plant import Plant
 from hil.record import FlightRecord, JobFact, OverheadFact
 from hil.reference import ReferenceJob, measure_overhead, run_reference
 from hil.report import write_report
 from hil.run_dir import SLOT, RunDir, make_run_dir, scenario_text
 from hil.scenario import Scenario, load_scenario
+from hil.shared_memory import remove_owned
 from hil.verdict import exit_code, summarize
 from node.boards import open_board
 from node.inference.manifest import TOKENIZER, default_images_dir, load_manifest
@@ -32,7 +35,11 @@ from node.inference.tokenizer import Tokenizer
 from telemetry.errors import PenumbraError
 from telemetry.summary import Summary, write_json
 
+_log = logging.getLogger(__name__)
+
 MAX_SPEED = 1000.0
+_TERMINAL_AS_BEFORE = b"\x1b[?1049l\x1b[?25h"
+"""Leaves the screen of the live view, and shows the cursor."""
 
 
 @dataclass(frozen=True)
@@ -80,26 +87,49 @@ def fly(options: FlyOptions, console: Console | None = None) -> int:
     manifest = load_manifest(images_dir / SLOT)
     if options.json_path is not None and not options.json_path.absolute().parent.is_dir():
         raise PenumbraError(f"--json {options.json_path}: no such directory", "make it first")
-    run = make_run_dir(options.out_dir, scenario.scenario.name)
-    with _logging_to(run.bench_log):
-        plant = Plant(scenario)
-        umbrae = plant.umbra_events()
-        flight = Flight(scenario, source, run, images_dir=images_dir, plant=plant, port=options.port)
+    plant = Plant(scenario)
+    umbrae = plant.umbra_events()
+    broker = EmbeddedBroker(options.port)
+    broker.bind()  # what has no port to fly with leaves no run directory
+    ending = Ending()
+    with ExitStack() as stack:
+        stack.callback(broker.release)
+        stack.enter_context(ending.watching())
+        stack.enter_context(ending.asking(lambda: None))  # from here on there will be a report
+        run = make_run_dir(options.out_dir, scenario.scenario.name)
+        stack.enter_context(_logging_to(run.bench_log))
+        flight = Flight(scenario, source, run, images_dir=images_dir, plant=plant, broker=broker)
+        ending.at_once = lambda: _abandon(flight, console)
         console.print(
             f"[bold]penumbra fly[/] {scenario.scenario.name}: {scenario.scenario.description}\n"
             f"{scenario.duration_s:.0f} s of mission time at x{scenario.scenario.speed:g}, "
             f"about {scenario.wall_s:.0f} s; everything goes to {run.path}"
         )
-        flown = asyncio.run(_fly(flight, console, live=options.live))
+        with ending.asking(flight.stop):
+            flown = asyncio.run(flight.fly(console, live=options.live))
         record = debrief(
             scenario, source, run, flown, umbrae=umbrae, contacts=flight.contacts, manifest=manifest
         )
         if options.reference and not flown.interrupted:
-            record = with_reference(record, scenario, images_dir / SLOT, console, overhead=options.overhead)
+            _log.info("phase: reference")
+            with suppress(KeyboardInterrupt), ending.asking(interrupt):
+                record = with_reference(
+                    record, scenario, images_dir / SLOT, console, overhead=options.overhead
+                )
+        _log.info("phase: report")
         summary = summarize(record)
         write_outputs(run, record, summary, options.json_path)
     show(summary, run, console)
     return exit_code(summary, record.interrupted)
+
+
+def _abandon(flight: Flight, console: Console) -> None:
+    """Leave no process, no shared memory and no spoilt terminal; the report is given up."""
+    flight.kill_now()
+    remove_owned()
+    if console.is_terminal:
+        with suppress(OSError):
+            os.write(console.file.fileno(), _TERMINAL_AS_BEFORE)
 
 
 def with_options(scenario: Scenario, options: FlyOptions) -> Scenario:
@@ -131,17 +161,6 @@ def with_options(scenario: Scenario, options: FlyOptions) -> Scenario:
         policy = cast(Literal["planner", "rules", "threshold"], options.governor)
         node = msgspec.structs.replace(node, planner=msgspec.structs.replace(node.planner, policy=policy))
     return msgspec.structs.replace(scenario, scenario=flight, node=node, board=board)
-
-
-async def _fly(flight: Flight, console: Console, *, live: bool) -> Flown:
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, flight.stop)
-    try:
-        return await flight.fly(console, live=live)
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
 
 
 def with_reference(
@@ -197,12 +216,28 @@ def _referred(job: JobFact, texts: dict[str, list[int]], tokenizer: Tokenizer) -
 
 
 def write_outputs(run: RunDir, record: FlightRecord, summary: Summary, json_path: Path | None) -> None:
-    """Write `summary.json`, the report and the record; and the summary to `json_path`."""
-    write_json(run.summary, summary)
+    """Write the report, `summary.json` and the record; and the summary to `json_path`.
+
+    Raises
+    ------
+    PenumbraError
+        One of them cannot be written; the others are, where they can be.
+    """
+    writes: list[Callable[[], None]] = [
+        lambda: write_report(run.report, record, summary),
+        lambda: write_json(run.summary, summary),
+        lambda: write_json(run.record, record),
+    ]
     if json_path is not None:
-        write_json(json_path, summary)
-    write_json(run.record, record)
-    write_report(run.report, record, summary)
+        writes.append(lambda: write_json(json_path, summary))
+    failures = []
+    for write in writes:
+        try:
+            write()
+        except PenumbraError as error:
+            failures.append(error)
+    if failures:
+        raise failures[0]
 
 
 def show(summary: Summary, run: RunDir, console: Console) -> None:

@@ -6,6 +6,7 @@ Drawing is plain text, four times a second: it must not take from the model the 
 from __future__ import annotations
 
 import asyncio
+import logging
 import textwrap
 import time
 from collections import deque
@@ -18,6 +19,8 @@ from rich.live import Live
 from rich.text import Text
 
 from hil.record import Window
+
+_log = logging.getLogger(__name__)
 
 FRAMES_PER_S = 4
 LOG_EVERY_S = 3.0
@@ -268,8 +271,9 @@ def log_line(state: LiveState) -> str:
 
 
 def can_draw(console: Console) -> bool:
-    """Return True when the terminal can show the live view."""
-    return console.is_terminal and not console.is_dumb_terminal and console.width >= MIN_WIDTH
+    """Return True when the terminal can show the live view, and has the letters it is drawn with."""
+    able = console.is_terminal and not console.is_dumb_terminal and console.width >= MIN_WIDTH
+    return able and console.encoding.startswith("utf")
 
 
 class LiveView:
@@ -292,11 +296,14 @@ class LiveView:
         self._shown = 0
 
     async def run(self) -> None:
-        """Draw, or log, until cancelled; the terminal is left as it was found."""
-        if self.live:
-            await self._draw()
-        else:
-            await self._log()
+        """Draw, or log, until cancelled; the terminal is left as it was found.
+
+        Whatever fails in here ends the view, not the flight it shows.
+        """
+        try:
+            await (self._draw() if self.live else self._log())
+        except (Exception, SystemExit) as error:  # rich ends the process when a pipe is closed
+            _log.warning("the view ended: %s: %s", type(error).__name__, error)
 
     async def _draw(self) -> None:
         with Live(console=self._console, screen=True, auto_refresh=False, transient=True) as live:

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import random
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,8 +25,8 @@ import numpy.typing as npt
 
 from hil.bench.machine import describe_machine, load_average
 from hil.calibrate import WorkerSession
+from hil.shared_memory import scratch
 from node.inference import protocol
-from node.inference.arena import SHARED_MEMORY
 from node.inference.manifest import default_images_dir, image_id, load_manifest
 from node.inference.slots import active_image
 from node.power.cpu_share import process_cpu_s
@@ -145,10 +143,10 @@ def record(image: Path, *, threads: int, seconds: float, seed: int, command: str
         The worker failed.
     """
     load_before = load_average()
-    with tempfile.TemporaryDirectory(prefix=f"penumbra-trace-{os.getpid()}-", dir=SHARED_MEMORY) as folder:
+    with scratch("trace") as folder:
         session = _Recording(
             image,
-            Path(folder),
+            folder,
             threads=threads,
             seats=max(BATCHES),
             positions=min(POSITIONS, load_manifest(image).shape.context),

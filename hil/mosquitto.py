@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
+from hil.tether import tied
 from telemetry.errors import PenumbraError
 
 HOST = "127.0.0.1"
@@ -125,7 +126,7 @@ class Mosquitto:
         self._config.write_text(text)
         with self.log_file.open("ab") as log:
             self._process = subprocess.Popen(  # noqa: ASYNC220 - forked within a few milliseconds
-                [program, "-c", self._config], stdout=log, stderr=log, start_new_session=True
+                tied([str(program), "-c", str(self._config)]), stdout=log, stderr=log, start_new_session=True
             )
         async with asyncio.timeout(START_BOUND_S):
             while not _listens(self.port):

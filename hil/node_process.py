@@ -1,7 +1,8 @@
 """The node as a process, and the part of the spacecraft that restarts it: the watchdog of the bus.
 
 What it starts is a session of its own; everything in it, and everything descended from it, is ended with it,
-as a service manager ends a control group. Nothing else is ever signalled.
+as a service manager ends a control group. Nothing else is ever signalled. When the bench dies before it can
+do that, the kernel does (`hil.tether`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hil.processes import Process, all_processes, descendants, find_worker, same
+from hil.tether import tied
 from telemetry.errors import PenumbraError
 
 STOP_BOUND_S = 15.0
@@ -58,7 +60,7 @@ def describe_exit(code: int) -> str:
         return f"killed by signal {-code}"
 
 
-async def _until(done: Callable[[], bool], bound_s: float) -> bool:
+async def until(done: Callable[[], bool], bound_s: float) -> bool:
     """Wait, at most `bound_s`, for a condition that nothing announces; return whether it came true."""
     deadline = time.monotonic() + bound_s
     while not (met := done()):
@@ -188,6 +190,14 @@ class NodeProcess:
         await self._end_family(ORPHAN_GRACE_S)
         return describe_exit(process.returncode if process.returncode is not None else 0)
 
+    def kill_now(self) -> None:
+        """Kill the node and what is below it, and wait for nothing: the bench itself is about to end."""
+        self._watch_family()
+        for pid in (self.pid, *(process.pid for process in self._family.values() if same(process))):
+            if pid is not None:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
     def kill_node(self) -> bool:
         """Fault: SIGKILL to the node alone. Return False if there is none."""
         return self._signal(self.pid, signal.SIGKILL)
@@ -213,7 +223,7 @@ class NodeProcess:
     async def _one_life(self) -> int:
         with self._log_path.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
-                *self._command,
+                *tied(self._command),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -257,7 +267,7 @@ class NodeProcess:
             with suppress(ProcessLookupError):
                 self._process.kill()
             await self._process.wait()
-        await _until(lambda: not self._left_behind(life.pid), grace_s)
+        await until(lambda: not self._left_behind(life.pid), grace_s)
         left = self._left_behind(life.pid)
         for process in left:
             if same(process):
@@ -265,7 +275,7 @@ class NodeProcess:
                     os.kill(process.pid, signal.SIGKILL)
                 life.orphans_killed += 1
                 self._on_event("node.orphan", f"process {process.pid} outlived node {life.pid}: killed")
-        await _until(lambda: not any(same(process) for process in left), KILL_BOUND_S)
+        await until(lambda: not any(same(process) for process in left), KILL_BOUND_S)
 
     def _left_behind(self, node_pid: int) -> list[Process]:
         session = [p for p in all_processes() if p.session == node_pid and p.pid != node_pid]

@@ -7,9 +7,7 @@ the model says; the flight must have said the same to the byte.
 
 from __future__ import annotations
 
-import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +18,8 @@ from typing import NamedTuple
 
 import msgspec
 
-from node.inference.arena import SHARED_MEMORY, ArenaShape, KvArena
+from hil.shared_memory import scratch
+from node.inference.arena import ArenaShape, KvArena
 from node.inference.decoder import PREFILL_CHUNK, BatchDecoder, Hidden, arena_shape
 from node.inference.guard import ComputeGuard, output_gain
 from node.inference.manifest import TOKENIZER, image_id
@@ -104,8 +103,8 @@ class PlainDecoder:
 @contextmanager
 def scratch_arena(shape: ArenaShape) -> Iterator[KvArena]:
     """Yield an arena of the bench's own, on shared memory, gone afterwards."""
-    with tempfile.TemporaryDirectory(prefix=f"penumbra-bench-{os.getpid()}-", dir=SHARED_MEMORY) as folder:
-        arena = KvArena(Path(folder) / "arena", shape)
+    with scratch("bench") as folder:
+        arena = KvArena(folder / "arena", shape)
         try:
             yield arena
         finally:

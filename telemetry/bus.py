@@ -83,9 +83,6 @@ class BusOrbit(BusMessage, frozen=True, kw_only=True):
         lines = (self.line1 is not None, self.line2 is not None)
         if lines != ((True, True) if self.omm is None else (False, False)):
             raise ValueError("either line1 and line2 are given, or omm")
-        for name, value in (self.omm or {}).items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"omm field {name} is not finite")
 
 
 class EpsSensors(BusMessage, frozen=True, kw_only=True):

@@ -41,8 +41,8 @@ SOURCE_ONLY: Final = ("forbiddenfruit",)
 """Pure Python without a wheel in the index: one is made here."""
 TESTS: Final = (
     *(f"tests/unit/test_{name}.py" for name in (
-        "operators", "graph", "screen", "head", "image", "packing", "calibration", "compute_checks", "erasure",
-        "parity", "protected_weights", "tokenizer", "sampling", "arena", "verified", "mending",
+        "operators", "graph", "screen", "head", "image", "packing", "calibration", "compute_checks",
+        "erasure", "parity", "protected_weights", "tokenizer", "sampling", "arena", "verified", "mending",
     )),
     "tests/property/test_screen_proof.py",
     "tests/integration/test_emulated_flight.py",

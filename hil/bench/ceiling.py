@@ -8,9 +8,7 @@ of the `sim` board; what counts is the mean over one second.
 from __future__ import annotations
 
 import asyncio
-import os
 import random
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,9 +20,9 @@ import numpy as np
 from hil.bench.machine import describe_machine, load_average
 from hil.bench.stats import spread
 from hil.calibrate import POSITIONS, WorkerSession
+from hil.shared_memory import scratch
 from node.boards import BoardSettings, open_board
 from node.inference import protocol
-from node.inference.arena import SHARED_MEMORY
 from node.inference.manifest import image_id, load_manifest
 from node.power.ceiling import GovernorSettings, PowerInputs
 from node.power.cpu_share import process_cpu_s
@@ -79,10 +77,10 @@ def bench_ceiling(
     """
     load_before = load_average()
     board = BoardSettings(cores=threads)
-    with tempfile.TemporaryDirectory(prefix=f"penumbra-ceiling-{os.getpid()}-", dir=SHARED_MEMORY) as folder:
+    with scratch("ceiling") as folder:
         session = _Held(
             image,
-            Path(folder),
+            folder,
             threads=threads,
             seats=BATCH,
             positions=min(POSITIONS, load_manifest(image).shape.context),

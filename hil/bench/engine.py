@@ -21,7 +21,8 @@ from typing import Final, Self, TypeVar
 from hil.bench.inference import Contender, Name, Parts, Plan
 from hil.bench.llama import LlamaContext, LlamaPeer
 from hil.bench.stats import spread
-from node.inference.arena import ARENA_VERSION, SHARED_MEMORY, ArenaShape, KvArena
+from hil.shared_memory import scratch
+from node.inference.arena import ARENA_VERSION, ArenaShape, KvArena
 from node.inference.decoder import PREFILL_CHUNK, BatchDecoder
 from node.inference.guard import ComputeGuard, output_gain
 from node.inference.manifest import TOKENIZER, Manifest, image_id
@@ -440,9 +441,9 @@ def _twin(image: Path) -> Iterator[Path]:
 @contextmanager
 def _arena(model: Model, seats: int) -> Iterator[KvArena]:
     shape = model.shape
-    with tempfile.TemporaryDirectory(prefix=f"penumbra-bench-{os.getpid()}-", dir=SHARED_MEMORY) as folder:
+    with scratch("bench") as folder:
         arena = KvArena(
-            Path(folder) / "arena",
+            folder / "arena",
             ArenaShape(
                 version=ARENA_VERSION,
                 image_id=image_id(model.manifest),

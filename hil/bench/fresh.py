@@ -7,6 +7,7 @@ the page cache, as far as the loader leaves them there.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ import msgspec
 
 from hil.bench.machine import peak_bytes
 from hil.bench.stats import spread
+from hil.tether import die_with
 from telemetry.errors import PenumbraError
 from telemetry.figures import FreshStart
 
@@ -92,7 +94,7 @@ def measure_starts(
 
 def _run(name: Contender, model: Path, threads: int, sequences: int) -> Start:
     command = [sys.executable, "-m", __name__, name, str(model), str(threads), str(sequences)]
-    command.append(str(time.monotonic()))
+    command += [str(os.getpid()), str(time.monotonic())]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_TIMEOUT_S)
     if done.returncode:
         words = [line for line in done.stderr.strip().splitlines() if not line.startswith(" ")]
@@ -136,7 +138,8 @@ def _llama(model: Path, threads: int, sequences: int, started_s: float) -> Start
 
 def main(arguments: list[str]) -> None:
     """Run one contender and tell what it took; `started_s` is when its process was asked for, monotonic."""
-    name, model, threads, sequences, started_s = arguments
+    name, model, threads, sequences, parent, started_s = arguments
+    die_with(int(parent))
     run = _penumbra if name == "penumbra" else _llama
     start = run(Path(model), int(threads), int(sequences), float(started_s))
     sys.stdout.write(msgspec.json.encode(start).decode())

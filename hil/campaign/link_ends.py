@@ -25,6 +25,7 @@ from typing import Final, cast
 from fdir.table import PACKAGED
 from hil.bench.link_load import NODE, backlog
 from hil.ground import GroundStation
+from hil.tether import die_with
 from hil.uploader import upload
 from node import open_commands, state, transfers
 from node.commanding import Commanding
@@ -92,6 +93,7 @@ def run_ground(directory: Path, url: str) -> None:
 
 
 def _run(directory: Path, log: str, main: Coroutine[None, None, None]) -> None:
+    die_with(os.getppid())  # the server of forks, which ends with the campaign
     logging.basicConfig(filename=directory / log, level=logging.WARNING, force=True)
     asyncio.run(_until_sigterm(main))
 

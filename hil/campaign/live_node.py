@@ -28,6 +28,7 @@ from hil.ground import GroundStation
 from hil.processes import all_processes, descendants, find_worker
 from hil.record import LedgerFact
 from hil.run_dir import to_toml
+from hil.shared_memory import owned
 from node.config import NodeConfig
 from node.inference.manifest import image_id, load_manifest
 from node.inference.slots import active_image
@@ -137,6 +138,7 @@ class LiveNode:
             asyncio.create_task(self._speak(), name="hil.campaign.bus"),
         ]
         self._stack.push_async_callback(self._end_tasks)
+        self._stack.enter_context(owned(NodeConfig.load(self.folder / "node.toml").arena_path))
         await asyncio.wait_for(self.ground.connected.wait(), UP_S)
         with (self.folder / "node.log").open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
@@ -144,7 +146,6 @@ class LiveNode:
                 *(str(self.folder / "node.toml"), str(FEED_S), str(os.getpid())),
                 stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
-        self._stack.callback(self._remove_arena)
         self._stack.push_async_callback(self._kill_all)
         self._fill()
         return self
@@ -326,11 +327,6 @@ class LiveNode:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         await self._process.wait()
-
-    def _remove_arena(self) -> None:
-        """Shared memory outlives every process: what was made there goes with the campaign."""
-        with suppress(OSError):
-            NodeConfig.load(self.folder / "node.toml").arena_path.unlink(missing_ok=True)
 
 
 @asynccontextmanager

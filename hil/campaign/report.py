@@ -9,6 +9,8 @@ from typing import Final
 
 import msgspec
 
+from hil.campaign.ends_run import KINDS as ENDS
+from hil.campaign.ends_run import REPORT_DUE, EndRecord
 from hil.campaign.field_run import FieldsResult
 from hil.campaign.field_shadow import TAKEN
 from hil.campaign.fuzz_run import FuzzResult
@@ -263,6 +265,52 @@ def link_section(path: Path, header: Header) -> str:
     )  # fmt: skip
 
 
+def ends_section(path: Path, header: Header) -> str:
+    """Return the section of a campaign of flights that are ended."""
+    records: list[EndRecord] = list(read_lines(path / TRIALS, EndRecord))
+    names = {
+        "hup": "SIGHUP, or its terminal closes", "term": "SIGTERM", "twice": "SIGTERM twice",
+        "kill": "SIGKILL", "pipe": "closed pipe", "full": "full output",
+    }  # fmt: skip
+    rows = []
+    for kind in ENDS:
+        mine = [r for r in records if r.kind == kind]
+        due = [r for r in mine if r.begun and kind in REPORT_DUE]
+        phases = Counter(r.phase for r in mine)
+        rows.append(
+            [
+                names[kind],
+                str(len(mine)),
+                ", ".join(f"{phase} {count}" for phase, count in phases.most_common()),
+                str(sum(r.processes_left for r in mine)),
+                str(sum(r.shared_left for r in mine)),
+                str(sum(r.cleared for r in mine)),
+                f"{sum(r.report for r in due)} of {len(due)}",
+                milliseconds([1e3 * r.end_s for r in mine if kind not in {"pipe", "full"}]),
+                str(sum(not r.is_right for r in mine)),
+            ]
+        )
+    head = (
+        "the bench's end", "flights", "in phase", "processes left", "shared memory left",
+        "cleared by the next flight", "reports written of those due", "to its end, ms, p50 / p99 / max",
+        "not right",
+    )  # fmt: skip
+    return "\n".join(
+        [
+            "## Flights that are ended\n",
+            f"`penumbra campaign run ends --trials {len(records) // len(ENDS)} --seed {header.seed} "
+            "--images DIR --out DIR`\n",
+            f"Image {header.image_id}. Each flight is a command of its own with broker, node and worker; its "
+            "end comes at a random moment, that of a full output at its start. Processes are those that "
+            "inherited the flight's environment; shared memory is looked for once the next flight has begun, "
+            "which clears what a killed bench left. A report is due once there is a run directory, but not "
+            "after SIGKILL or a second signal.\n",
+            table(head, rows),
+            *(f"- flight {r.index} ({r.kind}): {'; '.join(r.problems)}" for r in records if not r.is_right),
+        ]
+    )
+
+
 def fuzz_section(path: Path, _: Header) -> str:
     """Return the section of a fuzzing run."""
     result = msgspec.json.decode((path / SUMMARY).read_bytes(), type=FuzzResult)
@@ -359,6 +407,7 @@ SECTIONS: Final[dict[str, Callable[[Path, Header], str]]] = {
     "memory": memory_section,
     "latchup": latchup_section,
     "link": link_section,
+    "ends": ends_section,
     "fuzz": fuzz_section,
 }
 

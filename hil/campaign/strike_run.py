@@ -8,9 +8,7 @@ the volley, which lie in other parity groups.
 from __future__ import annotations
 
 import asyncio
-import os
 import random
-import tempfile
 import time
 from collections import Counter, deque
 from collections.abc import Callable
@@ -24,7 +22,7 @@ from hil.campaign.strata import Strata, Stratum
 from hil.campaign.strike_worker import READY_S, StruckWorker, WorkerSettings
 from hil.campaign.strikes import COUNTED, StrikeRecord, Trial, draw
 from hil.campaign.texts import Text, make_texts, with_references
-from node.inference.arena_layout import SHARED_MEMORY
+from hil.shared_memory import scratch
 from node.inference.manifest import image_id, load_manifest
 from telemetry.errors import PenumbraError
 
@@ -125,11 +123,9 @@ class Campaign:
             generation += 1
             if generation > RESTARTS:
                 raise PenumbraError(f"the worker gave up {RESTARTS} times", "read notes.jsonl: it says why")
-            with tempfile.TemporaryDirectory(
-                prefix=f"penumbra-strikes-{os.getpid()}-", dir=SHARED_MEMORY
-            ) as folder:
+            with scratch("strikes") as folder:
                 worker = StruckWorker(
-                    image=self._image, folder=Path(folder), generation=generation,
+                    image=self._image, folder=folder, generation=generation,
                     settings=self._plan.settings, texts=self._texts, strata=self._strata,
                     on_settled=self._settled,
                 )  # fmt: skip

@@ -8,6 +8,7 @@ over the vocabulary; some have a prompt long enough for the window of the KV cac
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -17,6 +18,7 @@ import msgspec
 
 from hil.calibrate import PROMPTS
 from hil.campaign.records import write_json
+from hil.tether import die_with
 from telemetry.errors import PenumbraError
 from telemetry.sampling import Sampling
 
@@ -97,7 +99,8 @@ def with_references(
         bare = [msgspec.structs.replace(text, prompt_tokens=[], tokens=[]) for text in kept.texts]
         if kept.image_id == image_id and bare == list(texts):
             return kept.texts
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, initializer=die_with, initargs=(os.getpid(),)) as pool:
         found = pool.submit(_decode, list(texts), image_dir, positions, threads).result()
     short = [text.name for text in found if not text.tokens]
     if short:

@@ -19,6 +19,7 @@ from hil.campaign.strike_run import Plan, run_strikes
 from hil.campaign.strike_worker import WorkerSettings
 from hil.campaign.strikes import COUNTED, FOUND, UNDETECTED, StrikeRecord
 from hil.processes import all_processes, descendants, same
+from hil.shared_memory import clear_left
 from node.config import NodeConfig
 
 PLAN = Plan(
@@ -107,8 +108,9 @@ def test_a_campaign_that_is_killed_leaves_no_process_and_goes_on(tiny_images: Pa
     for member in left:
         os.kill(member.pid, signal.SIGKILL)
     assert left == [], "the node outlives its campaign"
-    for config in tmp_path.rglob("node.toml"):
-        NodeConfig.load(config).arena_path.unlink(missing_ok=True)
+    clear_left()  # as the next campaign or flight does
+    (config,) = tmp_path.rglob("node.toml")
+    assert not NodeConfig.load(config).arena_path.exists()
     header = read_header(tmp_path)
     with Records(tmp_path, header, KillRecord) as records:
         assert records.done

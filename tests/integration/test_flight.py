@@ -193,6 +193,7 @@ def test_what_the_user_must_mend_is_said_in_one_message(
     assert words in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stderr.startswith("penumbra: ")
+    assert not (folder / "o").exists()  # nothing was begun
 
 
 def test_node_that_cannot_come_up_ends_the_flight_with_its_log(folder: Path, tiny_images: Path) -> None:

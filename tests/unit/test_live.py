@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import sys
 
 import pytest
 from rich.console import Console
@@ -173,3 +174,29 @@ def test_a_narrow_or_dumb_terminal_gets_lines() -> None:
     dumb = Console(file=io.StringIO(), force_terminal=True, width=80, _environ={"TERM": "dumb"})
     assert not LiveView(LiveState(), narrow, live=True).live
     assert not LiveView(LiveState(), dumb, live=True).live
+
+
+def test_a_terminal_without_the_letters_gets_lines() -> None:
+    plain = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    console = Console(file=plain, force_terminal=True, width=80, _environ={"TERM": "xterm-256color"})
+    assert not LiveView(LiveState(), console, live=True).live
+
+
+class Gone(io.StringIO):
+    """An output whose reader went away."""
+
+    def write(self, _text: str, /) -> int:
+        raise BrokenPipeError
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+async def test_an_error_of_the_view_ends_the_view_alone(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(Console, "on_broken_pipe", lambda _: sys.exit(1))  # as rich does, but for `dup2`
+    environment = {"TERM": "xterm-256color"}
+    console = Console(file=Gone(), force_terminal=terminal, width=80, height=24, _environ=environment)
+    view = LiveView(state(), console, live=True)
+    assert view.live == terminal
+    await asyncio.wait_for(view.run(), 30)
+    assert "the view ended" in caplog.text

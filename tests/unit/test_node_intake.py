@@ -197,7 +197,7 @@ def test_reports_are_throttled_by_topic_and_the_count_is_not() -> None:
 
 def test_a_retained_message_of_the_bus_is_judged_apart_and_reported_once_an_hour() -> None:
     sink = Sink()
-    topic, message = topics.bus("n", "time"), bus.BusTime(t_ns=1)
+    topic, message = topics.bus("n", "time"), bus.BusTime(t_ns=bus.EARLIEST_NS)
     for _ in range(50):
         sink.intake.on_retained(topic, bus.encode(message))
     assert sink.taken == []
