@@ -17,6 +17,7 @@ import msgspec
 import xxhash
 
 from fdir.golden import PAGE_SIZE, read_golden
+from telemetry.durable_file import replace_file
 
 FORMAT: Final = 1
 """Version of the file's layout; one of another version is made anew."""
@@ -112,12 +113,7 @@ class CodeManifest:
             return
         self._files = {path: entry for path, entry in self._files.items() if os.path.exists(path)}
         body = msgspec.msgpack.encode(_Body(FORMAT, self._files))
-        new = self.path.with_name(f".{self.path.name}.new")
-        with new.open("wb") as file:
-            file.write(msgspec.msgpack.encode(_Envelope(xxhash.xxh3_64_intdigest(body), body)))
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(self.path)
+        replace_file(self.path, msgspec.msgpack.encode(_Envelope(xxhash.xxh3_64_intdigest(body), body)))
         self._dirty = False
 
     def _load(self) -> None:

@@ -161,15 +161,15 @@ class TelemetrySection(Section, frozen=True, kw_only=True):
     spool_max_bytes: Annotated[int, Meta(ge=65_536, le=1 << 40)] = 64 << 20
     """Frames the spool holds before its drop policy acts, bytes."""
     database_max_bytes: Annotated[int, Meta(ge=1 << 20, le=1 << 41)] = 256 << 20
-    """Size that `node.db` never exceeds, bytes."""
+    """Size that `node.db`, its log and the reserve never exceed together, bytes."""
     retransmit_s: Annotated[float, Meta(ge=0.1, le=3600)] = 5.0
     """Age of an unacknowledged record after which it is sent again."""
 
     def __post_init__(self) -> None:
-        if self.database_max_bytes < 2 * self.spool_max_bytes:
+        if self.database_max_bytes < 4 * self.spool_max_bytes:
             raise ValueError(
-                f"database_max_bytes {self.database_max_bytes} must be at least twice spool_max_bytes"
-                f" {self.spool_max_bytes}: the file holds jobs and indexes as well"
+                f"database_max_bytes {self.database_max_bytes} must be at least four times spool_max_bytes"
+                f" {self.spool_max_bytes}: it bounds jobs, indexes and the log of the database as well"
             )
 
 

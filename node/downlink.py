@@ -35,6 +35,8 @@ POLL_S = 0.1
 
 BATCH = 256
 """Most records taken from the spool at once (assumed)."""
+ACK_PART = 16
+"""Records deleted in one transaction where the disk is too full for all that were acknowledged (assumed)."""
 BATCH_BYTES = 64 * 1024
 """Most bytes of frames taken at once, by default: half a second at 1 Mbit/s, so that what is urgent waits no
 longer than the `PIPELINE` of them (assumed)."""
@@ -308,10 +310,19 @@ class Downlink:
             # The newest of each stream says all that the older ones say.
             newest = {(ack.node, ack.boot, ack.stream): ack for ack in acks}
             try:
-                await self._database.run(partial(self._acknowledge, acks=newest.values()))
+                try:
+                    await self._database.run(partial(self._acknowledge, acks=newest.values()))
+                except StoreFull:
+                    for ack in newest.values():
+                        await self._acknowledge_in_parts(ack)
             except (StoreFull, sqlite3.Error) as error:
                 # The record is sent again, and the archive acknowledges it again.
                 _log.error("acknowledged records were not deleted: %s", error)
+
+    async def _acknowledge_in_parts(self, ack: Ack) -> None:
+        """Delete a few records at a time: each transaction needs room for the pages it changes."""
+        while await self._database.run(partial(self._spool.acknowledge, ack=ack, most=ACK_PART)):
+            pass
 
     def _acknowledge(self, connection: sqlite3.Connection, acks: Iterable[Ack]) -> None:
         for ack in acks:

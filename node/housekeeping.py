@@ -25,17 +25,25 @@ from node.recorder import Recorder
 from node.state import BootState, Rates
 from node.worker_service import WorkerService
 from telemetry.authenticator import Authenticator
-from telemetry.database import Database, StoreFull
+from telemetry.database import Database, DiskState, StoreFull
 from telemetry.dictionary.codes import DropCode
 from telemetry.frame import FrameError
 from telemetry.link import Link
-from telemetry.packets import Housekeeping, Ledger
+from telemetry.packets import Housekeeping, Ledger, Severity
 from telemetry.spool import Spool
 
 _log = logging.getLogger(__name__)
 
 BEAT_S = 0.5
 """Longest time between two answers to health pings, s (assumed: a fraction of their limits)."""
+_DISK_EVENTS = {
+    DiskState.ROOM: (Severity.INFO, "the disk has room again: the database may grow, and has its reserve"),
+    DiskState.FULL: (Severity.HIGH, "the disk is full: the database does not grow, and telemetry gives way"),
+    DiskState.MEMORY: (
+        Severity.HIGH,
+        "the disk takes nothing: the database is in memory, and nothing new survives a restart",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -95,6 +103,8 @@ class HousekeepingService:
         self._jobs = jobs
         self._recorder = recorder
         self._get_sources = sources
+        self._disk = DiskState.ROOM
+        """What the disk had room for when it was looked at last."""
         self._ledger_wanted = asyncio.Event()
         self._started_s = time.monotonic()
         self._rate_since = (self._started_s, 0)
@@ -137,6 +147,7 @@ class HousekeepingService:
         """Append one housekeeping packet."""
 
         async def take() -> None:
+            self._look_at_disk()
             counts, size = await self._database.run(
                 lambda c: (self._jobs.counts(c), self._spool.size(c)),
             )
@@ -145,6 +156,13 @@ class HousekeepingService:
             await self._database.run(lambda c: self._spool.append(c, packet, t_ns))
 
         await self._guard(take)
+
+    def _look_at_disk(self) -> None:
+        """Report what the disk has room for, where that has changed."""
+        before, self._disk = self._disk, self._database.disk
+        if self._disk is not before:
+            severity, text = _DISK_EVENTS[self._disk]
+            self._recorder.event(severity, f"disk.{self._disk}", text, {"before": before.value})
 
     async def _guard(self, write: Callable[[], Awaitable[None]]) -> None:
         try:

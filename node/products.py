@@ -26,6 +26,7 @@ from node.recorder import Recorder
 from telemetry.database import Database, StoreFull
 from telemetry.dictionary.base import ArgumentCode
 from telemetry.dictionary.codes import FailureCode
+from telemetry.disk_room import free_bytes
 from telemetry.durable_file import replace_file
 from telemetry.packets import Packet, Product, ProductChunk, ProductPart, Severity
 from telemetry.spool import Spool, SpoolRefused
@@ -110,11 +111,15 @@ class Products:
         Raises
         ------
         CommandFailed
-            Products that are not sent yet take up the room.
+            Products that are not sent yet take up the room, or the disk has none.
         OSError
             It cannot be written.
         """
         await self._database.run(lambda c: self._make_room(c, len(content)))
+        # Twice: a dump must not take the last room of the disk, which telemetry needs.
+        need, free = 2 * len(content), free_bytes(self._directory.parent)
+        if free < need:
+            raise CommandFailed(FailureCode.NO_ROOM, f"{need} bytes of the disk are needed, {free} are free")
         self._made += 1
         head = Product(
             product=f"dump-{self._boot}-{self._made}",

@@ -13,11 +13,11 @@ import signal
 import sqlite3
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fdir import boot as boot_manager
 from fdir.boot import Slot
@@ -33,7 +33,7 @@ from node.node import CANCEL_S, FLUSH_S, Identity, Node
 from node.schedule import Schedule
 from node.worker_process import REAP_S
 from telemetry.authenticator import Authenticator
-from telemetry.database import Database, StoreFull
+from telemetry.database import Database, DiskState, StoreFull
 from telemetry.errors import PenumbraError
 from telemetry.keys import KeyRing
 from telemetry.packets import Event, Severity
@@ -41,6 +41,7 @@ from telemetry.spool import Spool
 
 _log = logging.getLogger(__name__)
 
+Begun = TypeVar("Begun")
 EXIT_CLEAN = 0
 EXIT_CRASH = 70
 """An unexpected exception ended the node (EX_SOFTWARE)."""
@@ -112,7 +113,6 @@ async def run_node(config: NodeConfig, stop: asyncio.Event, command: Sequence[st
     try:
         # A lost database took the boot counter with it: the seconds since 1970 are higher than any count.
         lost = database.recovered_from
-        lowest_boot = 1 if lost is None else int(time.time())
 
         def begin(
             connection: sqlite3.Connection,
@@ -121,7 +121,9 @@ async def run_node(config: NodeConfig, stop: asyncio.Event, command: Sequence[st
         ]:
             state.create(connection)
             table = _table_in_force(connection, loaded, refused)
-            boot = state.begin_boot(connection, lowest_boot, int(time.time()))
+            # In memory the count is not kept either: another boot may find the one before this.
+            counted = lost is None and database.disk is not DiskState.MEMORY
+            boot = state.begin_boot(connection, 1 if counted else int(time.time()), int(time.time()))
             decision = _decide_boot(config, table, boot, slots, active)
             state.keep_decision(connection, decision)
             spool = Spool(config.node.name, boot.boot, config.telemetry.spool_max_bytes)
@@ -136,12 +138,13 @@ async def run_node(config: NodeConfig, stop: asyncio.Event, command: Sequence[st
             return table, boot, decision, spool, jobs, authenticator, schedule
 
         try:
-            table, boot, decision, spool, jobs, authenticator, schedule = await database.run(begin)
+            begun = await _with_room(database, config, begin)
         except StoreFull:
             # A boot that is not counted would use sequence numbers twice.
             raise PenumbraError(
                 f"{database.path}: no room to count this boot", "free space on its disk"
             ) from None
+        table, boot, decision, spool, jobs, authenticator, schedule = begun
         restart_reasons: list[str] = []
 
         def on_restart(reason: str) -> None:
@@ -173,6 +176,26 @@ async def run_node(config: NodeConfig, stop: asyncio.Event, command: Sequence[st
         _log.warning("ended to be started again: %s", restart_reasons[0])
         return EXIT_RESTART
     return EXIT_CLEAN
+
+
+async def _with_room(
+    database: Database, config: NodeConfig, begin: Callable[[sqlite3.Connection], Begun]
+) -> Begun:
+    """Run `begin`; on a full disk telemetry gives way to it, and without any room it is done in memory.
+
+    Raises
+    ------
+    StoreFull
+        What is stored does not even fit into memory.
+    """
+    with suppress(StoreFull):
+        return await database.run(begin)
+    with suppress(StoreFull, sqlite3.Error):
+        await database.run(Spool(config.node.name, 0, config.telemetry.spool_max_bytes).make_way)
+    with suppress(StoreFull):
+        return await database.run(begin)
+    await database.leave_disk()
+    return await database.run(begin)
 
 
 def stop_bound_s(config: NodeConfig) -> float:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from node import bounded_log
 from node.inference import protocol
 
 _log = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class WorkerProcess:
     socket_path
         Unix socket to listen on for this generation; at most 107 bytes long.
     log_path
-        File that the worker's stdout and stderr are appended to.
+        File that the worker's stdout and stderr are appended to; of a long one the latest lines are kept.
     generation
         Number the worker has to echo in `Ready`.
     on_message
@@ -170,6 +171,7 @@ class WorkerProcess:
             async with asyncio.TaskGroup() as group:
                 exited = group.create_task(process.wait(), name="node.worker.wait")
                 reader = group.create_task(self._read(connection), name="node.worker.read")
+                log_keeper = group.create_task(bounded_log.keep(self._log_path), name="node.worker.log")
                 await asyncio.wait({exited, reader}, return_when=asyncio.FIRST_COMPLETED)
                 if reader.done() and reader.result():
                     await asyncio.wait({exited}, timeout=EOF_GRACE_S)
@@ -180,6 +182,7 @@ class WorkerProcess:
                     # What it sent before its end is still to be read.
                     await asyncio.wait({reader}, timeout=EOF_GRACE_S)
                 reader.cancel()
+                log_keeper.cancel()
             return WorkerExit(returncode, describe_exit(returncode))
         finally:
             self.kill()

@@ -9,6 +9,7 @@ wrote survives SIGKILL and power loss.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import logging
 import os
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from telemetry.database_files import DatabaseFiles, DiskState, is_full
 from telemetry.errors import PenumbraError
 from telemetry.salvage import Salvage, SalvageError, salvage
 
@@ -31,6 +33,9 @@ GROUP_MAX = 256
 CLOSE_TIMEOUT_S = 5.0
 """How long `close` waits for queued requests, s (assumed)."""
 _SIDE_FILES = ("-wal", "-shm")
+
+
+__all__ = ["Database", "DiskState", "StoreFull", "is_full"]
 
 
 class StoreFull(Exception):
@@ -60,11 +65,6 @@ class _Request:
             log.debug("a database request outlived its event loop")
 
 
-def is_full(error: BaseException) -> bool:
-    """Return whether SQLite failed because the database may not grow (SQLite reports ENOSPC so too)."""
-    return getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
-
-
 class Database:
     """A connection, its thread and its lock file. Made by `Database.open`.
 
@@ -82,9 +82,12 @@ class Database:
         self.recovered_from: Path | None = None
         self.salvaged: Salvage | None = None
         self._damage: str | None = None
-        self._max_bytes = max_bytes
+        self._files = DatabaseFiles(path, max_bytes)
         self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
         self._closed = False
+        self._leave = False
+        self._connection: sqlite3.Connection
+        """That of the owning thread; another one when the disk is left for memory, or taken again."""
         self._thread = threading.Thread(target=self._own, name=f"database.{path.name}", daemon=True)
         self._opened: asyncio.Future[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -93,15 +96,18 @@ class Database:
     async def open(cls, path: Path, *, max_bytes: int | None = None) -> Database:
         """Open or create a database and check it.
 
-        A corrupt file is moved aside as `<name>.corrupt-<n>`, and a new one begun with what can be saved of
-        it: a node in orbit must come up. See `recovered_from` and `salvaged`.
+        A corrupt file is moved aside as `<name>.corrupt-<n>`, in the place of the one moved before, and a new
+        one begun with what can be saved of it: a node in orbit must come up. See `recovered_from` and
+        `salvaged`.
 
         Parameters
         ----------
         path
             The file. Its directory must exist and be writable. It is locked against a second process.
         max_bytes
-            Most bytes of the database file; beyond it a write raises `StoreFull`. None: bounded by the disk.
+            Most bytes of all files of the database: its own, its log with its index, and a reserve, which is
+            let go when the disk is full; beyond its share a write raises `StoreFull`. With a bound it opens
+            on a full disk as well, see `disk`. None: bounded by the disk.
 
         Raises
         ------
@@ -122,6 +128,21 @@ class Database:
         Such requests go on to fail. To mend it the database must be opened anew: restart the node.
         """
         return self._damage
+
+    @property
+    def disk(self) -> DiskState:
+        """What the disk has room for."""
+        return self._files.state
+
+    async def leave_disk(self) -> None:
+        """Go on in memory with a copy of what is on the disk, until that has room.
+
+        For a disk so full that not even the reserve helps. Until `disk` is another state again, nothing that
+        is committed survives the process.
+        """
+        self._leave = True
+        with contextlib.suppress(StoreFull):
+            await self.run(lambda _: None)
 
     async def run(self, function: Callable[[sqlite3.Connection], T]) -> T:
         """Run `function(connection)` in a transaction; return its result once that is durable.
@@ -161,15 +182,15 @@ class Database:
     def _own(self) -> None:
         try:
             lock = self._lock()
-            connection = self._open_sound()
+            self._connection = self._open_sound()
         except Exception as error:
             self._report_open(error)
             return
         self._report_open(None)
         try:
-            self._serve(connection)
+            self._serve()
         finally:
-            connection.close()
+            self._files.close(self._connection)
             os.close(lock)
 
     def _report_open(self, error: Exception | None) -> None:
@@ -199,7 +220,7 @@ class Database:
 
     def _open_sound(self) -> sqlite3.Connection:
         try:
-            return self._connect()
+            return self._files.open()
         except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             if isinstance(error, sqlite3.OperationalError) and not _is_damage(error):
                 raise PenumbraError(
@@ -208,7 +229,7 @@ class Database:
             self.recovered_from = self._move_aside()
             log.error("database %s was corrupt (%s), moved to %s", self.path, error, self.recovered_from)
             self._salvage(self.recovered_from)
-            return self._connect()
+            return self._files.open()
 
     def _salvage(self, aside: Path) -> None:
         """Put what can be saved of `aside` in place; leave nothing there when that is not possible."""
@@ -222,37 +243,21 @@ class Database:
         fresh.rename(self.path)
         log.warning("saved of it: %s; not whole: %s", self.salvaged.rows, self.salvaged.incomplete)
 
-    def _connect(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self.path, isolation_level=None)
-        try:
-            connection.execute("PRAGMA journal_mode=WAL")
-            connection.execute("PRAGMA synchronous=FULL")
-            # What undoes a statement within a savepoint: as a file, it took half the time of an insert.
-            connection.execute("PRAGMA temp_store=MEMORY")
-            # Not quick_check: a struck index, or a key struck in its table, would stop the node later.
-            findings = connection.execute("PRAGMA integrity_check(1)").fetchall()
-            if findings != [("ok",)]:
-                raise sqlite3.DatabaseError(f"integrity_check: {findings[0][0]}")
-            if self._max_bytes is not None:
-                (page_bytes,) = connection.execute("PRAGMA page_size").fetchone()
-                connection.execute(f"PRAGMA max_page_count={max(1, self._max_bytes // page_bytes)}")
-        except BaseException:
-            connection.close()
-            raise
-        return connection
-
     def _move_aside(self) -> Path:
-        number = 1
-        while (aside := self.path.with_name(f"{self.path.name}.corrupt-{number}")).exists():
-            number += 1
+        before = list(self.path.parent.glob(f"{self.path.name}.corrupt-*"))
+        number = 1 + max((_number(path) for path in before), default=0)
+        aside = self.path.with_name(f"{self.path.name}.corrupt-{number}")
         for suffix in _SIDE_FILES:
             side = self.path.with_name(self.path.name + suffix)
             if side.exists():
                 side.rename(aside.with_name(aside.name + suffix))
         self.path.rename(aside)
+        # One is kept: each is as large as a database may be, and nothing bounds how often one is damaged.
+        for path in before:
+            path.unlink(missing_ok=True)
         return aside
 
-    def _serve(self, connection: sqlite3.Connection) -> None:
+    def _serve(self) -> None:
         running = True
         while running:
             group: list[_Request] = []
@@ -268,35 +273,66 @@ class Database:
                     request = self._requests.get_nowait()
                 except queue.Empty:
                     break
+            if self._leave:
+                self._leave = False
+                self._connection = self._files.leave_disk(self._connection)
             if group:
-                self._run_group(connection, group)
+                self._run_group(group)
+                self._connection = self._files.recover(self._connection)
 
-    def _run_group(self, connection: sqlite3.Connection, group: list[_Request]) -> None:
+    def _run_group(self, group: list[_Request], *, relieve: bool = True) -> None:
+        connection = self._connection
         outcomes: list[tuple[_Request, Any, Exception | None]] = []
+        again = False
         try:
-            connection.execute("BEGIN IMMEDIATE")
+            self._begin(connection)
+            (pages,) = connection.execute("PRAGMA page_count").fetchone()
             for request in group:
                 outcomes.append((request, *_run_one(connection, request.function)))
                 if not connection.in_transaction:
                     break
             lost = not connection.in_transaction
             if not lost:
-                connection.execute("COMMIT")
-        except sqlite3.Error as error:
+                self._commit(connection, pages)
+        except (sqlite3.Error, StoreFull) as error:
             lost = True
             outcomes = [(request, None, _translate(error)) for request in group]
-        if lost and connection.in_transaction:
-            connection.execute("ROLLBACK")
-        if lost and len(group) > 1:
-            # SQLite gave up the whole transaction for the sake of one request: let each stand alone.
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            if relieve and isinstance(error, sqlite3.Error):
+                relieved = self._files.relieve(connection, error)
+                if relieved is not None:
+                    self._connection, again = relieved, True
+        if lost and (again or len(group) > 1):
+            # The disk is full, and a little room was made, or SQLite gave up the whole transaction for the
+            # sake of one request: let each stand alone.
             for request in group:
-                self._run_group(connection, [request])
+                self._run_group([request], relieve=not again)
             return
         for request, result, error_ in outcomes:
             if self._damage is None and isinstance(error_, sqlite3.Error) and _is_damage(error_):
                 self._damage = str(error_)
                 log.error("database %s is damaged: %s", self.path, error_)
             request.settle(result, error_)
+
+    def _begin(self, connection: sqlite3.Connection) -> None:
+        why_not = self._files.check_log(connection)
+        if why_not is not None:
+            raise StoreFull(why_not)
+        connection.execute("BEGIN IMMEDIATE")
+
+    def _commit(self, connection: sqlite3.Connection, pages_before: int) -> None:
+        (pages,) = connection.execute("PRAGMA page_count").fetchone()
+        why_not = self._files.check_growth(pages - pages_before)
+        if why_not is not None:
+            raise StoreFull(why_not)
+        connection.execute("COMMIT")
+
+
+def _number(aside: Path) -> int:
+    """Return the number in the name of a database that was moved aside, or of a file beside it."""
+    digits = aside.name.rpartition(".corrupt-")[2].partition("-")[0]
+    return int(digits) if digits.isdecimal() else 0
 
 
 def _run_one(

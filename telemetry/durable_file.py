@@ -9,7 +9,8 @@ from pathlib import Path
 def replace_file(path: Path, content: bytes) -> None:
     """Put `content` in the place of a file, or make it.
 
-    An interruption at any moment leaves the old or the new. What is not done lies beside it, ``.<name>.new``.
+    An interruption at any moment leaves the old or the new. What is not done lies beside it, ``.<name>.new``;
+    where the disk is full, it is removed.
 
     Raises
     ------
@@ -17,11 +18,16 @@ def replace_file(path: Path, content: bytes) -> None:
         The directory is missing or cannot be written, or the disk is full.
     """
     new = path.with_name(f".{path.name}.new")
-    with new.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
+    try:
+        with new.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(path)
+    except OSError:
+        # Half a file would hold the last room of a full disk.
+        new.unlink(missing_ok=True)
+        raise
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)

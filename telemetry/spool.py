@@ -8,8 +8,8 @@ every (boot, stream), at every commit:
 
 When the store is full (`capacity_bytes`, or the disk itself), `telemetry.spool_policy` says what gives way.
 Each drop is counted under its reason, with its sequence numbers. The node bounds its database below the free
-space of the disk (`Database.open(max_bytes=...)`): a disk that others filled shows only at commit, where
-nothing can give way any more and every caller gets `StoreFull`.
+space of the disk (`Database.open(max_bytes=...)`): a disk that others filled shows only at commit. From then
+on the database does not grow, so that policy acts there too, and the room of a reserve serves the log.
 """
 
 from __future__ import annotations
@@ -277,6 +277,10 @@ class Spool:
                 return row.size
         return None
 
+    def make_way(self, connection: sqlite3.Connection) -> int:
+        """Drop what gives way to a boot report, so that a boot can be counted; return how many records."""
+        return sum(self._evict(connection, Stream.BOOT) is not None for _ in range(DISK_FULL_EVICTIONS))
+
     def _store(self, connection: sqlite3.Connection, stream: Stream, seq: int, frame: bytes) -> bool:
         """Insert the record, giving way when the disk itself is full; return whether it is stored."""
         values = (PRIORITY[stream], self.boot, stream.value, seq, len(frame), frame)
@@ -393,8 +397,10 @@ class Spool:
         self._drop(connection, row, DropReason.CORRUPT)
         return None
 
-    def acknowledge(self, connection: sqlite3.Connection, ack: Ack) -> int:
+    def acknowledge(self, connection: sqlite3.Connection, ack: Ack, most: int | None = None) -> int:
         """Delete what the ground has archived; return how many records that was. Idempotent.
+
+        With `most` it stops after so many, where the disk is too full for a larger transaction.
 
         A record that was under way when it was dropped, and is archived after all, moves from dropped to
         acked, so that `dropped` is what the ground really lacks. An acknowledgement of another node, or of
@@ -407,16 +413,25 @@ class Spool:
         deleted = undropped = freed = 0
         key = (ack.boot, ack.stream.value)
         for first, last in ack.ranges():
+            end = last
             within = "boot = ? AND stream = ? AND seq BETWEEN ? AND ?"
+            if most is not None:
+                if deleted == most:
+                    break
+                row = connection.execute(
+                    f"SELECT seq FROM spool_record WHERE {within} ORDER BY seq LIMIT 1 OFFSET ?",  # noqa: S608
+                    (*key, first, last, most - deleted - 1),
+                ).fetchone()
+                end = last if row is None else row[0]
             count, size = connection.execute(
                 f"SELECT COUNT(*), COALESCE(SUM(size), 0) FROM spool_record WHERE {within}",  # noqa: S608
-                (*key, first, last),
+                (*key, first, end),
             ).fetchone()
             if count:
-                connection.execute(f"DELETE FROM spool_record WHERE {within}", (*key, first, last))  # noqa: S608
+                connection.execute(f"DELETE FROM spool_record WHERE {within}", (*key, first, end))  # noqa: S608
                 deleted += count
                 freed += size
-            undropped += self._undrop(connection, key, first, last)
+            undropped += self._undrop(connection, key, first, end)
         if deleted:
             self._use(connection, ack.stream.value, -deleted, -freed)
         if deleted or undropped:

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from small_disk import contents, used_bytes
 
 from telemetry.database import GROUP_MAX, Database, StoreFull
 from telemetry.errors import PenumbraError
@@ -105,23 +106,23 @@ async def test_a_lost_transaction_is_run_again_one_by_one(tmp_path: Path) -> Non
 
 
 async def test_full_is_store_full_and_leaves_room_for_what_gives_way(tmp_path: Path) -> None:
-    database = await Database.open(tmp_path / "a.db", max_bytes=100_000)
+    database = await Database.open(tmp_path / "a.db", max_bytes=1 << 20)
     await database.run(create)
 
     async def fill() -> None:
-        for _ in range(200):
+        for _ in range(1000):
             await database.run(insert(b"x" * 1000))
 
     with pytest.raises(StoreFull):
         await fill()
     stored = len(await database.run(values))
-    assert 50 < stored < 120
+    assert 200 < stored < 400
     with pytest.raises(StoreFull):
         await database.run(insert(b"x" * 10_000))
     assert await database.run(lambda c: len(values(c))) == stored
     await database.run(lambda c: c.execute("DELETE FROM t WHERE rowid <= 20"))
     await database.run(insert(b"x" * 1000))
-    assert (tmp_path / "a.db").stat().st_size <= 100_000
+    assert used_bytes(tmp_path, "a.db") <= 1 << 20
     await database.close()
 
 
@@ -145,6 +146,7 @@ async def test_a_corrupt_file_is_moved_aside_and_reported(tmp_path: Path, damage
         database = await Database.open(path)
         assert database.recovered_from == tmp_path / f"a.db.corrupt-{number}"
         assert (tmp_path / f"a.db.corrupt-{number}").read_bytes() == content
+        assert list(contents(tmp_path, "*.corrupt-*")) == [f"a.db.corrupt-{number}"]
         await database.run(create)
         found = await database.run(values)
         if damage == "page":

@@ -93,6 +93,7 @@ def test_nodes_with_other_state_directories_have_other_arenas_and_digests(tmp_pa
         ("ping_warn_s = 1.0", "ping_warn_s = 9.0", ["worker", "ping_warn_s 9", "ping_fatal_s 2.5"]),
         ("ping_period_s = 0.5", "ping_period_s = 2.0", ["worker", "ping_period_s 2"]),
         ("spool_max_bytes = 67108864", "spool_max_bytes = 200000000", ["telemetry", "database_max_bytes"]),
+        ("spool_max_bytes = 67108864", "spool_max_bytes = 67108865", ["four times", "67108865"]),
         ('slot = "active"', 'slot = "c"', ["model.slot", "'c'"]),
         ('name = "penumbra-1"', 'name = "No Good"', ["No Good", "a-z"]),
         ('"mqtt://127.0.0.1:1883"', '"http://x"', ["bus.url", "http://x", "mqtt"]),

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from small_disk import fill, small_disk, used_bytes
 from waiting import until
 
 from hil.products import products
@@ -226,3 +227,18 @@ def test_a_product_whose_chunks_do_not_fit_its_head_is_damaged(archive: Archive)
     )
     (found,) = products(archive, "n")
     assert (found.state, found.content) == ("damaged", None)
+
+
+async def test_a_dump_leaves_the_disk_as_much_as_it_takes(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 3_000_000) as disk:
+        fill(disk / "other", len(CONTENT) + 200_000)
+        async with board(tmp_path) as there:
+            there.products = Products(
+                disk / "products", 1, database=there.database, spool=there.spool, recorder=there.recorder
+            )
+            with pytest.raises(CommandFailed, match="of the disk are needed") as failed:
+                await there.make()
+            assert failed.value.code == "no_room"
+            assert used_bytes(disk, "products") == 0
+            (disk / "other").unlink()
+            await there.make()

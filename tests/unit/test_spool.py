@@ -415,7 +415,7 @@ async def test_a_full_disk_drops_housekeeping_and_keeps_faults(tmp_path: Path) -
 
 
 async def test_a_disk_filled_by_others_is_store_full_and_nothing_is_generated(tmp_path: Path) -> None:
-    database = await Database.open(tmp_path / "a.db", max_bytes=150_000)
+    database = await Database.open(tmp_path / "a.db", max_bytes=1 << 20)
     spool = Spool("sat-1", 1, 10**9)
     await database.run(spool.create)
     await database.run(lambda c: c.execute("CREATE TABLE other (x)"))
