@@ -74,9 +74,7 @@ def test_a_reading_that_fails_half_way_is_not_taken_at_all(
 
 
 @pytest.mark.parametrize("error", [TypeError("t"), ZeroDivisionError("z"), PenumbraError("p")])
-def test_elements_that_fail_leave_those_before(
-    monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
+def test_elements_that_fail_leave_those_before(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     view, _ = flying(1)
     before, forecast = knows(view), view.forecast
 
