@@ -32,6 +32,8 @@ LEAST_WH: Final = 1.0
 
 # Physical ranges: what no spacecraft of this kind has, and what arithmetic may rely on (all assumed).
 MissionNs = Annotated[int, Meta(ge=EARLIEST_NS, le=LATEST_NS, description="ns")]
+NodeNs = Annotated[int, Meta(ge=0, le=LATEST_NS, description="ns")]
+"""By the node's clock: until `bus/time` sets it, a board without a battery for its clock has 1970."""
 Rate = Annotated[float, Meta(ge=0.0001, le=10_000, description="s/s")]
 Soc = Annotated[float, Meta(ge=0, le=1, description="0 to 1")]
 BatteryV = Annotated[float, Meta(ge=0, le=100, description="V")]
@@ -196,14 +198,14 @@ class BusContact(BusMessage, frozen=True, kw_only=True):
 class BusLoad(BusMessage, frozen=True, kw_only=True):
     """What the payload computer draws (published by the node)."""
 
-    t_ns: MissionNs
+    t_ns: NodeNs
     power_w: LoadW
 
 
 class BusRequest(BusMessage, frozen=True, kw_only=True):
     """What the payload computer asks the spacecraft for (published by the node, several times)."""
 
-    t_ns: MissionNs
+    t_ns: NodeNs
     """When it was decided: the same in every repetition of a request."""
     request: Literal["power_cycle"]
     """`power_cycle`: take the supply away for a moment, which ends a latch-up."""

@@ -81,6 +81,17 @@ def test_a_value_that_no_spacecraft_has_is_refused(channel: str, message: dict[s
         bus.decode_eps(payload) if channel == "eps" else bus.decode(channel, payload)
 
 
+@pytest.mark.parametrize(
+    ("channel", "message"),
+    [
+        ("load", bus.BusLoad(t_ns=7, power_w=4.0)),
+        ("request", bus.BusRequest(t_ns=7, request="power_cycle", reason="latch-up")),
+    ],
+)
+def test_what_a_node_says_before_its_clock_was_set_is_taken(channel: str, message: bus.BusMessage) -> None:
+    assert bus.decode(channel, bus.encode(message)) == message
+
+
 @pytest.mark.parametrize("battery_wh", [*TINY, math.nan, -1.0])
 def test_no_capacity_ends_a_filter(battery_wh: float) -> None:
     battery = BatteryModel()
