@@ -452,6 +452,7 @@ def _arena(model: Model, seats: int) -> Iterator[KvArena]:
                 head_dim=shape.head_dim,
                 positions=min(POSITIONS, shape.context),
                 window=shape.window,
+                window_step=model.manifest.window_step,
                 global_every=shape.global_every,
                 seats=seats,
             ),

@@ -185,7 +185,8 @@ class Seat:
             An epoch is open.
         """
         rows = self.window_rows
-        base = max(rows.base, (rows.proven - self._arena.shape.window + 1) // GROUP * GROUP)
+        shape = self._arena.shape
+        base = max(rows.base, (rows.proven - shape.window + 1) // shape.window_step * shape.window_step)
         bad = rows.slide(base)
         if all(row.repaired for row in bad):
             self.commit(msgspec.structs.replace(self.state, base=base))

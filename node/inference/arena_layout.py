@@ -46,13 +46,13 @@ Phase = Literal["free", "active", "parked", "resident"]
 Record = TypeVar("Record")
 
 PAGE: Final = 4096
-ARENA_VERSION: Final = 2
+ARENA_VERSION: Final = 3
 BANKS: Final[tuple[Bank, ...]] = ("global", "window")
 KV_PAGE: Final = 64
 """Positions memory is reserved in."""
 WINDOW_SLACK: Final = 512
-"""Rows of a window bank beyond the window: it slides once in so many positions, and an epoch may add as
-many."""
+"""Least rows of a window bank beyond the window: it slides at most once in so many positions but a step, and
+an epoch may add as many."""
 SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108 - the point is a name others can find
 BLOCK: Final = np.dtype(
     [("first", "<u4"), ("count", "<u4"), ("kv", "u1", (8,)), ("chain", "u1", (CHAIN_BYTES,))]
@@ -73,6 +73,8 @@ class ArenaShape(msgspec.Struct, frozen=True, kw_only=True):
     """Longest prompt and text together."""
     window: int
     """Positions a window layer attends to, its own included."""
+    window_step: int
+    """Positions at whose multiples a window begins, a multiple of `GROUP`: as the manifest says."""
     global_every: int
     """Layers N-1, 2N-1, ... counted from 0 attend to all positions."""
     seats: int
@@ -82,12 +84,15 @@ class ArenaShape(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError(f"rows of {self.head_dim} values; {KV_PAGE} rows must fill memory pages")
         if min(self.layers, self.kv_heads, self.head_dim, self.positions, self.global_every, self.seats) < 1:
             raise ValueError("every dimension of an arena is at least 1")
+        if self.window_step < 1 or self.window_step % GROUP:
+            raise ValueError(f"windows begin at multiples of {self.window_step}: no multiple of {GROUP}")
 
     @property
     def rooms(self) -> dict[Bank, int]:
         """Rows of each bank of a seat, multiples of `KV_PAGE`."""
         positions, window = (-(-n // KV_PAGE) * KV_PAGE for n in (self.positions, self.window))
-        return {"global": positions, "window": min(positions, window + WINDOW_SLACK)}
+        slack = max(WINDOW_SLACK, 2 * self.window_step)
+        return {"global": positions, "window": min(positions, window + slack)}
 
     @property
     def state_pages(self) -> int:

@@ -39,7 +39,8 @@ from numpy.typing import NDArray
 from fdir import parity
 from fdir.pages import PAGE_SIZE, MappedTensor, PageTable
 from node.inference import manifest as m
-from node.inference.arithmetic import OPTIONS, OperatorError, check_operators
+from node.inference.arithmetic import SETTINGS, OperatorError, check_operators, configure
+from node.inference.attention import measure_window_step
 from node.inference.calibration import calibrate, calibration_text
 from node.inference.gguf_source import GgufSource, QuantMatrix
 from node.inference.graph import build_trunk
@@ -58,7 +59,7 @@ from telemetry.errors import PenumbraError
 Progress: TypeAlias = Callable[[str, float], object]
 _Run: TypeAlias = Callable[[ort.InferenceSession], list[NDArray[np.float32]]]
 
-BUILDER_VERSION: Final = 9
+BUILDER_VERSION: Final = 10
 """Raised whenever a step changes what it writes."""
 MIN_CONTEXT: Final = 64
 """Positions the probes need."""
@@ -170,6 +171,7 @@ class _Build:
         progress("quantise", 0.03)
         plain = build_trunk(self.source, self.shape, checked=False)
         operators = self._measure(*plain, alike=True)
+        window_step = measure_window_step(self.shape)
         packed = {m.TRUNK: self._pack(raw / m.TRUNK, *plain, self._run_trunk)}
         del plain
         progress("pack", 0.2)
@@ -216,6 +218,7 @@ class _Build:
             rebuilt=rebuilt,
             known_answers=answers,
             operators=operators,
+            window_step=window_step,
             screen=bounds,
             checks=found.checks,
         )
@@ -255,9 +258,9 @@ class _Build:
             ("session.optimized_model_external_initializers_file_name", "packed.bin"),
             ("session.optimized_model_external_initializers_min_size_in_bytes", str(_INLINE_BYTES)),
             ("session.save_external_prepacked_constant_initializers", "1"),
-            *OPTIONS.items(),
         ):
             options.add_session_config_entry(key, value)
+        configure(options)
         session = ort.InferenceSession(str(raw / "raw.onnx"), options, providers=["CPUExecutionProvider"])
         (raw / "raw.bin").unlink()
         return _Packed(optimised, run, run(session))
@@ -310,7 +313,7 @@ class _Build:
             gguf_sha256=self.gguf_sha256,
             onnxruntime=ort.__version__,
             cpu=self.cpu,
-            options=OPTIONS,
+            options=SETTINGS,
             page_size=PAGE_SIZE,
             shape=self.shape,
             bos=self.source.bos,

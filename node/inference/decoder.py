@@ -191,6 +191,7 @@ def arena_shape(model: Model, positions: int, seats: int) -> ArenaShape:
         head_dim=shape.head_dim,
         positions=max(min(positions, shape.context) // KV_PAGE, 1) * KV_PAGE,
         window=shape.window,
+        window_step=model.manifest.window_step,
         global_every=shape.global_every,
         seats=seats,
     )

@@ -30,7 +30,7 @@ import msgspec
 import xxhash
 
 from fdir.pages import PAGE_SIZE, MappedTensor, PageTable, WeightMemory
-from node.inference.arithmetic import OPTIONS, OperatorError, check_operators
+from node.inference.arithmetic import SETTINGS, OperatorError, check_operators
 from node.inference.packing import PackedMatrix
 from node.inference.screen_bounds import ScreenBounds
 from telemetry.errors import PenumbraError
@@ -124,9 +124,12 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     cpu: str
     """Fingerprint of the CPU features the packed weights are laid out for, see `cpu_fingerprint`."""
     options: dict[str, str]
-    """Options of sessions that decide how they compute; those of `node.inference.arithmetic`."""
+    """What decides how sessions compute; `SETTINGS` of `node.inference.arithmetic`."""
     operators: tuple[OperatorError, ...]
     """What the build measured of each matrix product, the first of each shape."""
+    window_step: int
+    """Positions at whose multiples windows begin: results are then those of the full cache to the bit, as the
+    build measured (`node.inference.attention`)."""
     page_size: int
     shape: GemmaShape
     bos: int
@@ -281,7 +284,7 @@ def check_machine(manifest: Manifest, image_dir: Path, onnxruntime: str) -> None
     for field, built, here in (
         ("onnxruntime", manifest.onnxruntime, onnxruntime),
         ("cpu", manifest.cpu, cpu_fingerprint()),
-        ("options", str(manifest.options), str(OPTIONS)),
+        ("options", str(manifest.options), str(SETTINGS)),
         ("page_size", str(manifest.page_size), str(PAGE_SIZE)),
     ):
         if built != here:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from fdir.pages import PAGE_SIZE, MappedTensor, memory_view
 from node.inference import manifest as m
-from node.inference.arithmetic import OPTIONS
+from node.inference.arithmetic import configure
 from node.inference.head import ScreenedHead
 from node.inference.packing import PackedMatrix, unpack
 from node.inference.probe import mapped_addresses, prove_sessions
@@ -233,8 +233,7 @@ def load_session(
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.spin_duration_us", SPIN_US)
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")
-    for name, setting in OPTIONS.items():
-        options.add_session_config_entry(name, setting)
+    configure(options)
     for name, value in (given or {}).items():
         options.add_initializer(name, value)
     try:

@@ -17,7 +17,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from node.inference.arithmetic import MARGIN, OPTIONS, UNIT, OperatorError
+from node.inference.arithmetic import MARGIN, OPTIONS, UNIT, OperatorError, configure
 from node.inference.gguf_source import QuantMatrix
 from node.inference.head import ScreenedHead, quantize_input
 from node.inference.manifest import GemmaShape
@@ -236,8 +236,7 @@ def _results(model: bytes, inputs: NDArray[np.float32], threads: int, options: M
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = threads
     settings.log_severity_level = 3
-    for name, value in options.items():
-        settings.add_session_config_entry(name, value)
+    configure(settings, options)
     session = ort.InferenceSession(model, settings, providers=["CPUExecutionProvider"])
 
     def run(rows: NDArray[np.float32]) -> NDArray[np.float32]:

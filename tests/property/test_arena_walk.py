@@ -29,7 +29,7 @@ from node.inference.arena import (
 
 SHAPE = ArenaShape(
     version=ARENA_VERSION, image_id="0123456789abcdef", layers=3, kv_heads=2, head_dim=16, positions=800,
-    window=32, global_every=3, seats=3,
+    window=32, window_step=8, global_every=3, seats=3,
 )  # fmt: skip
 SEATS = st.integers(0, SHAPE.seats - 1)
 

@@ -35,7 +35,7 @@ from telemetry.sampling import Sampling
 
 SHAPE = ArenaShape(
     version=ARENA_VERSION, image_id="0123456789abcdef", layers=3, kv_heads=2, head_dim=16, positions=700,
-    window=32, global_every=3, seats=3,
+    window=32, window_step=8, global_every=3, seats=3,
 )  # fmt: skip
 
 

@@ -60,7 +60,7 @@ TENSORS = (
 )
 SHAPE = ArenaShape(
     version=ARENA_VERSION, image_id="0" * 16, layers=3, kv_heads=2, head_dim=16, positions=64, window=32,
-    global_every=3, seats=3,
+    window_step=8, global_every=3, seats=3,
 )  # fmt: skip
 ACTIVE = SeatState(job="j", prompt_tokens=5, generated=4, positions=8, max_tokens=9)
 

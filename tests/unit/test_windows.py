@@ -26,7 +26,7 @@ WARM = Sampling(temperature=1.0, seed=11)
 def long_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model whose context is longer than its window's room."""
     folder = tmp_path_factory.mktemp("long")
-    gguf = write_tiny_gguf(folder / "long.gguf", size=Size(context=2048))
+    gguf = write_tiny_gguf(folder / "long.gguf", size=Size(context=2048, head_dim=64))
     return build_image(gguf, folder / "images", "a")
 
 
