@@ -128,6 +128,11 @@ class DeliveryWalk(RuleBasedStateMachine):
             if isinstance(packet, FdirReport):
                 self.found.setdefault((packet.monitor, self.boot), []).append(packet)
 
+    @rule(findings=st.lists(FINDINGS, min_size=1, max_size=3), times=st.integers(2, 10))
+    def find_much(self, findings: list[Packet], times: int) -> None:
+        """A storm of reports, for which the store is too small."""
+        self.generate(findings * times)
+
     @rule(limit=st.integers(1, 40), later_s=st.floats(0, 8))
     def send(self, limit: int, later_s: float) -> None:
         self.now_s += later_s
