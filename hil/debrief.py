@@ -24,6 +24,7 @@ from hil.run_dir import RunDir, constants, host_manifest
 from hil.scenario import Scenario
 from node.inference.manifest import Manifest, image_id
 from telemetry.archive import Archive
+from telemetry.fdir_merge import counted
 from telemetry.frame import Frame, FrameError
 from telemetry.packets import Event, FdirReport, Housekeeping, Level, Outcome, Packet, PowerPlan, Severity
 
@@ -175,7 +176,7 @@ def _window(event: UmbraEvent, start_ns: int) -> Window:
 
 def worker_restarts(reports: Iterable[FdirReport]) -> int:
     """Count the losses of a worker that were answered with a restart: one report each says it began."""
-    return sum(r.level is Level.WORKER_RESTART and r.outcome is Outcome.STARTED for r in reports)
+    return counted(r for r in reports if r.level is Level.WORKER_RESTART and r.outcome is Outcome.STARTED)
 
 
 def _discarded(housekeeping: Iterable[tuple[Frame, Housekeeping]]) -> int:

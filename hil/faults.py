@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from telemetry.fdir_merge import both_ends
 from telemetry.packets import FdirReport, Outcome
 
 PROOF_BOUND_S = 15.0
@@ -169,7 +170,7 @@ def save_faults(faults: Sequence[Fault], path: Path) -> None:
 
 def attribute(
     strikes: Iterable[Strike],
-    reports: Iterable[FdirReport],
+    reports: Sequence[FdirReport],
     *,
     commits: Sequence[Commit],
     worker_deaths: dict[int, int],
@@ -185,7 +186,7 @@ def attribute(
     Parameters
     ----------
     strikes, reports
-        In any order. Only reports with a `region` count.
+        In any order. Only reports with a `region` count. A merged one answers for its two ends.
     commits
         States of the arena's seats in order of time; those of one look have the same time.
     worker_deaths
@@ -194,7 +195,9 @@ def attribute(
         End of the watch, CLOCK_REALTIME ns.
     """
     by_page: defaultdict[tuple[str, int], list[FdirReport]] = defaultdict(list)
-    for report in sorted(reports, key=lambda r: r.detected_ns):
+    merged = [report for report in reports if report.first is not None and report.count > 2]
+    ends = (end for report in reports for end in both_ends(report))
+    for report in sorted(ends, key=lambda r: r.detected_ns):
         if report.region and report.page is not None:
             by_page[report.region, report.page].append(report)
     fates = []
@@ -212,7 +215,12 @@ def attribute(
             told = [report for report in answers if report.detected_ns == answers[0].detected_ns]
             fates.append(_answered(strike, next(filter(_whole, told), answers[0]), commits))
         else:
-            fates.append(_unanswered(strike, commits, gone_ns, why_gone))
+            fate = _unanswered(strike, commits, gone_ns, why_gone)
+            among = sum(report.count - 2 for report in merged if _may_be_within(strike, report))
+            if among:
+                reason = f"{fate.reason}; or one of {among} findings without their pages, in merged reports"
+                fate = msgspec.structs.replace(fate, reason=reason)
+            fates.append(fate)
     return fates
 
 
@@ -235,6 +243,11 @@ def _same_row(strike: Strike, report: FdirReport) -> bool:
     if strike.target is not Target.KV:
         return True
     return report.role == strike.bank and report.evidence.get("job", strike.job) == strike.job
+
+
+def _may_be_within(strike: Strike, report: FdirReport) -> bool:
+    """Tell whether a merged report may hold the answer to a strike between its first and its last finding."""
+    return report.region == strike.target.value and strike.t_ns <= report.detected_ns
 
 
 def _given_up(

@@ -63,7 +63,8 @@ nanoseconds since 1970 unless said otherwise. A field marked optional may be mis
 """
 
 _STREAM_POLICY = {
-    packets.Stream.FDIR: "never dropped; a new one is, counted, when nothing else is left",
+    packets.Stream.FDIR: "reports are merged by row and outcome; flight records and statuses give way before "
+    "a report is dropped (`telemetry/spool_policy.py`)",
     packets.Stream.RESULT: "new ones are refused: their producer waits",
     packets.Stream.PRODUCT: "new ones are refused: their producer waits, and nothing gives way to them",
     packets.Stream.PLAN: "oldest dropped, after housekeeping",
@@ -302,6 +303,7 @@ def generate() -> str:
     bus_parts += [_struct(kind) for kind in bus.PARTS]
     shared: list[type[msgspec.Struct]] = [
         packets.Certificate,
+        packets.FirstFinding,
         packets.RowReport,
         packets.PlanSegment,
         packets.ScheduledCommand,

@@ -25,6 +25,7 @@ from telemetry.packet_types.command import (
 from telemetry.packet_types.fdir import (
     FdirReport,
     FdirStatus,
+    FirstFinding,
     FlightRecord,
     Level,
     Outcome,
@@ -62,6 +63,7 @@ __all__ = (
     "Event",
     "FdirReport",
     "FdirStatus",
+    "FirstFinding",
     "FlightRecord",
     "Housekeeping",
     "KeyReport",

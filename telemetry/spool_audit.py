@@ -21,13 +21,13 @@ from typing import Any
 from telemetry.frame import FrameError, decode_frame
 from telemetry.ledger import Ranges, merge, to_ranges
 from telemetry.packets import PRIORITY, Stream
+from telemetry.spool_policy import DropReason
 from telemetry.voting import Unvoted, decode3, encode3
 
 log = logging.getLogger("penumbra.spool")
 
 _COUNTER_BYTES = 8
-_REASON_CORRUPT = "corrupt"
-_REASONS = ("full", _REASON_CORRUPT, "too_large")
+_REASONS = frozenset(DropReason)
 
 
 class FaultKind(StrEnum):
@@ -200,7 +200,7 @@ def _balance(connection: sqlite3.Connection, account: _Account) -> list[SpoolFau
     for first, last, reason in dropped:
         entries += [(a, b, reason) for a, b in _cut((first, last), kept)]
         kept = merge(kept, [(first, last)])
-    entries += [(first, last, _REASON_CORRUPT) for first, last in open_ranges]
+    entries += [(first, last, DropReason.CORRUPT.value) for first, last in open_ranges]
     connection.executemany(
         "INSERT INTO spool_drop VALUES (?, ?, ?, ?, ?)", [(boot, stream.value, *entry) for entry in entries]
     )

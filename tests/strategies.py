@@ -206,6 +206,17 @@ PACKETS: dict[str, st.SearchStrategy[p.Packet]] = {
         page=st.none() | counts,
         role=texts,
         evidence=evidence,
+        count=st.integers(1, 10**6),
+        first=st.none()
+        | st.builds(
+            p.FirstFinding,
+            level=st.sampled_from(p.Level),
+            action=texts,
+            detected_ns=times_ns,
+            recovered_ns=st.none() | times_ns,
+            evidence=evidence,
+        ),
+        covers=st.lists(st.tuples(counts, counts, counts), max_size=3),
     ),
     "flight_record": st.builds(
         p.FlightRecord,

@@ -27,6 +27,7 @@ from hil.campaign.kill_run import Target
 from hil.campaign.live_node import UP_S, LiveNode, LiveSettings, live_campaign
 from hil.memory import NotThere, ProcessMemory
 from node.inference.arena_layout import SHARED_MEMORY
+from telemetry.fdir_merge import counted
 from telemetry.packets import FdirReport, Outcome
 
 FRESH: Final = 25
@@ -216,7 +217,7 @@ async def _trial(live: LiveNode, index: int, target: Target, rng: random.Random)
     return MemoryRecord(
         index=index, target=target, outcome=outcome, region=page.region, page=page.address // PAGE, byte=byte,
         bit=bit, t_ns=t_ns, monitors=",".join(sorted({r.monitor for r in reports})), back_ms=back_ms,
-        others=len(mended),
+        others=counted(mended),
     )  # fmt: skip
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from enum import IntEnum, StrEnum
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import msgspec
+from msgspec import Meta
 
 from telemetry.packet_types.base import Count, Nanoseconds, Packet, Seconds, Stream
 
@@ -40,8 +41,26 @@ class Outcome(StrEnum):
     """Nothing was to be done about it, or nothing is done while the ground has control."""
 
 
-class FdirReport(Packet, frozen=True, kw_only=True):
-    """One detection, with evidence, action, outcome and latency."""
+class FirstFinding(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The first finding of a merged report: its fields are those of its own report."""
+
+    level: Level
+    action: str
+    detected_ns: Nanoseconds
+    recovered_ns: Nanoseconds | None
+    region: str = ""
+    page: Count | None = None
+    role: str = ""
+    evidence: dict[str, str | int | float | bool | None] = {}
+
+
+class FdirReport(Packet, frozen=True, kw_only=True, omit_defaults=True):
+    """One detection, with evidence, action, outcome and latency; or several, merged in a full store.
+
+    A merged report stands for all findings of one row and outcome from the first to the last. Its other
+    fields are those of the last one, those of the first are in `first`. Who counts findings takes the union
+    of `covers` by row and outcome: reports that were merged may have come down as well.
+    """
 
     stream: ClassVar[Stream] = Stream.FDIR
     type_name: ClassVar[str] = "fdir"
@@ -66,6 +85,14 @@ class FdirReport(Packet, frozen=True, kw_only=True):
     """Tensor role from the manifest; bank of a KV row, `global` or `window`; what was checked of a
     computation: `matmul`, `hidden`, `logits` or `redundancy`."""
     evidence: dict[str, str | int | float | bool | None] = {}
+    """With `evidence_cut`, some of it was left out for lack of room."""
+    count: Annotated[int, Meta(ge=1, description="count")] = 1
+    """Findings it stands for. More than `covers` names: the oldest, of boots beyond the latest 32."""
+    first: FirstFinding | None = None
+    """The first of them; None unless merged."""
+    covers: list[tuple[Count, Count, Count]] = []
+    """What it stands for, as ranges [boot, first, last] of running numbers, both included, ascending by boot:
+    the spool numbers the reports of a row and outcome from 1 in each boot. Empty: of an earlier version."""
 
 
 class FlightRecord(Packet, frozen=True, kw_only=True):

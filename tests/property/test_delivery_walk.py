@@ -14,22 +14,26 @@ from pathlib import Path
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from msgspec.structs import replace
 
 from node.downlink import DownlinkWindow, Message, Turns, messages
 from telemetry.ack import AckError, decode_ack, encode_ack
 from telemetry.archive import Archive
 from telemetry.block import BlockError, frames_in
+from telemetry.fdir_merge import both_ends, counted
 from telemetry.frame import FrameError, decode_frame
 from telemetry.keys import Key, KeyRing
 from telemetry.ledger import reconcile, to_ranges
 from telemetry.packets import PRIORITY, Event, FdirReport, Level, Outcome, Packet, Severity, Stream
 from telemetry.packets import ProductChunk as Chunk
 from telemetry.spool import Spool, SpoolRefused
+from telemetry.spool_policy import REPORT_BYTES, DropReason
 
 NODE = "sat-1"
 KEY = Key("k", b"k" * 32)
 RING = KeyRing([KEY])
-CAPACITY = 12_000
+CAPACITY = 9_000
+"""Chunks leave half of it: enough for a report of each of the two rows, so none is dropped."""
 Identity = tuple[int, Stream, int]
 
 EVENTS = st.builds(
@@ -37,13 +41,13 @@ EVENTS = st.builds(
 )
 FINDINGS = st.builds(
     FdirReport,
-    monitor=st.just("m"),
+    monitor=st.sampled_from(["m", "n"]),
     level=st.just(Level.IN_WORKER_REPAIR),
     outcome=st.just(Outcome.REPAIRED),
     action=st.just("repair"),
     detected_ns=st.integers(0, 10**18),
     recovered_ns=st.none(),
-    evidence=st.just({}),
+    evidence=st.dictionaries(st.sampled_from("ab"), st.text(max_size=300), max_size=2),
 )
 CHUNKS = st.builds(
     Chunk, product=st.just("dump"), index=st.integers(0, 99), data=st.binary(min_size=0, max_size=800)
@@ -63,7 +67,10 @@ class DeliveryWalk(RuleBasedStateMachine):
         self.archive = Archive.open(self.archive_path)
         self.boot = 0
         self.now_s = 0.0
-        self.generated: dict[Identity, Packet] = {}
+        self.generated: dict[Identity, Packet | None] = {}
+        """What was stored, None for what the spool itself made by merging."""
+        self.found: dict[tuple[str, int], list[FdirReport]] = {}
+        """What the FDIR found, by row and boot, in order."""
         self.down: list[Message] = []
         self.up: list[bytes] = []
         self.was_archived: set[Identity] = set()
@@ -107,13 +114,24 @@ class DeliveryWalk(RuleBasedStateMachine):
             except SpoolRefused:
                 self.connection.execute("ROLLBACK")
                 # I8: products are refused when the store fills, findings of the FDIR never.
-                assert packet.stream is not Stream.FDIR or self.spool_bytes() > 0.9 * CAPACITY
+                assert packet.stream is not Stream.FDIR
                 continue
             assert seq == lowest  # I1: no gap at generation, over restarts as well.
-            self.generated[self.boot, packet.stream, seq] = packet
+            (upto,) = (
+                entry.generated
+                for entry in self.spool.ledger(self.connection)
+                if (entry.boot, entry.stream) == (self.boot, packet.stream)
+            )
+            assert packet.stream is Stream.FDIR or upto == seq + 1
+            for number in range(seq, upto):
+                self.generated[self.boot, packet.stream, number] = packet if number == seq else None
+            if isinstance(packet, FdirReport):
+                self.found.setdefault((packet.monitor, self.boot), []).append(packet)
 
-    def spool_bytes(self) -> int:
-        return self.spool.size(self.connection)[1]
+    @rule(findings=st.lists(FINDINGS, min_size=1, max_size=3), times=st.integers(2, 10))
+    def find_much(self, findings: list[Packet], times: int) -> None:
+        """A storm of reports, for which the store is too small."""
+        self.generate(findings * times)
 
     @rule(limit=st.integers(1, 40), later_s=st.floats(0, 8))
     def send(self, limit: int, later_s: float) -> None:
@@ -221,12 +239,17 @@ class DeliveryWalk(RuleBasedStateMachine):
         if not hasattr(self, "spool"):
             return
         archived, stored, dropped = self.identities()
+        self.what_the_fdir_found_is_reported()
         # I3, I4: what was durable is archived, or stored, or counted as dropped: never just gone.
         assert set(self.generated) == archived | stored | dropped
         assert self.was_archived <= archived
         self.was_archived = archived
-        # I8: what the FDIR found is never dropped.
-        assert not any(stream is Stream.FDIR for _, stream, _ in dropped)
+        # I8: a report of the FDIR is merged, not dropped.
+        assert all(
+            r.reason is DropReason.MERGED
+            for r in self.spool.dropped_ranges(self.connection)
+            if r.stream is Stream.FDIR
+        )
         # I2: both sides' books, record by record.
         check = reconcile(
             self.spool.ledger(self.connection),
@@ -238,6 +261,27 @@ class DeliveryWalk(RuleBasedStateMachine):
         )
         assert check.problems == []
         assert check.lost == 0
+
+    def what_the_fdir_found_is_reported(self) -> None:
+        """I8: the ground and the store together count every finding once, and hold both ends."""
+        reports = [report for _, report in self.archive.packets(NODE, FdirReport)]
+        for record in self.spool.batch(self.connection, 10_000, set()):
+            if record.stream is Stream.FDIR:
+                assert len(record.frame) <= REPORT_BYTES
+                report = decode_frame(record.frame).packet()
+                assert isinstance(report, FdirReport)
+                reports.append(report)
+        for report in reports:
+            (boot, first, _), (last_boot, _, last) = report.covers[0], report.covers[-1]
+            ends = [
+                self.found[report.monitor, boot][first - 1],
+                self.found[report.monitor, last_boot][last - 1],
+            ]
+            assert report.count == sum(high - low + 1 for _, low, high in report.covers)
+            for told, was in zip(both_ends(report), ends[-1:] if report.count == 1 else ends, strict=True):
+                cut = "evidence_cut" in report.evidence
+                assert replace(told, covers=[], evidence=was.evidence if cut else told.evidence) == was
+        assert counted(reports) == sum(map(len, self.found.values()))
 
     def peace(self) -> None:
         """Leave it alone: everything comes down, once, and with its content."""
@@ -256,7 +300,9 @@ class DeliveryWalk(RuleBasedStateMachine):
         frames = [decode_frame(data) for data in self.archive.frames(NODE)]
         assert len(frames) == len(archived)
         for frame in frames:
-            assert frame.packet() == self.generated[frame.boot, frame.stream, frame.seq]
+            if frame.stream is not Stream.FDIR:
+                assert frame.packet() == self.generated[frame.boot, frame.stream, frame.seq]
+        self.what_the_fdir_found_is_reported()
 
 
 def _ranges(identities: set[Identity]) -> dict[tuple[int, Stream], list[tuple[int, int]]]:

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from telemetry.ack import MAX_GAPS, Ack
+from telemetry.fdir_merge import kind_of
 from telemetry.frame import decode_frame
 from telemetry.ledger import to_ranges
-from telemetry.packets import Packet, Stream
+from telemetry.packets import FdirReport, Packet, Stream
 from telemetry.spool import Spool, SpoolRefused
 from telemetry.spool_policy import GIVES_WAY, PROTECTED, REFUSED_ABOVE, DropReason
 
@@ -33,6 +34,7 @@ class SpoolWalk(RuleBasedStateMachine):
         self.archived: set[Identity] = set()
         self.acked: set[Identity] = set()
         self.on_the_way: list[tuple[Identity, int]] = []
+        self.reports: set[Identity] = set()
         self.restart()
 
     def teardown(self) -> None:
@@ -64,7 +66,7 @@ class SpoolWalk(RuleBasedStateMachine):
             return
         self.connection.execute("RELEASE walk")
         assert seq == expected
-        self.generated.add((self.boot, packet.stream, seq))
+        self.note_generated(packet.stream, seq)
         self.check_policy(packet, {i: r for i, r in self.dropped().items() if i not in before}, seq)
 
     @rule(packets=st.lists(strategies.packets, min_size=1, max_size=6))
@@ -82,19 +84,53 @@ class SpoolWalk(RuleBasedStateMachine):
             return
         self.connection.execute("RELEASE walk")
         for packet, seq in zip(packets, seqs, strict=True):
-            assert seq == expected[packet.stream]
-            expected[packet.stream] += 1
-            self.generated.add((self.boot, packet.stream, seq))
+            assert seq >= expected[packet.stream]
+            expected[packet.stream] = seq + 1
+        for stream in expected:
+            self.note_generated(stream, 0)
+
+    def note_generated(self, stream: Stream, first: int) -> None:
+        """Note new numbers of this boot: for a packet, and for what was merged to make room for it."""
+        (upto,) = (
+            entry.generated
+            for entry in self.spool.ledger(self.connection)
+            if (entry.boot, entry.stream) == (self.boot, stream)
+        )
+        assert stream is Stream.FDIR or first in {0, upto - 1}
+        self.generated |= {(self.boot, stream, seq) for seq in range(first, upto)}
 
     def check_policy(self, packet: Packet, drops: dict[Identity, DropReason], seq: int) -> None:
         own = (self.boot, packet.stream, seq)
-        assert set(drops.values()) <= {DropReason.FULL, DropReason.TOO_LARGE}
-        for identity in drops.keys() - {own}:
+        merged = {identity for identity, reason in drops.items() if reason is DropReason.MERGED}
+        assert set(drops.values()) <= {DropReason.FULL, DropReason.TOO_LARGE, DropReason.MERGED}
+        for _, stream, _ in merged:
+            assert stream is packet.stream is Stream.FDIR
+        others = drops.keys() - merged - {own}
+        for identity in others:
             assert identity[1] not in REFUSED_ABOVE
-            assert identity[1] is not Stream.FDIR
             if identity[1] in PROTECTED:
                 assert packet.stream in PROTECTED
                 assert not any(s in GIVES_WAY for _, s, _ in self.stored() - {own})
+            # Of the FDIR a flight record or a status: a report gives way to nothing.
+            assert identity not in self.reports
+        if isinstance(packet, FdirReport):
+            if drops.get(own) is DropReason.FULL:
+                self.check_nothing_else_was_left()
+            self.reports.add(own)
+        if merged:
+            self.reports |= {
+                i for i in self.stored() if i[1] is Stream.FDIR and i[0] == self.boot and i[2] > seq
+            }
+
+    def check_nothing_else_was_left(self) -> None:
+        """A report was dropped: then there are but results, products, and one report of a row and outcome."""
+        assert {stream for _, stream, _ in self.stored()} <= {Stream.FDIR, *REFUSED_ABOVE}
+        kinds = []
+        for (frame,) in self.connection.execute("SELECT frame FROM spool_record WHERE stream = 'fdir'"):
+            report = decode_frame(frame).packet()
+            assert isinstance(report, FdirReport)
+            kinds.append(kind_of(report))
+        assert len(kinds) == len(set(kinds))
 
     @rule(
         limit=st.integers(1, 20),

@@ -15,6 +15,7 @@ from hil.plant.plant import Plant
 from hil.scenario import load_scenario
 from telemetry.archive import Archive
 from telemetry.errors import PenumbraError
+from telemetry.fdir_merge import merged
 from telemetry.frame import decode_frame, encode_frame
 from telemetry.packets import Event, FdirReport, Level, Outcome, Severity
 from tests.flight_records import housekeeping
@@ -125,6 +126,22 @@ def test_a_lost_worker_counts_once() -> None:
         report(Level.SAFE_MODE, Outcome.ESCALATED),
     ]
     assert worker_restarts(reports) == 1
+
+
+def test_a_merged_report_counts_all_lost_workers_it_stands_for_and_none_twice() -> None:
+    reports = [
+        FdirReport(
+            monitor="worker.exit",
+            level=Level.WORKER_RESTART,
+            outcome=Outcome.STARTED,
+            action="",
+            detected_ns=number,
+            recovered_ns=None,
+            covers=[(1, number, number)],
+        )
+        for number in (1, 2, 3)
+    ]
+    assert worker_restarts([reports[1], merged(reports)]) == 3
 
 
 def test_options_override_the_scenario() -> None:

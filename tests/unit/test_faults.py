@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from hil.faults import PROOF_BOUND_S, Commit, Fate, Strike, Target, attribute, draw_faults
+from telemetry.fdir_merge import merged
 from telemetry.packets import FdirReport, Level, Outcome
 
 MS = 1_000_000
@@ -264,3 +265,20 @@ def test_a_flip_into_rows_on_the_move_is_not_held_against_the_proof() -> None:
     assert fate.fate is Fate.MASKED
     assert "moved" in fate.reason
     assert only([row], [report(350, 351, region="kv")], commits=commits(50, 120, 600)).fate is Fate.REPAIRED
+
+
+def test_a_merged_report_answers_for_its_ends_and_says_what_else_may_be_in_it() -> None:
+    told = [
+        msgspec.structs.replace(report(10 * n, 10 * n + 1, page=n), covers=[(1, n, n)]) for n in (1, 2, 3)
+    ]
+    struck = [strike(10 * n - 1, page=n, role="head") for n in (1, 2, 3)]
+    fates = attribute(
+        struck,
+        [merged(told)],
+        commits=commits(5, 15, 25, 35),
+        worker_deaths={},
+        end_ns=int(100e9),
+    )
+    assert [fate.fate for fate in fates] == [Fate.REPAIRED, Fate.MISSED, Fate.REPAIRED]
+    assert [fate.detect_ms for fate in fates] == [1.0, None, 1.0]
+    assert "one of 1 findings without their pages" in fates[1].reason

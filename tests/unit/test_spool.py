@@ -45,6 +45,7 @@ def packet(stream: Stream, size: int = SIZE) -> Packet:
     counts = {f: 0 for f in Housekeeping.__struct_fields__ if f.endswith(("s", "d", "restarts"))}
     hk: dict[str, object] = {
         **counts,
+        "dropped": {},
         "mode": Mode.NOMINAL,
         "uptime_s": 1.0,
         "clock_locked": True,
