@@ -43,8 +43,8 @@ from telemetry.signed import SignedError
 from telemetry.upload import decode_chunk
 
 BATCH: Final = 400
-"""Messages under way at a time: the node's link holds 1,000, and its clock counts as steered for 3 s after
-the last sound message."""
+"""Messages under way at a time: the node's link holds 1,000, and what sound messages said before them stays
+fresh for 10 s."""
 Say = Callable[[str, float], None]
 Progress = Callable[[str], None]
 
