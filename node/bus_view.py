@@ -23,7 +23,8 @@ from fdir.sensors import (
     Tick,
     Why,
 )
-from node.power.ephemeris import PropagationError
+from node.power.elements import NS_PER_DAY, Elements
+from node.power.ephemeris import Ephemeris, PropagationError
 from node.power.estimator import EnergyReading, EstimatorSettings, SocEstimate, SocEstimator
 from node.power.forecast import EclipseForecast, UmbraPass
 from node.power.sensed import EDGE_MARGIN_S, SensedEclipses
@@ -111,7 +112,8 @@ class BusView:
         """Last voted value of a channel, and its mission time, s."""
         self._eps_s = 0.0
         self._thermal: tuple[BusThermal, float] | None = None
-        self._orbit: BusOrbit | None = None
+        self._elements: Elements | None = None
+        """As they came last: the same again cost no new forecast, whatever else the message holds."""
         self._sensed = SensedEclipses()
 
     def handle(self, message: BusMessage, now_s: float) -> None:
@@ -131,11 +133,13 @@ class BusView:
                 self._thermal = (message, now_s)
             case BusContact():
                 self.contact, self.contact_heard_s = message, now_s
-            case BusOrbit() if message != self._orbit:
-                self._take_orbit(message, _forecast_from(message))
+            case BusOrbit():
+                self._take_elements(_elements_of(message))
 
-    def _take_orbit(self, message: BusOrbit, forecast: EclipseForecast) -> None:
-        self.forecast, self._orbit, self.forecast_fault = forecast, message, ""
+    def _take_elements(self, elements: Elements) -> None:
+        if elements != self._elements:
+            self.forecast = EclipseForecast(Ephemeris(elements))
+            self._elements, self.forecast_fault = elements, ""
 
     def forget(self) -> None:
         """Know nothing of the spacecraft, as before the first message; counts and findings stay."""
@@ -168,10 +172,8 @@ class BusView:
             As `handle`.
         """
         match message:
-            case BusOrbit() if message == self._orbit:
-                return None
             case BusOrbit():
-                return self._take_retained_orbit(message, mission_ns)
+                return self._take_retained_elements(_elements_of(message), mission_ns)
             case BusContact() if mission_ns is not None:
                 age_s = (mission_ns - message.t_ns) / NS_PER_S / rate
                 if abs(age_s) > STALE_S:
@@ -185,14 +187,13 @@ class BusView:
             case _:
                 return "a live one is needed"
 
-    def _take_retained_orbit(self, message: BusOrbit, mission_ns: int | None) -> str | None:
-        forecast = _forecast_from(message)
-        if self.forecast is not None:
+    def _take_retained_elements(self, elements: Elements, mission_ns: int | None) -> str | None:
+        if self.forecast is not None and elements != self._elements:
             if mission_ns is None:
                 return "its age is not known before mission time is"
-            if forecast.tle_age_days(mission_ns) >= self.forecast.tle_age_days(mission_ns):
+            if abs(mission_ns - elements.epoch_ns) / NS_PER_DAY >= self.forecast.tle_age_days(mission_ns):
                 return "the elements in use are as near to mission time"
-        self._take_orbit(message, forecast)
+        self._take_elements(elements)
         return None
 
     def tick(self, now_s: float) -> None:
@@ -353,8 +354,8 @@ class BusView:
         return value if 0 <= t_s - at_s <= self._bridge_s else None
 
 
-def _forecast_from(orbit: BusOrbit) -> EclipseForecast:
+def _elements_of(orbit: BusOrbit) -> Elements:
     if orbit.omm is not None:
-        return EclipseForecast.from_omm(orbit.omm)
+        return Elements.from_omm(orbit.omm)
     # One of the two forms is there, as the message's own check has seen.
-    return EclipseForecast.from_tle(orbit.line1 or "", orbit.line2 or "")
+    return Elements.from_tle(orbit.line1 or "", orbit.line2 or "")

@@ -62,7 +62,7 @@ class BusMessage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class BusTime(BusMessage, frozen=True, kw_only=True):
-    """Mission time from the bus."""
+    """Mission time from the bus. A time far off, or at another rate, is held until a second one agrees."""
 
     t_ns: MissionNs
     """UTC, ns since 1970."""

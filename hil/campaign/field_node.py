@@ -24,7 +24,9 @@ from hil.ground import GroundStation
 from hil.mosquitto import Mosquitto, find_mosquitto
 from hil.node_process import NodeProcess
 from hil.run_dir import to_toml
-from node import state
+from hil.shared_memory import owned
+from node import power_service, state
+from node.clock import SILENT_S
 from node.config import NodeConfig
 from telemetry import bus, topics
 from telemetry.archive import Archive
@@ -33,7 +35,7 @@ from telemetry.errors import PenumbraError
 from telemetry.frame import Frame
 from telemetry.keys import KeyRing, generate_key_file
 from telemetry.link import LinkDown, MqttLink
-from telemetry.packets import Housekeeping, Packet
+from telemetry.packets import Event, Housekeeping, Packet
 
 NODE_COMMAND: Final = [sys.executable, "-m", "node"]
 UP_S: Final = 60.0
@@ -41,8 +43,16 @@ STILL_S: Final = 20.0
 """Counts of the node that stand still for so long, and are not what was sent: messages were lost."""
 PERIOD_S: Final = 0.1
 INFLIGHT: Final = 64
-FROM_BUS: Final = (DropCode.MALFORMED, DropCode.REFUSED, DropCode.FAILED)
-"""Why messages of the bus are dropped; what the ground sends is counted by other codes."""
+SHOWN_S: Final = 2 * power_service.PERIOD_S + PERIOD_S
+"""Time after which housekeeping shows what a message has changed: two turns of the power loop, which asks
+the forecast, and a packet."""
+CLOCK_S: Final = 5.0
+"""Mission time may be off by so much, the way of a packet to the ground included, s (assumed)."""
+ROUNDS: Final = 60
+"""Rounds of sound messages in which the node must know all of them (a sensor needs ten readings)."""
+FROM_BUS: Final = (DropCode.MALFORMED, DropCode.REFUSED, DropCode.FAILED, DropCode.RETAINED)
+"""Why messages of the bus are dropped; what the ground sends is counted by other codes. None here is sent
+retained: one that counts as such is counted otherwise than expected."""
 
 
 class FieldNode:
@@ -59,6 +69,10 @@ class FieldNode:
         self._stack = AsyncExitStack()
         self._last: Housekeeping | None = None
         self._newest = (0, -1)
+        self._clock_off_s = 0.0
+        self._spoke_s = 0.0
+        self.power_failures = 0
+        """Reports of the power loop that it failed on what the bus had said."""
         self._started_s = time.monotonic()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -95,7 +109,7 @@ class FieldNode:
         self._process = NodeProcess(
             [*NODE_COMMAND, str(self._folder / "node.toml")], self._folder / "node.log"
         )
-        self._stack.callback(self._remove_arena)
+        self._stack.enter_context(owned(NodeConfig.load(self._folder / "node.toml").arena_path))
         self._stack.push_async_callback(self._end_tasks)
         for service in (self._ground, self._bus, self._process):
             self._tasks.append(
@@ -153,21 +167,53 @@ class FieldNode:
         return self.answers - before
 
     async def speak(self) -> int:
-        """Send a sound message of each channel; return how many."""
+        """Send a sound message of each channel; return how many were taken."""
         sound = bus_messages(self.now_ns(), random.Random(0))  # noqa: S311 - contents
         sound["eps"] = bus.BusEps(
             **{name: getattr(TRUTH, name) for name in TRUTH.__struct_fields__ if name not in {"t_ns"}},
             t_ns=self.now_ns(),
         )
         messages = [(channel, bus.encode(message)) for channel, message in sound.items()]
+        self._spoke_s = time.monotonic()
         answers = await self.send(messages)
         return answers["accepted"]
 
+    async def learn(self) -> dict[str, Any]:
+        """Speak until the node knows all that the bus says; return `knows`.
+
+        It takes more than a round: mission time steps by the second of two samples that agree (ADR 0021).
+
+        Raises
+        ------
+        PenumbraError
+            It does not come to know all within `ROUNDS`.
+        """
+        for _ in range(ROUNDS):
+            await self.speak()
+            known = await self.look()
+            missing = [name for name, value in known.items() if value is None or value is False]
+            if not missing:
+                return known
+        raise PenumbraError(
+            f"after {ROUNDS} rounds of sound messages the node does not know {', '.join(missing)}",
+            f"read {self._folder / 'node.log'}",
+        )
+
+    async def look(self) -> dict[str, Any]:
+        """Let what was sent last show in housekeeping; return `knows`."""
+        await asyncio.sleep(SHOWN_S)
+        last = self.hk
+        await self.until(lambda: self.hk is not last, "housekeeping", UP_S)
+        return self.knows()
+
     def knows(self) -> dict[str, Any]:
-        """Return what housekeeping tells of what the node knows by the bus."""
+        """Return what housekeeping shows of what the node knows by the bus."""
         hk = self.hk
+        # On a busy machine a batch may take so long that the node may call the bus silent.
+        silent = time.monotonic() - self._spoke_s >= SILENT_S
         return {
-            "clock_locked": hk.clock_locked,
+            "clock_locked": hk.clock_locked or silent,
+            "clock_right": abs(self._clock_off_s) <= CLOCK_S,
             "sunlit": hk.sunlit,
             "eclipse_entry_s": None if hk.eclipse_entry_ns is None else round(hk.eclipse_entry_ns / NS),
             "eclipse_exit_s": None if hk.eclipse_exit_ns is None else round(hk.eclipse_exit_ns / NS),
@@ -218,6 +264,8 @@ class FieldNode:
         # What is sent again comes late: it must not pass for the newest.
         if isinstance(packet, Housekeeping) and (frame.boot, frame.seq) > self._newest:
             self._newest, self._last = (frame.boot, frame.seq), packet
+            self._clock_off_s = (frame.t_ns - self.now_ns()) / NS
+        self.power_failures += isinstance(packet, Event) and packet.name == "power.failed"
 
     def _write_config(self, url: str) -> None:
         generate_key_file(self._folder / "keys.toml")
@@ -242,7 +290,3 @@ class FieldNode:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    def _remove_arena(self) -> None:
-        """Shared memory outlives every process: what was made there goes with the campaign."""
-        NodeConfig.load(self._folder / "node.toml").arena_path.unlink(missing_ok=True)

@@ -1,9 +1,10 @@
 """Single fields of every message mutated, with all others valid: what the flight software answers to each.
 
-In this process every mutation is given to the flight's own code, and what it knows is compared before and
-after a refusal. Those of the bus go to a running node as well, over a real broker: first all that are to be
-refused, while what its housekeeping tells must not change, then those that are to be taken. Each is counted
-by the node itself, by reason; its counts must add up to what was sent, and to what was answered here.
+In this process every mutation is given to the flight's own code, those of the bus also as a broker would have
+kept them, and what it knows is compared before and after a refusal. Those of the bus go to a running node as
+well, over a real broker: first all that are to be refused, while what its housekeeping shows must not change,
+then those that are to be taken. Each is counted by the node itself, by reason; its counts must add up to what
+was sent, and to what was answered here.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import msgspec
 
 from hil.bench.link_load import NODE, T0_NS
 from hil.campaign.field_mutations import Mutation, mutations, paths
-from hil.campaign.field_node import FieldNode
+from hil.campaign.field_node import ROUNDS, FieldNode
 from hil.campaign.field_seeds import (
     Kind,
     bus_kinds,
@@ -41,11 +42,11 @@ from telemetry.frame import FrameError, decode_frame
 from telemetry.signed import SignedError
 from telemetry.upload import decode_chunk
 
-BATCH: Final = 800
-"""Messages under way at a time: the node's link holds 1,000."""
-RECOVERY_ROUNDS: Final = 60
-"""Rounds of sound messages in which the node must know again what it knew (a sensor needs ten readings)."""
+BATCH: Final = 400
+"""Messages under way at a time: the node's link holds 1,000, and what sound messages said before them stays
+fresh for 10 s."""
 Say = Callable[[str, float], None]
+Progress = Callable[[str], None]
 
 
 class FieldCount(msgspec.Struct, kw_only=True):
@@ -58,7 +59,8 @@ class FieldCount(msgspec.Struct, kw_only=True):
     answers: dict[str, int] = {}
     """`accepted`, or why not; adds up to `sent`."""
     escaped: int = 0
-    """Other errors than its own came out of the code. The node's way in catches those, as `failed`."""
+    """Other errors than its own came out of the code. The node's way in catches those, as `failed`: one is
+    never expected (ADR 0020)."""
     changed: int = 0
     """Refused, and something is not as it was."""
 
@@ -74,7 +76,7 @@ class LiveCount(msgspec.Struct, kw_only=True):
     unexpected: int = 0
     """Counted otherwise than the same code answered in the bench."""
     changed: int = 0
-    """Batches of refused messages after which housekeeping told something else."""
+    """Batches of refused messages after which housekeeping showed something else."""
 
 
 class FieldsResult(msgspec.Struct, kw_only=True):
@@ -85,7 +87,9 @@ class FieldsResult(msgspec.Struct, kw_only=True):
     live: list[LiveCount] = []
     node_restarts: int = 0
     node_end: str = ""
-    """How the node ended when it was told to stop; empty: none was run."""
+    """How the node ended when it was asked to stop; empty: none was run."""
+    power_failures: int = 0
+    """Reports of the node that its power loop failed on what a message, taken before, had said."""
     recovered: bool = True
     """Whether it knew again what it knew before, after sound messages."""
     findings: list[str] = []
@@ -96,10 +100,10 @@ class FieldsResult(msgspec.Struct, kw_only=True):
         """Whether nothing changed or got lost that was refused, and the node lived on."""
         counts = [*self.bus, *self.others]
         return (
-            not any(c.changed or sum(c.answers.values()) != c.sent for c in counts)
-            and not any(c.escaped for c in self.others)
+            not any(c.changed or c.escaped or sum(c.answers.values()) != c.sent for c in counts)
             and not any(each.unaccounted or each.unexpected or each.changed for each in self.live)
             and not self.node_restarts
+            and not self.power_failures
             and self.node_end in {"", "exit code 0"}
             and self.recovered
         )
@@ -142,23 +146,26 @@ def mutate_bus(count: int, seed: int, result: FieldsResult, say: Say) -> Chosen:
             shadow.take(channel, bus.encode(message))
         answers: Counter[str] = Counter()
         names: set[str] = set()
-        changed = shadow.changed
+        changed, failed_kept = shadow.changed, 0
         refused, taken = chosen.refused.setdefault(kind.name, []), chosen.taken.setdefault(kind.name, [])
         for mutation in _drawn(kind, share, chance):
             names.add(mutation.path)
             payload = kind.seal(mutation.tree)
+            kept = shadow.take(channel_of(kind.name), payload, retained=True)
+            failed_kept += kept is DropCode.FAILED
             code = shadow.take(channel_of(kind.name), payload)
             answers[_answer(code, kind, payload)] += 1
             if code is None:
                 taken.append(payload)
             else:
                 refused.append((payload, code))
-            if code is DropCode.FAILED or shadow.changed != changed:
-                _note(result, f"bus/{kind.name}, {mutation.path}: {code}, changed {shadow.changed - changed}")
+            if DropCode.FAILED in {code, kept} or shadow.changed != changed:
+                answer = f"{code}, retained {kept}, changed {shadow.changed - changed}"
+                _note(result, f"bus/{kind.name}, {mutation.path}: {answer}")
         result.bus.append(
             FieldCount(
                 message=f"bus/{kind.name}", fields=len(names), sent=len(refused) + len(taken),
-                answers=dict(answers), escaped=answers[DropCode.FAILED.value],
+                answers=dict(answers), escaped=answers[DropCode.FAILED.value] + failed_kept,
                 changed=shadow.changed - changed,
             )
         )  # fmt: skip
@@ -220,36 +227,51 @@ def _decoded(decode: Callable[[bytes], Any], data: bytes) -> str:
 
 async def run_live(folder: Path, chosen: Chosen, result: FieldsResult, say: Say) -> None:
     """Send the mutations of the bus to a running node; its files stay in `folder` if something is wrong."""
-    counts = {name: LiveCount(message=f"bus/{name}") for name in {**chosen.refused, **chosen.taken}}
-    result.live = list(counts.values())
+    result.live = [LiveCount(message=f"bus/{name}") for name in {**chosen.refused, **chosen.taken}]
     total = sum(map(len, chosen.refused.values())) + sum(map(len, chosen.taken.values()))
-    sent = 0
     if total:
+
+        def progress(what: str) -> None:
+            say(what, sum(count.sent for count in result.live) / total)
+
         async with FieldNode(folder) as node:
-            await node.speak()
-            for name, refused in chosen.refused.items():
-                for batch in _batches(refused):
-                    say(f"bus/{name}, to be refused", sent / total)
-                    await node.speak()
-                    before = node.knows()
-                    expected = Counter(code.value for _, code in batch)
-                    await _send(node, counts[name], [payload for payload, _ in batch], expected)
-                    after = node.knows()
-                    if after != before:
-                        counts[name].changed += 1
-                        _note(result, f"bus/{name}: {_difference(before, after)} after refused messages")
-                    sent += len(batch)
-            before = node.knows()
-            for name, taken in chosen.taken.items():
-                for payloads in _batches(taken):
-                    say(f"bus/{name}, to be taken", sent / total)
-                    await _send(node, counts[name], payloads, Counter({TAKEN: len(payloads)}))
-                    sent += len(payloads)
-            result.recovered = await _recovers(node, before, result)
-            result.node_restarts = node.restarts
+            before = await node.learn()
+            result.recovered = await _send_refused(node, chosen, before, result, progress)
+            if result.recovered:
+                await _send_taken(node, chosen, result, progress)
+                result.recovered = await _recovers(node, before, result)
+            result.node_restarts, result.power_failures = node.restarts, node.power_failures
             result.node_end = await node.stop()
     if result.is_right:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+async def _send_refused(
+    node: FieldNode, chosen: Chosen, before: dict[str, Any], result: FieldsResult, progress: Progress
+) -> bool:
+    """Send what is to be refused; return False if sound messages do not put right what it changed."""
+    for count in result.live:
+        name = count.message.removeprefix("bus/")
+        for batch in _batches(chosen.refused.get(name, [])):
+            progress(f"bus/{name}, to be refused")
+            await node.speak()
+            expected = Counter(code.value for _, code in batch)
+            await _send(node, count, [payload for payload, _ in batch], expected)
+            after = await node.look()
+            if after != before:
+                count.changed += 1
+                _note(result, f"bus/{name}: {_difference(before, after)} after refused messages")
+                if not await _recovers(node, before, result):
+                    return False
+    return True
+
+
+async def _send_taken(node: FieldNode, chosen: Chosen, result: FieldsResult, progress: Progress) -> None:
+    for count in result.live:
+        name = count.message.removeprefix("bus/")
+        for payloads in _batches(chosen.taken.get(name, [])):
+            progress(f"bus/{name}, to be taken")
+            await _send(node, count, payloads, Counter({TAKEN: len(payloads)}))
 
 
 async def _send(node: FieldNode, count: LiveCount, payloads: list[bytes], expected: Counter[str]) -> None:
@@ -261,9 +283,9 @@ async def _send(node: FieldNode, count: LiveCount, payloads: list[bytes], expect
 
 
 async def _recovers(node: FieldNode, before: dict[str, Any], result: FieldsResult) -> bool:
-    for _ in range(RECOVERY_ROUNDS):
+    for _ in range(ROUNDS):
         await node.speak()
-        after = node.knows()
+        after = await node.look()
         if not _difference(before, after):
             return True
     _note(result, f"after sound messages the node knows {_difference(before, after)}")

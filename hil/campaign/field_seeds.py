@@ -83,12 +83,12 @@ def orbit_omm() -> bus.BusOrbit:
     return bus.BusOrbit(
         omm={
             "OBJECT_NAME": "PENUMBRA", "OBJECT_ID": "2026-001A", "CENTER_NAME": "EARTH", "REF_FRAME": "TEME",
-            "TIME_SYSTEM": "UTC", "MEAN_ELEMENT_THEORY": "SGP4",
+            "REF_FRAME_EPOCH": None, "TIME_SYSTEM": "UTC", "MEAN_ELEMENT_THEORY": "SGP4",
             "EPOCH": epoch.strftime("%Y-%m-%dT%H:%M:%S.%f"),
             "MEAN_MOTION": 15.15, "ECCENTRICITY": 0.001, "INCLINATION": 97.5, "RA_OF_ASC_NODE": 40.0,
             "ARG_OF_PERICENTER": 90.0, "MEAN_ANOMALY": 10.0, "EPHEMERIS_TYPE": 0, "CLASSIFICATION_TYPE": "U",
             "NORAD_CAT_ID": 25544, "ELEMENT_SET_NO": 999, "REV_AT_EPOCH": 123, "BSTAR": 1e-4,
-            "MEAN_MOTION_DOT": 1e-5, "MEAN_MOTION_DDOT": 0.0,
+            "MEAN_MOTION_DOT": 1e-5, "MEAN_MOTION_DDOT": 0.0, "BTERM": 0.0, "AGOM": 0.0,
         }
     )  # fmt: skip
 

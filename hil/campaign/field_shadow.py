@@ -82,18 +82,24 @@ class Shadow:
         self._before: bytes | None = None
         """What was known when the message came to whoever takes it; None: it did not come so far."""
 
-    def take(self, channel: str, payload: bytes) -> DropCode | None:
-        """Take a message of a channel; return why it was not taken, None when it was."""
+    def take(self, channel: str, payload: bytes, *, retained: bool = False) -> DropCode | None:
+        """Take a message of a channel, live or as the broker had kept it.
+
+        Returns
+        -------
+        DropCode or None
+            Why it was not taken, None when it was. What is held for a second sample was taken (ADR 0021).
+        """
         with warnings.catch_warnings():
             # Of foreign code, over what it makes of elements: as in the node, they are no errors.
             warnings.simplefilter("ignore")
-            return self._take(channel, payload)
+            return self._take(channel, payload, retained=retained)
 
-    def _take(self, channel: str, payload: bytes) -> DropCode | None:
+    def _take(self, channel: str, payload: bytes, *, retained: bool) -> DropCode | None:
         self._turn += 1
         self._before = None if self._turn % EVERY else self._knows()
         dropped, forecast = self._intake.dropped.copy(), self.view.forecast
-        self._intake.on_message(topics.bus(NODE, channel), payload)
+        self._intake.on_message(topics.bus(NODE, channel), payload, retained=retained)
         codes = list((self._intake.dropped - dropped).elements())
         if not codes:
             return None
@@ -107,6 +113,7 @@ class Shadow:
         return Intake(
             NODE, RING, recorder,
             on_command=ignored, on_upload=ignored, on_ack=ignored, on_flow=ignored, on_bus=self._on_bus,
+            on_retained=self._on_retained,
         )  # fmt: skip
 
     def _on_bus(self, message: BusMessage) -> None:
@@ -115,6 +122,10 @@ class Shadow:
             self.clock.handle(message, self._turn * NS)
         else:
             self.view.handle(message, self._turn * 0.1)
+
+    def _on_retained(self, message: BusMessage) -> str | None:
+        self._before = self._knows()
+        return self.view.handle_retained(message, self._turn * 0.1, T0_NS, self.clock.rate)
 
     def _knows(self) -> bytes:
         return state_of(self.view, without={"forecast"}) + state_of(self.clock)

@@ -379,14 +379,16 @@ def fields_section(result: FieldsResult) -> str:
             "### Single fields\n",
             "Each field of a sound message, nested ones too, is taken out, or set to another type or value, "
             "with all others valid; what is signed or has a CRC gets the one that fits. Asked in the bench, "
-            "of the flight's own code (telecommands with their effects, each undone):\n",
+            "of the flight's own code (telecommands with their effects, each undone; messages of the bus as "
+            "retained and as live, the answers are to the live ones):\n",
             asked,
             f"The {sent:,} messages of the bus were also sent to a node that runs, through a broker, and "
-            "counted by it. Those to be refused came first: what its housekeeping tells (clock, eclipse, "
+            "counted by it. Those to be refused came first: what its housekeeping shows (clock, eclipse, "
             "battery, array, board, mode) must not change.\n",
             counted,
-            f"Restarts of the node: **{result.node_restarts}**; it ended with {result.node_end}; after sound "
-            f"messages it {'knew' if result.recovered else '**did not know**'} again what it knew before.\n",
+            f"Restarts of the node: **{result.node_restarts}**; it ended with {result.node_end}; failures of "
+            f"its power loop on what had been taken: {result.power_failures}; after sound messages it "
+            f"{'knew' if result.recovered else '**did not know**'} again what it knew before.\n",
             findings,
         ]
     )

@@ -21,7 +21,8 @@ class DropCode(StrEnum):
     QUEUE_FULL = "queue_full"
     """An authentic telecommand too many."""
     RETAINED = "retained"
-    """A message of the bus that the broker had kept: it is no time and no reading (event `bus.retained`)."""
+    """A message of the bus that the broker had kept, and that is too old by its own stamp; a time or
+    a reading always is (event `bus.retained`)."""
 
 
 class FailureCode(StrEnum):

@@ -90,7 +90,7 @@ class Housekeeping(Packet, frozen=True, kw_only=True):
     commands_rejected: Count
     """Telecommands rejected, since boot."""
     garbage_messages: Count
-    """Messages on any topic that could not be read, counted and dropped."""
+    """Messages on any topic that were not taken, for whatever reason."""
     bus_messages: Count = 0
     """Messages of the bus that were taken, since boot."""
     dropped: dict[str, Count] = {}

@@ -13,7 +13,7 @@ from hil.campaign.report import make_report
 pytestmark = pytest.mark.flight
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 async def test_nothing_is_left_of_a_flight_however_it_ends(tiny_images: Path, tmp_path: Path) -> None:
     await run_ends(tiny_images, tmp_path, trials=1, seed=3)
     records = list(read_lines(tmp_path / TRIALS, EndRecord))

@@ -8,10 +8,13 @@ import msgspec
 import pytest
 
 from fdir.sensors import SensorVoter
+from hil.campaign.field_seeds import orbit_omm
 from hil.campaign.node_state import state_of
 from hil.sensor_faults import SensorBench
 from node import bus_view
 from node.bus_view import BusView
+from node.power.elements import Elements
+from node.power.ephemeris import Ephemeris
 from node.power.estimator import SocEstimator
 from node.power.forecast import EclipseForecast
 from node.power.sensed import SensedEclipses
@@ -74,18 +77,55 @@ def test_a_reading_that_fails_half_way_is_not_taken_at_all(
 
 
 @pytest.mark.parametrize("error", [TypeError("t"), ZeroDivisionError("z"), PenumbraError("p")])
-def test_elements_that_fail_leave_those_before(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+@pytest.mark.parametrize(("of", "name"), [(Elements, "from_omm"), (Ephemeris, "__init__")])
+def test_elements_that_fail_leave_those_before(
+    monkeypatch: pytest.MonkeyPatch, of: type, name: str, error: Exception
+) -> None:
     view, _ = flying(1)
     before, forecast = knows(view), view.forecast
 
-    def fail(*_: object) -> EclipseForecast:
+    def fail(*_: object, **__: object) -> Any:
         raise error
 
-    monkeypatch.setattr(EclipseForecast, "from_omm", fail)
+    monkeypatch.setattr(of, name, fail)
     with pytest.raises(type(error)):
-        view.handle(bus.BusOrbit(omm={"MEAN_MOTION": 15.0}), 1.0)
+        view.handle(orbit_omm(), 1.0)
     assert view.forecast is forecast
     assert knows(view) == before
+
+
+def test_what_the_elements_do_not_rest_on_makes_no_new_forecast() -> None:
+    view = BusView()
+    view.handle(with_name("PENUMBRA"), 0.0)
+    forecast = view.forecast
+    for name in ("", float("nan"), {"a": [None]}):
+        view.handle(with_name(name), 1.0)
+        assert view.handle_retained(with_name(name), 1.0, None, 1.0) is None
+    assert view.forecast is forecast is not None
+
+
+def test_a_field_nested_as_deep_as_can_be_read_is_taken_each_time_it_comes() -> None:
+    taken, refused = 1, 100_000
+    while refused - taken > 1:
+        depth = (taken + refused) // 2
+        try:
+            bus.decode("orbit", nested(depth))
+            taken = depth
+        except bus.BusError:
+            refused = depth
+    view = BusView()
+    for _ in range(2):
+        view.handle(bus.decode("orbit", nested(taken)), 0.0)
+    assert view.forecast is not None
+
+
+def with_name(name: object) -> bus.BusOrbit:
+    return bus.BusOrbit(omm={**(orbit_omm().omm or {}), "OBJECT_NAME": name})
+
+
+def nested(depth: int) -> bytes:
+    # Lists of one element, the innermost an empty one: no encoder goes so deep.
+    return bus.encode(with_name("here")).replace(b"\xa4here", b"\x91" * (depth - 1) + b"\x90")
 
 
 def test_elements_on_which_the_forecast_fails_later_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,19 +9,23 @@ from typing import Any
 import msgspec
 import pytest
 
+from hil.bench.link_load import T0_NS
 from hil.campaign.field_mutations import FIXED, UNKNOWN, mutations, name_of, paths, put
 from hil.campaign.field_run import FieldsResult, mutate_bus, mutate_others
 from hil.campaign.field_seeds import (
     COMMANDS,
+    NS,
     bus_kinds,
     channel_of,
     command_kinds,
+    orbit_omm,
     packet_kinds,
     signed_kinds,
 )
 from hil.campaign.field_shadow import Commands, Shadow, kind_of, why_malformed
 from node.bus_view import BusView
 from node.intake import BUS_CHANNELS
+from node.power.elements import OMM_READ
 from node.power.estimator import SocEstimator
 from telemetry import bus
 from telemetry.commands import COMMANDS as DICTIONARY
@@ -66,6 +70,7 @@ def test_there_is_a_sound_seed_of_every_message() -> None:
     shadow = Shadow()
     for kind in bus_kinds():
         assert shadow.take(channel_of(kind.name), kind.seal(kind.tree(chance))) is None, kind.name
+    assert (orbit_omm().omm or {}).keys() >= OMM_READ
     judge = Commands()
     for kind in command_kinds():
         answer = judge.answer(kind.seal(kind.tree(chance)))
@@ -119,6 +124,47 @@ def test_a_consumer_that_fails_is_counted_and_leaves_all_as_it_was(monkeypatch: 
     monkeypatch.setattr(SocEstimator, "handle", fragile)
     assert shadow.take("eps", kind.seal(kind.tree(chance))) is DropCode.FAILED
     assert shadow.changed == 0
+
+
+def test_a_time_that_is_held_is_taken_and_moves_nothing() -> None:
+    shadow = Shadow()
+    for t_ns in (T0_NS, T0_NS + NS, T0_NS + 1024 * 7 * 86_400 * NS):
+        assert shadow.take("time", bus.encode(bus.BusTime(t_ns=t_ns))) is None
+    assert shadow.clock.holding
+    assert abs(shadow.clock.now_ns(0) - T0_NS) < 10 * NS
+
+
+def test_a_retained_message_that_is_dropped_and_changes_something_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shadow, kind, chance = Shadow(), bus_kinds()[2], random.Random(1)
+    payload = kind.seal(kind.tree(chance))
+    assert shadow.take("thermal", payload, retained=True) is DropCode.RETAINED
+    assert shadow.changed == 0
+
+    def careless(self: BusView, message: bus.BusMessage, now_s: float, *_: object) -> str:
+        self.handle(message, now_s)
+        return "a live one is needed"
+
+    monkeypatch.setattr(BusView, "handle_retained", careless)
+    assert shadow.take("thermal", payload, retained=True) is DropCode.RETAINED
+    assert shadow.changed == 1
+    result = FieldsResult()
+    mutate_bus(300, 1, result, said)
+    assert not result.is_right
+
+
+def test_a_message_that_fails_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fragile(self: BusView, *_: object) -> str:
+        raise ZeroDivisionError("float division by zero")
+
+    for name in ("handle", "handle_retained"):
+        with monkeypatch.context() as patched:
+            patched.setattr(BusView, name, fragile)
+            result = FieldsResult()
+            mutate_bus(300, 1, result, said)
+        assert sum(each.escaped for each in result.bus) > 0
+        assert not result.is_right
 
 
 @pytest.mark.parametrize(
