@@ -44,8 +44,8 @@ def scenario(folder: Path) -> Path:
     text = changed(
         scenario_text("default-short"),
         duration_orbits="0.05",
-        count="24",
-        first_contact="24",
+        count="12",
+        first_contact="12",
         max_tokens="[96]",
         positions="256",
         upsets_per_orbit="800",
