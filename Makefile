@@ -10,7 +10,7 @@ SCENARIO ?= default
 SPEED ?=
 FLY_OPTIONS ?=
 
-.PHONY: setup setup-dev model fly check test test-fast walks docs format smoke clean
+.PHONY: setup setup-dev model fly check test test-fast test-aarch64 walks docs format smoke clean
 
 setup: $(VENV)/.bench
 setup-dev: $(VENV)/.dev
@@ -54,6 +54,12 @@ test: $(VENV)/.dev model
 
 test-fast: $(VENV)/.dev
 	$(BIN)/pytest -n 2 tests/unit tests/property
+
+# What rests on the arithmetic of the CPU, and a tiny flight, as aarch64 code: emulated, so some 25 times slower.
+# Needs a Debian host: the emulator and an arm64 root come from its packages, into build/aarch64, without root.
+test-aarch64: $(VENV)/.dev
+	$(BIN)/python tests/aarch64.py --cpu cortex-a76
+	$(BIN)/python tests/aarch64.py --cpu max
 
 # Every state machine over 100,000 random steps, with three seeds: a quarter of an hour.
 walks: $(VENV)/.dev

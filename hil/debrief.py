@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 from hil.accounts import assemble, ledger_fact, stored_frames
-from hil.faults import attribute
+from hil.faults import PROOF_BOUND_S, attribute
 from hil.flight import Flown
 from hil.memory import WeightSites
 from hil.plant.plant import UmbraEvent
@@ -114,6 +114,7 @@ def debrief(
             commits=flown.commits,
             worker_deaths=flown.worker_deaths,
             end_ns=flown.watch_end_ns,
+            proof_bound_s=PROOF_BOUND_S * scenario.node.patience,
         ),
         flips_not_injected=flown.not_injected,
         process_faults=list(flown.process_faults),

@@ -175,6 +175,7 @@ def attribute(
     commits: Sequence[Commit],
     worker_deaths: dict[int, int],
     end_ns: int,
+    proof_bound_s: float = PROOF_BOUND_S,
 ) -> list[StrikeFate]:
     """Match each strike with the FDIR report that answers it.
 
@@ -193,6 +194,8 @@ def attribute(
         For each worker that died, its pid and when it was seen dead, CLOCK_REALTIME ns.
     end_ns
         End of the watch, CLOCK_REALTIME ns.
+    proof_bound_s
+        Longest time from one proof to the next, s.
     """
     by_page: defaultdict[tuple[str, int], list[FdirReport]] = defaultdict(list)
     merged = [report for report in reports if report.first is not None and report.count > 2]
@@ -215,7 +218,7 @@ def attribute(
             told = [report for report in answers if report.detected_ns == answers[0].detected_ns]
             fates.append(_answered(strike, next(filter(_whole, told), answers[0]), commits))
         else:
-            fate = _unanswered(strike, commits, gone_ns, why_gone)
+            fate = _unanswered(strike, commits, gone_ns, why_gone, proof_bound_s)
             among = sum(report.count - 2 for report in merged if _may_be_within(strike, report))
             if among:
                 reason = f"{fate.reason}; or one of {among} findings without their pages, in merged reports"
@@ -305,14 +308,16 @@ def _answered(strike: Strike, report: FdirReport, commits: Sequence[Commit]) -> 
     )
 
 
-def _unanswered(strike: Strike, commits: Sequence[Commit], gone_ns: int, why_gone: str) -> StrikeFate:
+def _unanswered(
+    strike: Strike, commits: Sequence[Commit], gone_ns: int, why_gone: str, proof_bound_s: float
+) -> StrikeFate:
     if strike.target is Target.KV:
         last = next((commit for commit in reversed(commits) if commit.job == strike.job), None)
         if last is not None and last.parked and strike.t_ns < last.t_ns < gone_ns:
             gone_ns, why_gone = last.t_ns, "its job was parked, and its rows wait for their next proof"
     blocks = _commits_since(strike, commits, gone_ns + 1)
     # One block may follow: its proof can have passed the page before the strike landed.
-    missed = blocks > 1 or gone_ns - strike.t_ns > PROOF_BOUND_S * 1e9
+    missed = blocks > 1 or gone_ns - strike.t_ns > proof_bound_s * 1e9
     if missed and strike.moved:
         missed, why_gone = False, "it landed while its seat was being moved, maybe in what the rows had left,"
     return StrikeFate(

@@ -33,7 +33,7 @@ from hil.link_proxy import LinkProxy
 from hil.live import LiveState, LiveView
 from hil.live_feed import RUNNING, LiveFeed
 from hil.memory import WorkerMemory
-from hil.node_process import NodeProcess, log_tail
+from hil.node_process import STOP_BOUND_S, NodeProcess, log_tail
 from hil.plant.plant import Plant, PlantState, UmbraEvent
 from hil.record import Happening, PlantSample, Window
 from hil.run_dir import RunDir, write_inputs
@@ -51,7 +51,8 @@ from telemetry.packets import Housekeeping, Mode
 _log = logging.getLogger(__name__)
 
 READY_BOUND_S = 90.0
-"""Longest time from the node's start to a computing worker, s."""
+"""Longest time from the node's start to a computing worker, s; this and the next two, and that of the node's
+stop, times `patience` of the scenario."""
 SETTLE_BOUND_S = 15.0
 """Longest wait for the proofs after the last strike, s."""
 IDLE_CHECKS_S = 3.0
@@ -281,7 +282,7 @@ class Flight:
             await self._settle()
             await self._drain()
         self._enter("stopping")
-        stopped_how = await self._node.stop()
+        stopped_how = await self._node.stop(STOP_BOUND_S * self.scenario.node.patience)
         self._link.shut()
         watch.cancel()
         return Flown(
@@ -306,7 +307,7 @@ class Flight:
     async def _hold(self) -> bool:
         """Wait until the worker computes; return False when the flight was stopped before."""
         self._enter("loading the model")
-        deadline = time.monotonic() + READY_BOUND_S
+        deadline = time.monotonic() + READY_BOUND_S * self.scenario.node.patience
         while not self._stop.is_set():
             found = await asyncio.to_thread(newest_packet, self.run_dir.database, Housekeeping)
             if found is not None and found[1].worker_state == RUNNING and found[1].clock_locked:
@@ -379,7 +380,8 @@ class Flight:
     async def _settle(self) -> None:
         """Wait until a proof must have seen every strike: two epochs committed, or two checks while idle."""
         since_ns, since_s = time.time_ns(), time.monotonic()
-        while not self._stop.is_set() and time.monotonic() - since_s < SETTLE_BOUND_S:
+        patience = self.scenario.node.patience
+        while not self._stop.is_set() and time.monotonic() - since_s < SETTLE_BOUND_S * patience:
             await self._follow_contact()
             waited_s = time.monotonic() - since_s
             if self._injector.epochs_since(since_ns) >= 2 or (

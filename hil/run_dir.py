@@ -17,7 +17,7 @@ import msgspec
 
 from hil.record import Constant
 from hil.scenario import PACKAGED, Scenario
-from node.config import SOCKET_PATH_BYTES
+from node.config import SOCKET_PATH_BYTES, FdirSection, Section, WorkerSection
 from telemetry.errors import PenumbraError
 from telemetry.keys import generate_key_file
 
@@ -153,7 +153,9 @@ def write_inputs(
             "positions": node.positions,
             "epoch_s": node.epoch_s,
             "retries": node.retries,
+            **_stretched(WorkerSection(), node.patience, "ping_warn_s", "ping_fatal_s", "start_timeout_s"),
         },
+        "fdir": _stretched(FdirSection(), node.patience, "ping_warn_s", "ping_fatal_s", "lag_limit_s"),
         "power": msgspec.to_builtins(node.governor),
         **_tables("planner", msgspec.to_builtins(node.planner)),
         "telemetry": {
@@ -164,6 +166,11 @@ def write_inputs(
         "board": msgspec.to_builtins(scenario.board),
     }
     run.node_config.write_text(to_toml(sections), encoding="utf-8")
+
+
+def _stretched(section: Section, factor: float, *names: str) -> dict[str, float]:
+    """Return time limits of a section, times a factor."""
+    return {name: factor * getattr(section, name) for name in names}
 
 
 def _tables(name: str, table: Mapping[str, object]) -> dict[str, Mapping[str, object]]:

@@ -273,6 +273,9 @@ class NodeOverrides(Table, frozen=True, kw_only=True):
     retries: Annotated[int, Meta(ge=0, le=100)] = 6
     housekeeping_s: Annotated[float, Meta(ge=0.05, le=60)] = 0.5
     """Period of housekeeping, physical time."""
+    patience: Annotated[float, Meta(ge=1, le=1000)] = 1.0
+    """Times longer than by default that node and bench wait before they take a process for hung: for a board
+    that is slow, or emulated."""
     spool_bytes: Annotated[int, Meta(ge=65_536)] = 16_777_216
     governor: GovernorSettings = GovernorSettings()
     planner: PlannerSettings = PlannerSettings()

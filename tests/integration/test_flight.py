@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -21,6 +20,7 @@ from typing import Any
 import msgspec
 import pytest
 from rich.console import Console
+from scenario_edits import changed
 
 from hil.fly import FlyOptions, fly
 from hil.processes import all_processes
@@ -37,14 +37,6 @@ def folder() -> Iterator[Path]:
     """A directory with a short path: the node's socket lies some levels below."""
     with tempfile.TemporaryDirectory(prefix="pf-") as name:
         yield Path(name)
-
-
-def changed(text: str, **values: str) -> str:
-    """The scenario with keys set anew, wherever they stand."""
-    for key, value in values.items():
-        text, count = re.subn(rf"^{key} = .*$", f"{key} = {value}", text, flags=re.MULTILINE)
-        assert count == 1, key
-    return text
 
 
 def tiny_scenario(folder: Path, **values: str) -> Path:

@@ -166,6 +166,8 @@ def test_weights_masked_only_by_an_end_soon_after() -> None:
     soon = int((100 + PROOF_BOUND_S * 1e3 - 1) * MS)
     assert only([strike(100)], [], end_ns=soon).fate is Fate.MASKED
     assert only([strike(100)], [], end_ns=soon + 2 * MS).fate is Fate.MISSED
+    # On a slow board a proof may take longer.
+    assert only([strike(100)], [], end_ns=soon + 2 * MS, proof_bound_s=30.0).fate is Fate.MASKED
 
 
 def test_kv_row_outlives_the_worker() -> None:

