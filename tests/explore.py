@@ -110,7 +110,8 @@ def examined(path: Path, seeds: range, limit_s: float) -> Iterator[Ran]:
             seed, count, failures = line["seed"], line["count"], line["failures"]
             options = ["--hypothesis-profile", "explore", "--hypothesis-seed", str(seed)]
             again = [sys.executable, "-m", "pytest", *options]
-            yield Ran(seed, count, [(text, [*again, test]) for test, text in failures.items()])
+            tests = {f"{path}::{test.partition('::')[2]}": text for test, text in failures.items()}
+            yield Ran(seed, count, [(text, [*again, test]) for test, text in tests.items()])
             seed, failed = seed + 1, failed or bool(failures)
         if ended.returncode and not failed:  # the child died, or there was nothing to run
             yield Ran(
