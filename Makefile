@@ -9,8 +9,12 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 SCENARIO ?= default
 SPEED ?=
 FLY_OPTIONS ?=
+SEEDS ?=
+FIRST_SEED ?=
+MINUTES ?=
+WALKS ?=
 
-.PHONY: setup setup-dev model fly check test test-fast test-aarch64 walks docs format smoke clean
+.PHONY: setup setup-dev model fly check test test-fast test-aarch64 walks explore docs format smoke clean
 
 setup: $(VENV)/.bench
 setup-dev: $(VENV)/.dev
@@ -63,7 +67,12 @@ test-aarch64: $(VENV)/.dev
 
 # Every state machine over 100,000 random steps, with three seeds: a quarter of an hour.
 walks: $(VENV)/.dev
-	$(BIN)/python tests/walk_all.py
+	$(BIN)/python tests/explore.py --first-seed 11 --seeds 3 --steps 100000 $(notdir $(basename $(wildcard tests/property/walk_*.py)))
+
+# Walks and properties with new seeds: make explore SEEDS=200 MINUTES=60 WALKS="test_spool_walk walk_boot"
+explore: $(VENV)/.dev
+	$(BIN)/python tests/explore.py $(if $(SEEDS),--seeds $(SEEDS)) $(if $(FIRST_SEED),--first-seed $(FIRST_SEED)) \
+		$(if $(MINUTES),--minutes $(MINUTES)) $(WALKS)
 
 docs: $(VENV)/.dev
 	$(BIN)/python -m telemetry.icd

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import gguf
+import hypothesis_profiles  # noqa: F401 - loads the profile of every run
 import pytest
 from fdir_trace import disable_row
 from tiny_gemma import write_tiny_gguf

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 STEP_S = 0.01
 
@@ -17,3 +18,8 @@ async def until(condition: Callable[[], bool | Awaitable[bool]], bound_s: float 
             return
         await asyncio.sleep(STEP_S)
     raise AssertionError(f"did not come true within {bound_s} s")
+
+
+async def handled(queue: asyncio.Queue[Any]) -> None:
+    """Return when all that was put into a queue is handled: its reader waits for more."""
+    await until(lambda: queue.empty() and bool(queue._getters), 30.0)  # type: ignore[attr-defined]

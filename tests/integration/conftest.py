@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
+import own_run
 import pytest
-
-SHARED = Path("/dev/shm")  # noqa: S108 - tmpfs on purpose
 
 
 @pytest.fixture(autouse=True)
@@ -17,7 +15,7 @@ def no_arena_is_left() -> Iterator[None]:
     if "PYTEST_XDIST_WORKER" in os.environ:
         yield  # Those of the other tests are there meanwhile.
         return
-    before = set(SHARED.glob("penumbra-*"))
+    before = own_run.arenas()
     yield
-    left = sorted(path.name for path in set(SHARED.glob("penumbra-*")) - before)
-    assert left == [], f"left in {SHARED}: {left}"
+    left = own_run.left_since(before)
+    assert left == [], f"left in {own_run.SHARED}: {left}"

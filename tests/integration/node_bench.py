@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 from hil.broker import EmbeddedBroker
+from hil.shared_memory import owned
 from node.clock import CONFIRM_AFTER_S
 from node.config import NodeConfig
 from telemetry import bus, topics
@@ -242,19 +243,19 @@ async def open_bench(directory: Path, kind: type[Bench] = Bench, **overrides: st
     async with EmbeddedBroker() as broker:
         bench = kind(directory, broker.url, **overrides)
         try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [
-                    group.create_task(bench.link.run(), name="test.ground.link"),
-                    group.create_task(bench.archive_and_acknowledge(), name="test.ground.archive"),
-                ]
-                try:
-                    yield bench
-                finally:
-                    if bench.process is not None and bench.process.returncode is None:
-                        await bench.kill()
-                    for task in tasks:
-                        task.cancel()
+            # Shared memory outlives every process, and has to be known as this run's while no node is up.
+            with owned(NodeConfig.load(bench.config).arena_path):
+                async with asyncio.TaskGroup() as group:
+                    tasks = [
+                        group.create_task(bench.link.run(), name="test.ground.link"),
+                        group.create_task(bench.archive_and_acknowledge(), name="test.ground.archive"),
+                    ]
+                    try:
+                        yield bench
+                    finally:
+                        if bench.process is not None and bench.process.returncode is None:
+                            await bench.kill()
+                        for task in tasks:
+                            task.cancel()
         finally:
-            # Also when the test fails: shared memory outlives every process.
             bench.archive.close()
-            NodeConfig.load(bench.config).arena_path.unlink(missing_ok=True)

@@ -19,14 +19,13 @@ from typing import Any
 
 import msgspec
 import pytest
+from own_run import own_processes
 from rich.console import Console
 from scenario_edits import changed
 
 from hil.fly import FlyOptions, fly
-from hil.processes import all_processes
 from hil.record import FlightRecord
 from hil.run_dir import scenario_text
-from node.inference.arena import SHARED_MEMORY
 from telemetry.summary import Summary
 
 pytestmark = pytest.mark.flight
@@ -52,20 +51,16 @@ def command(*arguments: str | Path) -> list[str]:
 
 
 def children() -> set[int]:
-    """Processes of ours that run flight software, by their command lines."""
+    """Processes of this run of the tests that run flight software, by their command lines."""
     mine = set()
-    for process in all_processes():
+    for pid in own_processes():
         try:
-            line = Path(f"/proc/{process.pid}/cmdline").read_bytes().split(b"\0")
+            line = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
         except OSError:
             continue
         if b"node.inference.worker" in line or (b"hil.cli" in line and b"node" in line):
-            mine.add(process.pid)
+            mine.add(pid)
     return mine
-
-
-def arenas() -> set[str]:
-    return {p.name for p in SHARED_MEMORY.glob("penumbra-penumbra-1-*")}
 
 
 def only_run(folder: Path) -> Path:
@@ -89,7 +84,7 @@ def failed(summary: Summary) -> list[str]:
 
 
 def test_tiny_flight_from_start_to_report(folder: Path, tiny_images: Path) -> None:
-    before, shared = children(), arenas()
+    before = children()
     out, also = folder / "r", folder / "copy.json"
     done = subprocess.run(
         command(tiny_scenario(folder), "--images", tiny_images, "--out", out, "--json", also),
@@ -113,11 +108,10 @@ def test_tiny_flight_from_start_to_report(folder: Path, tiny_images: Path) -> No
     assert {f.strike.target.value for f in record.fates} >= {"weights"}
     assert any(h.name == "contact.begin" for h in record.happenings)
     assert children() <= before
-    assert arenas() <= shared
 
 
 def test_interrupted_flight_stops_cleanly_and_still_reports(folder: Path, tiny_images: Path) -> None:
-    before, shared = children(), arenas()
+    before = children()
     out = folder / "r"
     arguments = command(tiny_scenario(folder, speed="60.0"), "--images", tiny_images, "--out", out)
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
@@ -138,7 +132,6 @@ def test_interrupted_flight_stops_cleanly_and_still_reports(folder: Path, tiny_i
     assert ok["ledger_lost"] is True
     assert ok["ledger_balanced"] is True
     assert children() <= before
-    assert arenas() <= shared
 
 
 def test_interrupted_while_loading(folder: Path, tiny_images: Path) -> None:
@@ -251,7 +244,7 @@ def test_default_short_shows_what_it_must(folder: Path, gemma_image: Path) -> No
 @pytest.mark.gemma
 @pytest.mark.timeout(180)
 def test_text_and_ledger_survive_process_faults(folder: Path, gemma_image: Path) -> None:
-    before, shared = children(), arenas()
+    before = children()
     text = changed(
         scenario_text("default-short"), duration_orbits="0.32", min_flips_injected="5", min_contacts="1"
     )
@@ -285,4 +278,3 @@ def test_text_and_ledger_survive_process_faults(folder: Path, gemma_image: Path)
     assert (record.node_restarts, record.worker_restarts) == (1, 2)
     assert {s.boot for s in record.ledger.streams} == {1, 2}
     assert children() <= before
-    assert arenas() <= shared

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from engine_bench import Bench, finish, proven, texts
 
-from node.inference.arena import SHARED_MEMORY
+from hil.shared_memory import scratch
 from node.inference.manifest import TOKENIZER
 from node.inference.sequence import JobSpec
 from node.inference.tokenizer import Tokenizer
@@ -26,11 +24,8 @@ STORY = (
 
 @pytest.fixture
 def bench(gemma_image: Path) -> Iterator[Bench]:
-    folder = Path(tempfile.mkdtemp(prefix="penumbra-gemma-", dir=SHARED_MEMORY))
-    try:
+    with scratch("gemma") as folder:
         yield Bench(gemma_image, folder, positions=2048, seats=8, threads=2, copy=False, budget=0.01)
-    finally:
-        shutil.rmtree(folder)
 
 
 def _ids(bench: Bench, text: str) -> list[int]:

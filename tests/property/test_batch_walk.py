@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,13 +13,7 @@ import pytest
 from engine_bench import Bench, mixed_jobs, proven
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    initialize,
-    precondition,
-    rule,
-    run_state_machine_as_test,
-)
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from node.inference.arena import SHARED_MEMORY
 from node.inference.protocol import Block
@@ -154,23 +149,19 @@ class BatchWalk(RuleBasedStateMachine):
             assert proven(self.bench.rules.image_id, blocks)[job.job] == len(tokens)
 
 
-@pytest.mark.timeout(300)
-def test_any_walk_leaves_every_text_as_it_should_be(tiny_image: Path) -> None:
+@pytest.fixture(scope="module")
+def bench(tiny_image: Path) -> Iterator[None]:
     folder = Path(tempfile.mkdtemp(prefix="penumbra-walk-", dir=SHARED_MEMORY))
-    try:
-        bench = Bench(tiny_image, folder, seats=5, retries=12)
-        walk = type("Walk", (BatchWalk,), {"bench": bench, "expected": bench.plain(JOBS)})
-        run_state_machine_as_test(  # type: ignore[no-untyped-call]
-            walk,
-            settings=settings(
-                max_examples=25,
-                stateful_step_count=30,
-                deadline=None,
-                suppress_health_check=list(HealthCheck),
-            ),
-        )
-    finally:
-        shutil.rmtree(folder)
+    BatchWalk.bench = Bench(tiny_image, folder, seats=5, retries=12)
+    BatchWalk.expected = BatchWalk.bench.plain(JOBS)
+    yield
+    shutil.rmtree(folder)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("bench")
+class TestBatchWalk(BatchWalk.TestCase):  # type: ignore[misc]
+    settings = settings(max_examples=25, stateful_step_count=30, suppress_health_check=list(HealthCheck))
 
 
 def test_the_jobs_of_the_walk_are_of_all_kinds() -> None:

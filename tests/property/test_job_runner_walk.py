@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from scripted_worker import blocks, last_block
-from waiting import until
+from waiting import handled
 
 from node import job_runner as module
 from node.inference import protocol
@@ -103,9 +103,7 @@ class Walk:
         return True
 
     async def settle(self) -> None:
-        await until(self.runner._inbox.empty)
-        await self.database.run(lambda c: None)
-        await self.database.run(lambda c: None)
+        await handled(self.runner._inbox)
 
     async def submit(self) -> None:
         name = f"j{len(self.lengths)}"

@@ -33,9 +33,9 @@ def test_a_worker_is_led_through_all_points_with_one_load(tiny_image):
     assert all(point.power_w is None for point in result.points)
     assert result.reloads == 0
     assert not result.board_measures
-    # A busy machine takes from a resting worker, too: between the two it is a share well under one.
-    assert 0.2 < result.duty_half_share < 0.8
-    assert result.points[2].cpu_share < result.points[0].cpu_share
+    assert result.duty_half_share == result.points[2].tokens_s / result.points[0].tokens_s
+    # On a busy machine the others may get less of a core; half the duty never gets more than this.
+    assert result.points[2].cpu_share < 0.7
 
 
 def test_a_worker_that_cannot_start_is_an_error_with_its_last_words(tiny_image, tmp_path):

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fdir.flight_recorder import Entry, EntryKind, FlightRecorder, read_dump, shrink
@@ -76,11 +76,12 @@ leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) 
 values = st.recursive(
     leaves,
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner) | st.sets(st.text()),
-    max_leaves=60,
+    max_leaves=20,
 )
 
 
-@given(st.lists(st.dictionaries(st.text(), values), max_size=30))
+@settings(max_examples=60)
+@given(st.lists(st.dictionaries(st.text(), values, max_size=4), max_size=30))
 def test_whatever_is_noted_the_dump_is_bounded_and_readable(events: list[dict[str, Any]]) -> None:
     recorder = FlightRecorder(capacity=20, max_bytes=1500)
     for number, event in enumerate(events):

@@ -4,11 +4,12 @@ import asyncio
 import contextlib
 import itertools
 import sqlite3
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from waiting import until
+from waiting import handled, until
 
 from node import commanding as module
 from node import state
@@ -76,10 +77,7 @@ class Ground:
         """Offer messages; return every packet stored once they are handled."""
         for payload in payloads:
             self.commanding.offer(payload)
-        await until(self.commanding._inbox.empty)
-        # The last one is out of the inbox, but perhaps not through the disk.
-        await self.database.run(lambda c: None)
-        await asyncio.sleep(0.02)
+        await handled(self.commanding._inbox)
         await self.recorder.flush()
         records = await self.database.run(lambda c: self.spool.batch(c, 1000, set()))
         frames = [decode_frame(r.frame) for r in records]
@@ -547,12 +545,27 @@ async def test_a_full_disk_leaves_the_scheduled_command_where_it_is_and_it_is_tr
         def full(*_: object) -> int:
             raise StoreFull("no room")
 
+        wakes: list[tuple[float, bool]] = []
+        wake = ground.commanding._wake
+
+        def counted() -> None:
+            wakes.append((time.monotonic(), ground.commanding._stored))
+            wake()
+
+        monkeypatch.setattr(ground.commanding, "_wake", counted)
         monkeypatch.setattr(ground.spool, "append", full)
         ground.mission_ns = NOW_NS + 500
-        await asyncio.sleep(0.7)
+
+        def tries() -> int:
+            return sum("not executed" in record.message for record in caplog.records)
+
+        await until(lambda: tries() >= 4)
+        assert tries() <= len(wakes)
+        rests = [after - before for (before, stored), (after, _) in itertools.pairwise(wakes) if not stored]
+        assert min(rests) >= 0.19
         assert ground.executed == [insert]
-        assert ground.schedule.next_ns == NOW_NS + 500
-        assert 1 <= sum("not executed" in record.message for record in caplog.records) <= 6
+        # While it is tried it is taken out, and put back.
+        await until(lambda: ground.schedule.next_ns == NOW_NS + 500)
         monkeypatch.setattr(ground.spool, "append", append)
         await until(lambda: commands.SetPowerCap(power_w=5.0) in ground.executed)
 

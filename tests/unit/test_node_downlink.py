@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from memory_link import MemoryLink
 from waiting import until
@@ -156,7 +156,10 @@ def test_a_backlog_goes_as_a_block_and_what_is_urgent_alone_before_it() -> None:
 def test_few_records_and_what_does_not_compress_go_alone() -> None:
     few = [stored(Stream.HOUSEKEEPING, seq) for seq in range(BLOCK_FROM - 1)]
     assert [m.records for m in messages("n", few)] == [(record,) for record in few]
-    noise = [replace(stored(Stream.RESULT, seq), frame=os.urandom(500)) for seq in range(BLOCK_FROM)]
+    noise = [
+        replace(stored(Stream.RESULT, seq), frame=np.random.default_rng(seq).bytes(500))
+        for seq in range(BLOCK_FROM)
+    ]
     assert [m.records for m in messages("n", noise)] == [(record,) for record in noise]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from scripted_worker import blocks
-from waiting import until
+from waiting import handled, until
 
 from node import job_runner as module
 from node.inference import protocol
@@ -58,10 +58,7 @@ class Desk:
         return sent
 
     async def settle(self) -> None:
-        await until(self.runner._inbox.empty)
-        for _ in range(3):
-            await self.database.run(lambda c: None)
-            await asyncio.sleep(0.01)
+        await handled(self.runner._inbox)
         await self.recorder.flush()
 
     async def job(self, job: str) -> Job:
@@ -285,8 +282,7 @@ async def test_a_worker_lost_while_the_disk_is_asked_gets_nothing_and_the_next_g
 
         monkeypatch.setattr(desk.database, "run", lose_the_worker)
         desk.runner.worker_ready()
-        await until(desk.runner._inbox.empty)
-        await asyncio.sleep(0.05)
+        await handled(desk.runner._inbox)
         monkeypatch.setattr(desk.database, "run", run)
         assert desk.take_sent() == []
         assert (await desk.job("a")).state == "active"

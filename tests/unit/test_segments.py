@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fdir.code_manifest import CodeManifest
@@ -221,7 +222,7 @@ def test_a_file_that_cannot_be_read_is_named(child, monkeypatch):
 
 def test_the_manifest_is_kept_and_read_again(tmp_path):
     file = tmp_path / "lib.so"
-    file.write_bytes(os.urandom(3 * PAGE_SIZE + 7))
+    file.write_bytes(np.random.default_rng(1).bytes(3 * PAGE_SIZE + 7))
     first = CodeManifest(tmp_path / "manifest")
     digests = first.digests(str(file))
     assert len(digests) == 4
@@ -238,7 +239,7 @@ def test_the_manifest_is_kept_and_read_again(tmp_path):
 
 def test_a_strike_on_the_disk_does_not_change_the_manifest_but_new_software_does(tmp_path):
     file = tmp_path / "lib.so"
-    file.write_bytes(os.urandom(2 * PAGE_SIZE))
+    file.write_bytes(np.random.default_rng(2).bytes(2 * PAGE_SIZE))
     manifest = CodeManifest(tmp_path / "manifest")
     digests = manifest.digests(str(file))
     manifest.save()
@@ -294,7 +295,7 @@ def test_files_that_are_gone_leave_the_manifest(tmp_path):
 def test_what_is_written_is_proven_on_the_disk(tmp_path):
     file = tmp_path / "file"
     file.write_bytes(bytes(3 * PAGE_SIZE))
-    page = os.urandom(PAGE_SIZE)
+    page = np.random.default_rng(3).bytes(PAGE_SIZE)
     assert write_golden(file, PAGE_SIZE, page)
     assert read_golden(file, 0, 4 * PAGE_SIZE) == bytes(PAGE_SIZE) + page + bytes(2 * PAGE_SIZE)
 

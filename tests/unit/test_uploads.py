@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from waiting import until
+from waiting import handled
 
 from node import uploads
 from node.command_effects import CommandFailed
@@ -57,12 +57,7 @@ class Board:
         for payload in payloads:
             self.uploads.offer(payload)
             await asyncio.sleep(0)
-        await until(self.uploads._waiting.empty)
-        await asyncio.sleep(0.02)
-        # Twice through the disk: the chunks taken last may be under way.
-        for _ in range(2):
-            await self.database.run(lambda c: None)
-            await asyncio.sleep(0.01)
+        await handled(self.uploads._waiting)
 
     async def report(self) -> UploadReport:
         return await self.database.run(self.uploads.report)
