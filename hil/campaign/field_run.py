@@ -272,6 +272,8 @@ async def _send_taken(node: FieldNode, chosen: Chosen, result: FieldsResult, pro
         for payloads in _batches(chosen.taken.get(name, [])):
             progress(f"bus/{name}, to be taken")
             await _send(node, count, payloads, Counter({TAKEN: len(payloads)}))
+            # The power loop works with what was taken last, before other messages replace it.
+            await node.look()
 
 
 async def _send(node: FieldNode, count: LiveCount, payloads: list[bytes], expected: Counter[str]) -> None:
