@@ -1,7 +1,7 @@
 """What belongs to this run of the tests: another may run beside it, from another clone.
 
-A process of this run carries a mark in its environment. An arena on shared memory belongs to another run while
-a process without that mark has it open, or has the mark of `hil.shared_memory` beside it open.
+A process of this run carries a mark in its environment. An arena on shared memory belongs to another run
+while a process without that mark has it open, or has the mark of `hil.shared_memory` beside it open.
 """
 
 from __future__ import annotations
