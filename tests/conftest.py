@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import gguf
@@ -15,6 +16,11 @@ from node.inference.builder import build_image
 from node.inference.gguf_source import packaged_gguf
 from node.inference.manifest import default_images_dir
 from node.inference.slot_files import copy_image
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and so all they start.
+for _each, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_each) is signal.SIG_IGN:
+        signal.signal(_each, _handler)
 
 
 @pytest.fixture(scope="session")

@@ -447,7 +447,8 @@ async def test_boot_unintended(open_row: OpenRow) -> None:
 
 @pytest.mark.fdir("board.latchup")
 async def test_board_latchup(open_row: OpenRow, tmp_path: Path) -> None:
-    profile = CurrentProfile(idle_w=4.0, core_w=8.0, residual_sigma_w=0.05, samples=100, sample_s=0.25)
+    # On a busy machine the share of the CPU and the simulated draw are some 0.3 W apart (measured).
+    profile = CurrentProfile(idle_w=4.0, core_w=8.0, residual_sigma_w=0.3, samples=100, sample_s=0.25)
     calibration = Calibration(
         machine=describe_machine(1, peers=False, load_before=0.0),
         board="sim",

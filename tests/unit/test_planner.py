@@ -19,11 +19,13 @@ from node.power.horizon import segments
 from node.power.lp import Demand, Heat, Problem, SolverFailed, solve
 from node.power.operating_point import OperatingPoint
 from node.power.plan import Backlog, Binding, Plan, PlanInputs, Source
-from node.power.planner import EMPTY, Planner
+from node.power.planner import EMPTY, Planner, PlannerSettings
 from telemetry.bus import BusEps
 
 NS = 1_000_000_000
 PERIOD_S, SUN_S = 5_600, 3_500
+PATIENT = PlannerSettings(time_limit_s=10)
+"""Plans do not hang on how busy the machine is."""
 
 
 def point(threads: int = 2, batch: int = 8) -> OperatingPoint:
@@ -61,7 +63,7 @@ def with_eps(**changes: Any) -> BusEps:
 
 
 def made(**changes: Any) -> Plan:
-    plan = Planner().handle(inputs(**changes))
+    plan = Planner(PATIENT).handle(inputs(**changes))
     assert plan.source is Source.PLANNER, plan.note
     return plan
 
@@ -256,7 +258,7 @@ def test_the_recovery_of_a_backlog_is_predicted_and_comes_later_under_a_cap() ->
 
 
 def test_a_hot_die_is_planned_around() -> None:
-    planner = Planner()
+    planner = Planner(PATIENT)
     for k in range(200):
         planner.heat.observe(k * 10.0, 75.0, 12.0)
     plan = planner.handle(inputs(eps=with_eps(array_sun_w=60.0, battery_wh=200.0)))
@@ -275,14 +277,14 @@ def test_a_solver_that_fails_or_lies_leaves_it_to_the_rules(
         return type(found)(**{**found.__dict__, "payload_w": np.full_like(found.payload_w, 12.0)})
 
     monkeypatch.setattr(module, "solve", broken)
-    plan = Planner().handle(inputs())
+    plan = Planner(PATIENT).handle(inputs())
     assert plan.source is Source.RULES
     assert ("HiGHS" in plan.note) == (how == "fails")
     assert plan.watts_at(0) is None
 
 
 def test_a_plan_is_made_anew_when_it_is_old_when_its_ground_has_changed_or_the_battery_drifts() -> None:
-    planner = Planner()
+    planner = Planner(PATIENT)
     plan = planner.handle(inputs())
     soc = plan.soc_at(100 * NS)
     assert soc is not None
@@ -324,7 +326,7 @@ any_jobs = st.none() | st.lists(
 def test_whatever_comes_there_is_a_plan_that_service_and_board_can_follow(
     eps: BusEps, jobs: Any, more: dict[str, Any], dark: tuple[int, int], board_c: float | None
 ) -> None:
-    planner = Planner()
+    planner = Planner(PATIENT)
     for k in range(3):
         planner.heat.observe(k * 30.0, board_c, 8.0)
     eclipses = passes(first_s=dark[0], dark_s=dark[1])

@@ -178,6 +178,7 @@ def test_gemma_encodes_runs_of_spaces(gemma, text, ids):
 
 
 @pytest.mark.gemma
+@pytest.mark.timeout(600)  # the vocabulary is read by another reader, piece by piece
 def test_gemma_agrees_with_a_tokenizer_by_the_book(gemma, gemma_vocabulary):
     plain = PlainTokenizer(*gemma_vocabulary)
     runs = [piece for piece, kind in zip(plain.pieces, plain.types, strict=True) if kind == USER_DEFINED]
