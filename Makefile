@@ -50,7 +50,7 @@ check: $(VENV)/.dev
 # Unit tests and what waits most of its time share the cores, the longest first; what keeps them busy has them alone.
 WAITING := $(addprefix tests/integration/,test_fdir_traceability.py test_transfers.py test_broker_durability.py \
 	test_fdir_rows.py test_fdir_commands.py test_spool_kill.py test_telecommands.py test_ground_cli.py \
-	test_deaf_link.py test_mosquitto.py)
+	test_deaf_link.py test_mosquitto.py test_field_campaign.py test_node_full_disk.py test_ended_flights.py)
 
 test: $(VENV)/.dev model
 	$(BIN)/pytest -n 2 --durations 10 $(WAITING) tests/unit tests/property
