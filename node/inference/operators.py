@@ -203,9 +203,9 @@ def _correlated(screen: Screen, operator: OperatorError) -> float:
     hundred times the median (measured, Cortex-A76 emulated, tables of 321 to 640 rows).
     """
     part = "high" if operator.bits == 8 else "low"
-    of_rows = np.linalg.norm(screen.tensors[f"screen.{part}.scale"].sum(axis=0, dtype=np.float64))
+    of_rows = float(np.linalg.norm(screen.tensors[f"screen.{part}.scale"].sum(axis=0, dtype=np.float64)))
     # By Cauchy-Schwarz, no state of norm 1 has larger magnitudes.
-    largest = magnitude(np.full((1, 1), math.sqrt(operator.block)), of_rows.reshape(1, 1), operator.bits)
+    largest = magnitude(np.full((1, 1), math.sqrt(operator.block)), np.full((1, 1), of_rows), operator.bits)
     return max(0.0, operator.roundings - 1) * UNIT * float(largest[0, 0])
 
 
