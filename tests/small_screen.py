@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
+import msgspec
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -14,6 +15,7 @@ from onnx import helper
 from node.inference.arithmetic import OPTIONS
 from node.inference.gguf_source import QuantMatrix
 from node.inference.head import ScreenedHead
+from node.inference.operators import measure, products, sum_limit
 from node.inference.screen import Screen, build_screen
 
 
@@ -74,4 +76,8 @@ def small_head(vocab: int = 640, width: int = 128, block: int = 32, seed: int = 
     hidden = (rng.standard_normal((400, width)) * np.geomspace(20, 0.5, width)).astype(np.float32)
     screen = build_screen(table, hidden)
     session = open_screen(screen)
+    head = open_head(table, screen, session)
+    operators = [measure(each, alike=False) for each in products(screen.model, screen.tensors)]
+    limit = sum_limit(head, screen, table, hidden, operators)
+    screen = replace(screen, bounds=msgspec.structs.replace(screen.bounds, sum_limit=limit))
     return SmallHead(table, hidden, screen, session, open_head(table, screen, session))

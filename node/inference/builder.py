@@ -59,7 +59,7 @@ from telemetry.errors import PenumbraError
 Progress: TypeAlias = Callable[[str, float], object]
 _Run: TypeAlias = Callable[[ort.InferenceSession], list[NDArray[np.float32]]]
 
-BUILDER_VERSION: Final = 10
+BUILDER_VERSION: Final = 11
 """Raised whenever a step changes what it writes."""
 MIN_CONTEXT: Final = 64
 """Positions the probes need."""
@@ -192,9 +192,9 @@ class _Build:
         own: dict[str, NDArray[np.generic]] = {m.ROTATION: screen.rotation}
         if not tied:
             own |= dict(zip((f"{name}.weight", f"{name}.scale"), (table.codes, table.scales), strict=True))
-        operators += self._measure(screen.model, screen.tensors, alike=False)
+        of_screen = self._measure(screen.model, screen.tensors, alike=False)
         packed[m.SCREEN] = self._pack(raw / m.SCREEN, screen.model, screen.tensors, run_screen)
-        bounds = self._bounds(screen, table, packed[m.SCREEN].optimised, found.hidden)
+        bounds = self._bounds(screen, table, packed[m.SCREEN].optimised, found.hidden, of_screen)
         progress("lay out", 0.5)
         tensors, rebuilt = lay_out(
             {graph: each.optimised for graph, each in packed.items()},
@@ -217,7 +217,7 @@ class _Build:
             originals=tuple(tensor for tensor in tensors if tensor.name not in names),
             rebuilt=rebuilt,
             known_answers=answers,
-            operators=operators,
+            operators=operators + of_screen,
             window_step=window_step,
             screen=bounds,
             checks=found.checks,
@@ -234,13 +234,17 @@ class _Build:
 
     @staticmethod
     def _bounds(
-        screen: Screen, table: QuantMatrix, optimised: Path, hidden: NDArray[np.float32]
+        screen: Screen,
+        table: QuantMatrix,
+        optimised: Path,
+        hidden: NDArray[np.float32],
+        operators: tuple[OperatorError, ...],
     ) -> ScreenBounds:
         """Return the bounds of a screen with the limit that its sum keeps to on this machine."""
         session = load_session(optimised, os.cpu_count() or 1)
         codes = table.codes.reshape(*table.scales.shape, -1)
         head = ScreenedHead(session, codes, table.scales, screen.rotation, screen.bounds)
-        limit = sum_limit(head, screen, table, hidden)
+        limit = sum_limit(head, screen, table, hidden, operators)
         return msgspec.structs.replace(screen.bounds, sum_limit=limit)
 
     def _pack(
