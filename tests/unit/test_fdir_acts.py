@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from collections.abc import AsyncIterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ class Parts:
         self.sent.append((topic, bus.decode("request", payload)))
 
     def end(self, reason: str) -> None:
-        with sqlite3.connect(self.database.path) as connection:
+        with closing(sqlite3.connect(self.database.path)) as connection, connection:
             noted = state.begin_boot(connection).restart_requested
         self.done.append(("end", reason, noted))
 
