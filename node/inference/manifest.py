@@ -24,12 +24,14 @@ import hashlib
 import os
 import platform
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 import msgspec
 import xxhash
+from msgspec import Meta
 
 from fdir.pages import PAGE_SIZE, MappedTensor, PageTable, WeightMemory
+from fdir.rows import GROUP
 from node.inference.arithmetic import SETTINGS, OperatorError, check_operators
 from node.inference.packing import PackedMatrix
 from node.inference.screen_bounds import ScreenBounds
@@ -127,7 +129,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """What decides how sessions compute; `SETTINGS` of `node.inference.arithmetic`."""
     operators: tuple[OperatorError, ...]
     """What the build measured of each matrix product, the first of each shape."""
-    window_step: int
+    window_step: Annotated[int, Meta(ge=GROUP, le=1024, multiple_of=GROUP)]
     """Positions at whose multiples windows begin: results are then those of the full cache to the bit, as the
     build measured (`node.inference.attention`)."""
     page_size: int

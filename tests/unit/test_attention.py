@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import msgspec
@@ -13,6 +14,7 @@ from node.inference import attention
 from node.inference.attention import LARGEST_STEP, measure_window_step
 from node.inference.gguf_source import GgufSource
 from node.inference.manifest import GemmaShape, load_manifest
+from node.inference.model import open_model
 from telemetry.errors import PenumbraError
 
 
@@ -33,6 +35,14 @@ def test_sums_in_blocks_of_keys_are_found(shape: GemmaShape) -> None:
 def test_a_manifest_says_what_its_machine_measured(tiny_image: Path) -> None:
     manifest = load_manifest(tiny_image)
     assert manifest.window_step == measure_window_step(manifest.shape) <= LARGEST_STEP
+
+
+def test_no_session_is_made_with_kernels_whose_sums_hang_on_the_cache(
+    tiny_image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ORT_GQA_DISABLE_FLASH_ATTENTION", "0")
+    open_model(tiny_image, 1)
+    assert os.environ["ORT_GQA_DISABLE_FLASH_ATTENTION"] == "1"
 
 
 class Operator:

@@ -313,6 +313,14 @@ def test_dimensions_the_operators_cannot_take_are_refused(tmp_path, monkeypatch)
         build_image(path, tmp_path / "images")
 
 
+@pytest.mark.parametrize("step", [0, -8, 12, 2048])
+def test_a_manifest_with_no_step_for_windows_is_refused(image, step):
+    rewrite_manifest(image, window_step=step)
+    with pytest.raises(PenumbraError, match="window_step") as error:
+        open_model(image, 1)
+    assert "penumbra model build --force" in error.value.mend
+
+
 def test_the_summary_adds_up(tiny_image):
     info = image_info(tiny_image)
     manifest = m.load_manifest(tiny_image)
