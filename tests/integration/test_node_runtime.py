@@ -6,6 +6,7 @@ import asyncio
 import signal
 import sqlite3
 import time
+from contextlib import closing
 from pathlib import Path
 
 import aiomqtt
@@ -452,7 +453,7 @@ async def test_a_corrupt_database_is_moved_aside_and_no_boot_number_used_twice(t
         boots = [p.boot for _, p in bench.archive.packets(NODE, BootReport)]
         assert boots[0] == 1
         assert boots[-1] >= began
-        with sqlite3.connect(path) as connection:
+        with closing(sqlite3.connect(path)) as connection:
             assert connection.execute("SELECT COUNT(*) FROM spool_stream").fetchone()[0] > 0
 
 

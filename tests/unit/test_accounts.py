@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -157,8 +158,11 @@ def test_spool_is_read_without_being_changed(store: Store) -> None:
     newest = newest_packet(store.path, Housekeeping)
     assert newest is not None
     assert (newest[0].t_ns, newest[1].tokens_released) == (102, 12)
-    with pytest.raises(sqlite3.OperationalError, match="readonly"):
-        read_only(store.path).execute("DELETE FROM spool_record")
+    with (
+        closing(read_only(store.path)) as other,
+        pytest.raises(sqlite3.OperationalError, match="readonly"),
+    ):
+        other.execute("DELETE FROM spool_record")
     assert len(stored_frames(store.path)) == 4
 
 
