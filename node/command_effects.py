@@ -15,6 +15,7 @@ from node.schedule import Origin, Schedule, ScheduleError
 from telemetry import commands
 from telemetry.authenticator import Authenticator, KeyChangeError
 from telemetry.commands import Arguments, CommandError, Hazard
+from telemetry.database import check_kept_pages
 from telemetry.dictionary.base import ArgumentCode
 from telemetry.dictionary.codes import FailureCode
 from telemetry.packets import Mode, Packet
@@ -128,6 +129,8 @@ class CommandEffects:
                 )
             except JobConflict as error:
                 raise CommandFailed(FailureCode.JOB_EXISTS, str(error)) from None
+            # Jobs until nothing fits would leave no room for the command that cancels one.
+            check_kept_pages(connection)
             return
         known = self._jobs.cancel(connection, arguments.job)
         if known is None:

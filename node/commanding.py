@@ -277,7 +277,7 @@ class Commanding:
 
     async def _execute(self, accepted: Accepted, now_ns: int) -> None:
         try:
-            answer = await self._database.run(lambda c: self._transact(c, accepted, now_ns))
+            answer = await self._store(accepted, now_ns)
         except (StoreFull, ReplayError, sqlite3.Error) as error:
             # Not durable, so not executed. Memory must not be ahead of the disk.
             _log.error("command %s not executed: %s", accepted.command.name, error)
@@ -288,6 +288,18 @@ class Commanding:
             await self._database.run(self._authenticator.load)
             self._recorder.post(self._authenticator.report())
         self._go_on(answer)
+
+    async def _store(self, accepted: Accepted, now_ns: int) -> Answer:
+        """Carry out a command durably; telemetry gives way to it on a full disk, but not to another job."""
+        try:
+            return await self._database.run(lambda c: self._transact(c, accepted, now_ns))
+        except StoreFull:
+            if accepted.command.name == commands.Infer.name:
+                raise
+        await self._database.run(self._follow_disk)
+        given = await self._database.run(self._spool.make_way)
+        _log.warning("the disk is full: %d records gave way to command %s", given, accepted.command.name)
+        return await self._database.run(lambda c: self._transact(c, accepted, now_ns))
 
     def _go_on(self, answer: Answer) -> None:
         """Do what follows the commit."""

@@ -30,16 +30,35 @@ log = logging.getLogger("penumbra.database")
 
 GROUP_MAX = 256
 """Most requests of one transaction (assumed: bounds what one lost transaction costs)."""
+KEPT_PAGES = 16
+"""Pages that what adds much leaves to the commands that free room: two or three each (assumed)."""
 CLOSE_TIMEOUT_S = 5.0
 """How long `close` waits for queued requests, s (assumed)."""
 _SIDE_FILES = ("-wal", "-shm")
 
 
-__all__ = ["Database", "DiskState", "StoreFull", "is_full"]
+__all__ = ["Database", "DiskState", "StoreFull", "check_kept_pages", "is_full"]
 
 
 class StoreFull(Exception):
     """The database may not grow any more: disk full, or `max_bytes` reached. Nothing was written."""
+
+
+def check_kept_pages(connection: sqlite3.Connection) -> None:
+    """Check that this transaction leaves the room that is kept for what frees room.
+
+    Raises
+    ------
+    StoreFull
+        Less than `KEPT_PAGES` would be left.
+    """
+    most, held, unused = (
+        connection.execute(f"PRAGMA {name}").fetchone()[0]
+        for name in ("max_page_count", "page_count", "freelist_count")
+    )
+    left = most - held + unused
+    if left < KEPT_PAGES:
+        raise StoreFull(f"it would leave {left} pages of the database, {KEPT_PAGES} are kept")
 
 
 @dataclass(frozen=True)

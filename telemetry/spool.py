@@ -127,7 +127,7 @@ class Spool(SpoolBooks):
         return [row[3] for row in rows]
 
     def make_way(self, connection: sqlite3.Connection) -> int:
-        """Drop what gives way to a boot report, so that a boot can be counted; return how many records."""
+        """Drop what gives way to a boot report, so that a boot or a command fits; return how many records."""
         return self._room.make_way(connection)
 
     def batch(

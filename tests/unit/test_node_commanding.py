@@ -20,11 +20,20 @@ from node.schedule import SKIP_AFTER_NS, Schedule
 from telemetry import commands
 from telemetry.authenticator import Authenticator
 from telemetry.commands import Arguments
-from telemetry.database import Database, StoreFull
+from telemetry.database import KEPT_PAGES, Database, StoreFull
 from telemetry.envelope import COMMAND_VERSION, Command, encode_command, make_command
 from telemetry.frame import decode_frame
 from telemetry.keys import Key, KeyRing, KeyState
-from telemetry.packets import CommandSchedule, Event, Mode, Packet, SecurityReport, Stage, Verification
+from telemetry.packets import (
+    CommandSchedule,
+    Event,
+    Mode,
+    Packet,
+    SecurityReport,
+    Severity,
+    Stage,
+    Verification,
+)
 from telemetry.sampling import Sampling
 from telemetry.spool import Spool
 
@@ -85,8 +94,10 @@ class Ground:
 
 
 @contextlib.asynccontextmanager
-async def open_ground(tmp_path: Path, ring: KeyRing | None = None) -> AsyncIterator[Ground]:
-    database = await Database.open(tmp_path / "node.db")
+async def open_ground(
+    tmp_path: Path, ring: KeyRing | None = None, max_bytes: int | None = None
+) -> AsyncIterator[Ground]:
+    database = await Database.open(tmp_path / "node.db", max_bytes=max_bytes)
     ground = Ground(database, KeyRing([Key("g", b"k" * 32)]) if ring is None else ring)
     await database.run(state.create)
     await database.run(ground.spool.create)
@@ -531,6 +542,62 @@ async def test_an_entry_found_at_another_time_than_it_says_is_not_executed(tmp_p
         await until(lambda: ground.schedule.next_ns is None)
         assert last(await ground.send()).code == "damaged"
         assert not any(isinstance(a, commands.SetPowerCap) for a in ground.executed)
+
+
+async def fill_with_jobs(ground: Ground) -> int:
+    """Command jobs until one is refused; return how many are there."""
+    for number in range(99):
+        job = commands.Infer(job=f"j{number}", prompt="x" * 16_000, max_tokens=4)
+        await ground.send(ground.sign(job))
+        if job not in ground.executed:
+            return number
+    raise AssertionError("no job was refused")
+
+
+def unused_pages(connection: sqlite3.Connection) -> int:
+    most, held, unused = (
+        connection.execute(f"PRAGMA {name}").fetchone()[0]
+        for name in ("max_page_count", "page_count", "freelist_count")
+    )
+    return int(most - held + unused)
+
+
+async def test_jobs_leave_the_pages_that_commands_need(tmp_path: Path) -> None:
+    async with open_ground(tmp_path, max_bytes=1 << 20) as ground:
+        assert await fill_with_jobs(ground) > 3
+        assert await ground.database.run(unused_pages) >= KEPT_PAGES
+        await ground.send(ground.sign(commands.Cancel(job="j0")))
+        assert ground.executed[-1] == commands.Cancel(job="j0")
+
+
+async def test_telemetry_gives_way_to_a_command_but_not_to_a_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cancel = commands.Cancel(job="j")
+    async with open_ground(tmp_path) as ground:
+        await ground.send(ground.sign(commands.Infer(job="j", prompt="p", max_tokens=4)))
+        for _ in range(5):
+            ground.recorder.event(Severity.INFO, "a", "t")
+        await ground.recorder.flush()
+        _, held = await ground.database.run(ground.spool.size)
+        record = ground.authenticator.record
+
+        def full(connection: sqlite3.Connection, verification: Verification) -> None:
+            if ground.spool.size(connection)[1] >= held:
+                raise StoreFull("no page is left")
+            record(connection, verification)
+
+        monkeypatch.setattr(ground.authenticator, "record", full)
+        job = commands.Infer(job="late", prompt="p", max_tokens=4)
+        await ground.send(ground.sign(job))
+        assert job not in ground.executed
+        assert (await ground.database.run(ground.spool.size))[1] == held
+        payload = ground.sign(cancel)
+        await ground.send(payload)
+        assert ground.executed[-1] == cancel
+        assert (await ground.database.run(ground.spool.dropped_ranges)) != []
+        await ground.send(payload)
+        assert ground.executed.count(cancel) == 1, "once, though it was tried twice"
 
 
 async def test_a_full_disk_leaves_the_scheduled_command_where_it_is_and_it_is_tried_again(
